@@ -1,0 +1,1 @@
+"""The multimodal sentiment example: data, model, objective, training loop and metrics."""

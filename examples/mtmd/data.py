@@ -1,0 +1,535 @@
+"""Multimodal sentiment data: MMSA's pickles as they are found, checked, standardised and batched.
+
+    dataset = load_mmsa("mosi.pkl", name="mosi")
+    standardizer = Standardizer.fit(dataset.folds["train"])
+    train = standardizer.apply(dataset.folds["train"])
+    for batch in batches(train, 64, generator=torch.Generator().manual_seed(0)):
+        ...
+
+Nothing is repaired in silence: what is unusual about a file is counted and told in `Dataset.notes`.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtmd import safe_pickle
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Fold",
+    "Standardizer",
+    "batches",
+    "class_labels",
+    "from_mmsa",
+    "load_mmsa",
+    "tokenize",
+]
+
+FOLDS = ("train", "valid", "test")
+CHUNK = 256  # samples that are held in float64 at a time
+
+
+class DataError(ValueError):
+    """The data is not what this example reads; the message names fold, key, found and expected."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The n samples of one fold, in the order of the file."""
+
+    ids: list[str]
+    scores: np.ndarray  # (n,) float32
+    raw_text: list[str] | None
+    text_bert: np.ndarray | None  # (n, 3, L) int64: token ids, attention mask, segment ids
+    features: dict[str, np.ndarray]  # "audio", "vision", maybe "text": (n, T, d) float32
+    lengths: dict[str, np.ndarray]  # the same keys: (n,) int64, 0 = missing
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three folds and what is worth knowing about them."""
+
+    name: str
+    synthetic: bool
+    folds: dict[str, Fold]  # "train", "valid", "test"
+    notes: list[str]  # what a reader of results should know: one line each
+    fingerprint: str  # SHA-256 of the file, or of the arrays where there was no file
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Feature width d of each modality that has features."""
+        return {name: array.shape[2] for name, array in self.folds["train"].features.items()}
+
+
+# Reading
+
+
+def load_mmsa(path: str | os.PathLike[str], *, name: str) -> Dataset:
+    """Read a pickle in MMSA's layout, aligned or unaligned, without running anything in it.
+
+    Raises:
+        DataError: If the layout is not MMSA's. See `from_mmsa`.
+        safe_pickle.UnsafePickleError: If the file holds more than plain data, or is damaged.
+        OSError: If the file cannot be read.
+    """
+    content = safe_pickle.load(path)
+    if not isinstance(content, Mapping):
+        raise DataError(
+            f"{os.fspath(path)}: expected a dictionary of the folds {', '.join(FOLDS)}, got {type(content).__name__}"
+        )
+    with open(path, "rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    return from_mmsa(content, name=name, source=os.fspath(path), fingerprint=fingerprint)
+
+
+def from_mmsa(
+    content: Mapping[str, Any],
+    *,
+    name: str,
+    source: str,
+    synthetic: bool = False,
+    fingerprint: str | None = None,
+) -> Dataset:
+    """Check and take over content in MMSA's layout: `{"train" | "valid" | "test": {key: array}}`.
+
+    | key                               | expected                                           |
+    |-----------------------------------|----------------------------------------------------|
+    | `id`                              | n strings                                          |
+    | `regression_labels`               | (n,) or (n, 1) finite numbers                      |
+    | `audio`, `vision`                 | (n, T, d) numbers, padded with zeros at the end    |
+    | `text_bert`, `text`, `raw_text`   | (n, 3, L), (n, L, d), n strings: at least one      |
+    | `{audio,vision,text}_lengths`     | n integers from 0 (missing) to T; may be left out  |
+
+    Other keys are not read. Without lengths, as in aligned files, the zero steps at the end of a
+    sample are padding, and a sample of zeros alone is missing; text features take the length of the
+    attention mask where there is one. Features that are NaN or infinite stay as they are here;
+    `Standardizer.apply` puts 0, the training mean, in their place.
+
+    Args:
+        content: The folds. Lists are read like arrays.
+        name: What to call the dataset, say "mosi".
+        source: Where it comes from, for error messages.
+        synthetic: Whether it is made up.
+        fingerprint: Identifies the data; computed from the arrays if not given.
+
+    Raises:
+        DataError: At the first thing that is missing or of a wrong shape or kind.
+    """
+    absent = [fold for fold in FOLDS if not isinstance(content.get(fold), Mapping)]
+    if absent:
+        raise DataError(
+            f"{source}: expected the folds {', '.join(FOLDS)}, each a dictionary; "
+            f"{absent[0]!r} is missing or something else, there is: {_names(content)}"
+        )
+    notes: list[str] = []
+    folds = {fold: _read_fold(content[fold], f"{source}: {fold}", fold, notes) for fold in FOLDS}
+    _check_folds_agree(folds, source)
+    notes += _repeated_ids(folds)
+    return Dataset(name, synthetic, folds, notes, fingerprint or _fingerprint(folds))
+
+
+def _read_fold(content: Mapping[str, Any], where: str, fold: str, notes: list[str]) -> Fold:
+    """`where` begins error messages, `fold` begins notes."""
+    scores = _array(content, "regression_labels", where, "(n,) or (n, 1) numbers", ndims=(1, 2))
+    if scores.ndim == 2 and scores.shape[1] == 1:
+        scores = scores[:, 0]
+    if scores.ndim == 2 or len(scores) == 0:
+        raise DataError(f"{where}: regression_labels: expected (n,) or (n, 1) numbers, got {scores.shape}")
+    with np.errstate(over="ignore"):
+        scores = scores.astype(np.float32)
+    if not np.isfinite(scores).all():
+        count = int((~np.isfinite(scores)).sum())
+        raise DataError(
+            f"{where}: regression_labels: expected finite numbers, got {count} NaN or infinite; leave these samples out"
+        )
+    outside = int((np.abs(scores) > 3).sum())
+    if outside:
+        notes.append(
+            f"{fold}/regression_labels: {outside} outside [-3, 3], from {scores.min():g} to "
+            f"{scores.max():g}; left as they are"
+        )
+
+    n = len(scores)
+    if not {"text_bert", "text", "raw_text"} & set(content):
+        raise DataError(f"{where}: expected at least one of text_bert, text, raw_text, there is: {_names(content)}")
+    text_bert = _read_tokens(content, where, n) if "text_bert" in content else None
+    features, lengths = {}, {}
+    for modality in ("text", "audio", "vision"):
+        if modality == "text" and "text" not in content:
+            continue
+        array = _read_features(content, modality, where, n)
+        key = f"{modality}_lengths"
+        if key in content:
+            length = _read_lengths(content, key, where, n, longest=array.shape[1])
+        elif modality == "text" and text_bert is not None and text_bert.shape[2] == array.shape[1]:
+            length = text_bert[:, 1].sum(axis=1)
+        else:
+            length = _lengths_from_padding(array)
+            notes.append(f"{fold}/{modality}: no {key}; taken from the zero steps at the end")
+        notes += _feature_notes(f"{fold}/{modality}", content[modality], array, length)
+        features[modality], lengths[modality] = array, length
+    return Fold(
+        ids=_strings(content, "id", where, n),
+        scores=scores,
+        raw_text=_strings(content, "raw_text", where, n) if "raw_text" in content else None,
+        text_bert=text_bert,
+        features=features,
+        lengths=lengths,
+    )
+
+
+def _read_tokens(content: Mapping[str, Any], where: str, n: int) -> np.ndarray:
+    expected = f"({n}, 3, L) token ids, attention mask and segment ids"
+    array = _array(content, "text_bert", where, expected, ndims=(3,))
+    if array.shape[:2] != (n, 3) or array.shape[2] == 0:
+        raise DataError(f"{where}: text_bert: expected {expected}, got shape {array.shape}")
+    # The files store them as float32, which is exact far beyond any vocabulary.
+    whole = np.isfinite(array) & (array >= 0) & (array < 2**24) & (array == np.floor(array))
+    if not whole.all():
+        raise DataError(f"{where}: text_bert: expected {expected}, got values that are no ids")
+    tokens = array.astype(np.int64)
+    if tokens[:, 1].max() > 1:
+        raise DataError(f"{where}: text_bert: expected an attention mask of 0 and 1 in row 1, got {tokens[:, 1].max()}")
+    return tokens
+
+
+def _read_features(content: Mapping[str, Any], key: str, where: str, n: int) -> np.ndarray:
+    array = _array(content, key, where, f"({n}, T, d) numbers", ndims=(3,))
+    if len(array) != n or 0 in array.shape:
+        raise DataError(f"{where}: {key}: expected ({n}, T, d) numbers, got shape {array.shape}")
+    with np.errstate(over="ignore"):  # what overflows is found and told by _feature_notes
+        return array.astype(np.float32, copy=False)
+
+
+def _read_lengths(content: Mapping[str, Any], key: str, where: str, n: int, longest: int) -> np.ndarray:
+    expected = f"{n} integers from 0 to {longest}"
+    array = _array(content, key, where, expected, ndims=(1, 2))
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.shape != (n,):
+        raise DataError(f"{where}: {key}: expected {expected}, got shape {array.shape}")
+    bad = ~((array >= 0) & (array <= longest) & (array == np.floor(array)))
+    if bad.any():
+        row = int(bad.argmax())
+        raise DataError(f"{where}: {key}: expected {expected}, got {array[row]} in row {row}")
+    return array.astype(np.int64)
+
+
+def _lengths_from_padding(array: np.ndarray) -> np.ndarray:
+    used = (array != 0).any(axis=2)  # (n, T); NaN is not 0
+    last = array.shape[1] - used[:, ::-1].argmax(axis=1)
+    return np.where(used.any(axis=1), last, 0).astype(np.int64)
+
+
+def _feature_notes(where: str, original: Any, array: np.ndarray, length: np.ndarray) -> list[str]:
+    notes = []
+    finite = np.isfinite(array)
+    if not finite.all():
+        overflown = int((np.isfinite(np.asarray(original)) & ~finite).sum())
+        kinds = {
+            "-inf": int((array == -np.inf).sum()),
+            "inf": int((array == np.inf).sum()),
+            "nan": int(np.isnan(array).sum()),
+        }
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        samples = int((~finite).any(axis=(1, 2)).sum())
+        notes.append(
+            f"{where}: {counts} in {samples} samples"
+            + (f" ({overflown} of them too large for float32)" if overflown else "")
+            + "; 0, the training mean, takes their place when standardised"
+        )
+    used = (array != 0).any(axis=2)
+    inside = np.arange(array.shape[1]) < length[:, None]
+    missing = int((length == 0).sum())
+    if missing:
+        notes.append(f"{where}: missing (length 0) in {missing} of {len(length)} samples")
+    behind = int((used & ~inside).any(axis=1).sum())
+    if behind:
+        notes.append(f"{where}: not zero behind the end in {behind} samples; cut off there when standardised")
+    blank = int(((length > 0) & ~(used & inside).any(axis=1)).sum())
+    if blank:
+        notes.append(f"{where}: nothing but zeros in {blank} samples of length > 0; not missing")
+    late = int(((length > 1) & used.any(axis=1) & ~used[:, 0]).sum())
+    if late:
+        notes.append(f"{where}: {late} samples begin with zeros; is the padding in front?")
+    return notes
+
+
+def _array(content: Mapping[str, Any], key: str, where: str, expected: str, *, ndims: tuple[int, ...]) -> np.ndarray:
+    value = _value(content, key, where)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        array = np.asarray(None)  # a ragged list, say
+    if array.dtype.kind not in "iuf":
+        got = f"dtype {array.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise DataError(f"{where}: {key}: expected {expected}, got {got}")
+    if array.ndim not in ndims:
+        raise DataError(f"{where}: {key}: expected {expected}, got shape {array.shape}")
+    return array
+
+
+def _strings(content: Mapping[str, Any], key: str, where: str, n: int) -> list[str]:
+    value = _value(content, key, where)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str | int) for one in value):
+        raise DataError(f"{where}: {key}: expected {n} strings, got {type(value).__name__}")
+    if len(value) != n:
+        raise DataError(f"{where}: {key}: expected {n} strings, got {len(value)}")
+    return [str(one) for one in value]
+
+
+def _value(content: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in content:
+        raise DataError(f"{where}: the key {key!r} is missing, there is: {_names(content)}")
+    return content[key]
+
+
+def _names(content: Mapping[str, Any]) -> str:
+    return ", ".join(str(key) for key in content) or "nothing"
+
+
+def _check_folds_agree(folds: dict[str, Fold], source: str) -> None:
+    train = folds["train"]
+    for name, fold in folds.items():
+        for key in ("raw_text", "text_bert"):
+            if (getattr(fold, key) is None) != (getattr(train, key) is None):
+                raise DataError(f"{source}: {key} is in one of train and {name}, not in the other")
+        here = {key: array.shape[2] for key, array in fold.features.items()}
+        there = {key: array.shape[2] for key, array in train.features.items()}
+        if here != there:
+            raise DataError(f"{source}: {name}: expected feature widths {there}, got {here}")
+
+
+def _repeated_ids(folds: dict[str, Fold]) -> list[str]:
+    notes = []
+    for name, fold in folds.items():
+        repeated = len(fold) - len(set(fold.ids))
+        if repeated:
+            notes.append(f"{name}/id: {repeated} samples share their id with another")
+    for first, second in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        shared = sorted(set(folds[first].ids) & set(folds[second].ids))
+        if shared:
+            notes.append(f"{first} and {second} share {len(shared)} ids, the first is {shared[0]}")
+    return notes
+
+
+def _fingerprint(folds: dict[str, Fold]) -> str:
+    digest = hashlib.sha256()
+    for name, fold in folds.items():
+        arrays = {"scores": fold.scores, "text_bert": fold.text_bert, **fold.features}
+        arrays |= {f"{key}_lengths": length for key, length in fold.lengths.items()}
+        digest.update(repr((name, fold.ids, fold.raw_text)).encode(errors="backslashreplace"))
+        for key, array in arrays.items():
+            if array is not None:
+                digest.update(repr((key, array.shape, array.dtype.str)).encode())
+                digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+# Standardising
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Shifts and scales each feature by its mean and standard deviation over the training fold.
+
+    What counts are the valid time steps of the samples that have the modality, and of those the
+    finite values. A feature that is constant there is shifted only; nothing is clipped.
+    """
+
+    mean: dict[str, np.ndarray] = field(default_factory=dict)  # {modality: (d,) float64}
+    std: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def fit(cls, fold: Fold) -> "Standardizer":
+        """Measure mean and (population) standard deviation in `fold`, in float64."""
+        mean, std = {}, {}
+        for name, array in fold.features.items():
+            mean[name], std[name] = _moments(array, fold.lengths[name])
+        return cls(mean, std)
+
+    def apply(self, fold: Fold) -> Fold:
+        """Return `fold` with standardised features; padding and what is not finite become 0."""
+        features = {}
+        for name, array in fold.features.items():
+            if name not in self.mean or array.shape[2] != len(self.mean[name]):
+                known = {key: len(mean) for key, mean in self.mean.items()}
+                raise DataError(f"{name}: expected features as in training, {known}, got width {array.shape[2]}")
+            features[name] = np.zeros(array.shape, np.float32)
+            for rows, values, valid in _valid_chunks(array, fold.lengths[name]):
+                with np.errstate(over="ignore"):
+                    scaled = ((values - self.mean[name]) / self.std[name]).astype(np.float32)
+                features[name][rows] = np.where(valid & np.isfinite(scaled), scaled, 0)
+        return replace(fold, features=features)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return `{"audio.mean": (d,), "audio.std": (d,), ...}`, to be stored with the model."""
+        return {
+            f"{name}.{kind}": values
+            for kind, arrays in (("mean", self.mean), ("std", self.std))
+            for name, values in arrays.items()
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> "Standardizer":
+        """Undo `state`."""
+        mean, std = {}, {}
+        for key, values in state.items():
+            name, _, kind = key.rpartition(".")
+            if kind not in ("mean", "std") or not name:
+                raise DataError(f"state: expected keys like 'audio.mean', 'audio.std', got {key!r}")
+            (mean if kind == "mean" else std)[name] = np.asarray(values, np.float64)
+        if {name: array.shape for name, array in mean.items()} != {name: array.shape for name, array in std.items()}:
+            raise DataError("state: expected a mean and a std of equal shape for each modality")
+        return cls(mean, std)
+
+
+def _moments(array: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature, by two passes over the valid finite values."""
+    width = array.shape[2]
+    count, total, squares = np.zeros(width), np.zeros(width), np.zeros(width)
+    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    for _, values, valid in _valid_chunks(array, lengths):
+        count += valid.sum(axis=(0, 1))
+        total += values.sum(axis=(0, 1), where=valid)
+        low = np.minimum(low, values.min(axis=(0, 1), where=valid, initial=np.inf))
+        high = np.maximum(high, values.max(axis=(0, 1), where=valid, initial=-np.inf))
+    mean = total / np.maximum(count, 1)
+    for _, values, valid in _valid_chunks(array, lengths):
+        squares += np.square(values - mean).sum(axis=(0, 1), where=valid)
+    std = np.sqrt(squares / np.maximum(count, 1))
+    return mean, np.where(low < high, std, 1.0)
+
+
+def _valid_chunks(array: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Slices of samples, with their values in float64 and a mask of those that count."""
+    for start in range(0, len(array), CHUNK):
+        rows = slice(start, start + CHUNK)
+        values = array[rows].astype(np.float64)
+        inside = np.arange(array.shape[1]) < lengths[rows, None]  # (rows, T)
+        valid = inside[:, :, None] & np.isfinite(values)
+        yield rows, np.where(valid, values, 0), valid
+
+
+# What models take
+
+
+def class_labels(scores: np.ndarray) -> np.ndarray:
+    """0 negative, 1 neutral, 2 positive: the sign of each score, as int64 of the same shape."""
+    return np.sign(scores).astype(np.int64) + 1
+
+
+def tokenize(raw_text: Sequence[str], tokenizer: Any, max_length: int) -> np.ndarray:
+    """Turn texts into what `Fold.text_bert` holds, with a tokenizer of transformers.
+
+    Longer texts are cut to `max_length` tokens; L is the length of the longest. A text without any
+    letter or sign has no tokens at all, not even the marks of begin and end: it counts as missing.
+
+    Returns:
+        Token ids, attention mask and segment ids, shape `(n, 3, L)` int64. Segment ids are 0 for a
+        tokenizer that has none.
+    """
+    encoded = tokenizer(
+        list(raw_text),
+        padding=True,
+        padding_side="right",
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=True,
+        return_tensors="np",
+    )
+    ids = encoded["input_ids"]
+    segments = encoded.get("token_type_ids", np.zeros_like(ids))
+    tokens = np.stack([ids, encoded["attention_mask"], segments], axis=1).astype(np.int64)
+    tokens[[not text.strip() for text in raw_text]] = 0
+    return tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N samples as tensors, cut to the longest of them."""
+
+    index: Tensor  # (N,) int64: rows in the fold
+    scores: Tensor  # (N,) float32
+    labels: Tensor  # (N,) int64: see class_labels
+    tokens: Tensor | None  # (N, 3, L) int64
+    features: dict[str, Tensor]  # (N, T, d) float32
+    lengths: dict[str, Tensor]  # (N,) int64, 0 = missing
+    present: dict[str, Tensor]  # (N,) bool; has "text" also where the text is tokens alone
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+
+        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        return Batch(
+            index=self.index.to(device),
+            scores=self.scores.to(device),
+            labels=self.labels.to(device),
+            tokens=None if self.tokens is None else self.tokens.to(device),
+            features=move(self.features),
+            lengths=move(self.lengths),
+            present=move(self.present),
+        )
+
+
+def batches(
+    fold: Fold,
+    batch_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Go once through `fold`: shuffled if a generator is given, in order if not.
+
+    The last batch may be smaller. Sequences and token columns are cut to the longest of the batch,
+    but never to less than one step.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    order = np.arange(len(fold)) if generator is None else torch.randperm(len(fold), generator=generator).numpy()
+    starts = range(0, len(fold), batch_size)
+    return (_make_batch(fold, order[start : start + batch_size]).to(device) for start in starts)
+
+
+def _make_batch(fold: Fold, rows: np.ndarray) -> Batch:
+    features, lengths, present = {}, {}, {}
+    for name, array in fold.features.items():
+        length = fold.lengths[name][rows]
+        longest = max(1, int(length.max()))
+        features[name] = torch.from_numpy(array[rows, :longest])
+        lengths[name] = torch.from_numpy(length)
+        present[name] = lengths[name] > 0
+    tokens = None
+    if fold.text_bert is not None:
+        attended = fold.text_bert[rows, 1]  # (N, L)
+        used = np.flatnonzero(attended.any(axis=0))
+        longest = int(used[-1]) + 1 if len(used) else 1
+        tokens = torch.from_numpy(fold.text_bert[rows, :, :longest])
+        has_tokens = torch.from_numpy(attended.any(axis=1))
+        present["text"] = has_tokens | present["text"] if "text" in present else has_tokens
+    scores = fold.scores[rows]
+    return Batch(
+        index=torch.from_numpy(rows.astype(np.int64)),
+        scores=torch.from_numpy(scores),
+        labels=torch.from_numpy(class_labels(scores)),
+        tokens=tokens,
+        features=features,
+        lengths=lengths,
+        present=present,
+    )

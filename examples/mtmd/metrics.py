@@ -1,0 +1,96 @@
+"""The numbers that tables on CMU-MOSI and CMU-MOSEI report, computed as MMSA computes them.
+
+MMSA's `KeyEval` names them Mult_acc_7, Mult_acc_5, Has0_acc_2, Non0_acc_2, Has0_F1_score,
+Non0_F1_score, MAE and Corr and rounds to four decimals; here nothing is rounded.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+__all__ = ["msa_metrics"]
+
+
+def msa_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
+    """Compare predicted with true sentiment scores.
+
+    Args:
+        predictions: Scores of any range, shape `(N,)`. Only `acc7` and `acc5` clip them.
+        targets: True scores, shape `(N,)`.
+
+    Returns:
+        - `acc7`, `acc5`: share of equal values after clipping both to [-3, 3] or [-2, 2] and
+          rounding half to even, so that 0.5 becomes 0 and 1.5 and 2.5 both become 2.
+        - `acc2_has0`, `f1_has0`: negative against non-negative, over all samples.
+        - `acc2_non0`, `f1_non0`: negative against positive, over the samples whose target is not 0;
+          there a prediction of exactly 0 counts as negative. NaN if every target is 0.
+        - `mae`: mean absolute error.
+        - `corr`: Pearson correlation. NaN, as in MMSA, if predictions or targets are all the same.
+
+        Accuracies and F1 are fractions. F1 is the mean over both classes, weighted by how often
+        each is the true one.
+
+    Raises:
+        ValueError: If the two are not of the same shape `(N,)` with N > 0, or not finite.
+    """
+    predictions = _scores("predictions", predictions)
+    targets = _scores("targets", targets)
+    if predictions.shape != targets.shape:
+        raise ValueError(f"predictions: expected shape {targets.shape}, got {predictions.shape}")
+
+    non0 = targets != 0
+    has0_classes = predictions >= 0, targets >= 0
+    non0_classes = predictions[non0] > 0, targets[non0] > 0
+    return {
+        "acc7": _accuracy(_to_classes(predictions, 3), _to_classes(targets, 3)),
+        "acc5": _accuracy(_to_classes(predictions, 2), _to_classes(targets, 2)),
+        "acc2_has0": _accuracy(*has0_classes),
+        "acc2_non0": _accuracy(*non0_classes),
+        "f1_has0": _weighted_f1(*has0_classes),
+        "f1_non0": _weighted_f1(*non0_classes),
+        "mae": float(np.abs(predictions - targets).mean()),
+        "corr": _correlation(predictions, targets),
+    }
+
+
+def _scores(name: str, values: ArrayLike) -> np.ndarray:
+    scores = np.asarray(values)
+    if scores.ndim != 1 or scores.size == 0:
+        raise ValueError(f"{name}: expected shape (N,) with N > 0, got {scores.shape}")
+    if scores.dtype.kind not in "iuf":
+        raise ValueError(f"{name}: expected numbers, got dtype {scores.dtype}")
+    # Through float32, like MMSA: this decides on which side of a class border a float64 falls.
+    with np.errstate(over="ignore"):
+        scores = scores.astype(np.float32).astype(np.float64)
+    bad = int((~np.isfinite(scores)).sum())
+    if bad:
+        raise ValueError(f"{name}: expected finite numbers, got {bad} NaN or infinite of {len(scores)}")
+    return scores
+
+
+def _to_classes(scores: np.ndarray, limit: int) -> np.ndarray:
+    return np.round(np.clip(scores, -limit, limit))
+
+
+def _accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
+    return float((predicted == true).mean()) if len(true) else float("nan")
+
+
+def _weighted_f1(predicted: np.ndarray, true: np.ndarray) -> float:
+    if len(true) == 0:
+        return float("nan")
+    total = 0.0
+    for label in (False, True):
+        support = (true == label).sum()
+        if support:
+            hits = ((predicted == label) & (true == label)).sum()
+            f1 = 2 * hits / ((predicted == label).sum() + support)
+            total += f1 * support / len(true)
+    return float(total)
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    if x.min() == x.max() or y.min() == y.max():
+        return float("nan")
+    x, y = x - x.mean(), y - y.mean()
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # no square below can over- or underflow
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))

@@ -1,0 +1,161 @@
+"""The argument checks shared by all blocks: shapes, dtypes, devices, ranges and choices.
+
+Every message reads ``argument: expected X, got Y``. None of these checks reads the values of a tensor, so none
+makes the host wait for an accelerator; the two that do (:func:`check_finite`, :func:`check_values`) are called only
+where the user asked for them with ``validate=True``.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from numbers import Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def describe(value: object) -> str:
+    """What came, in a few words: shape and dtype of a tensor, else a short `repr` with the type."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def wrong_value(name: str, expected: str, got: str) -> NoReturn:
+    """Raise the ValueError for an argument of the right type with a wrong shape, range, device or name."""
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def wrong_type(name: str, expected: str, got: str) -> NoReturn:
+    """Raise the TypeError for an argument of a wrong type or dtype."""
+    raise TypeError(f"{name}: expected {expected}, got {got}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """One of a closed set of strings."""
+    if not isinstance(value, str) or value not in choices:
+        wrong_value(name, "one of " + ", ".join(repr(choice) for choice in choices), describe(value))
+
+
+def check_bool(name: str, value: object) -> None:
+    """A Python bool."""
+    if not isinstance(value, bool):
+        wrong_type(name, "True or False", describe(value))
+
+
+def check_int(name: str, value: object, *, minimum: int | None = None) -> None:
+    """A Python int (not a bool), at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        wrong_type(name, "an int", describe(value))
+    if minimum is not None and value < minimum:
+        wrong_value(name, f"an int of at least {minimum}", str(value))
+
+
+def check_number(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """A finite Python number in [low, high], or in (low, high] with `open_low`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        wrong_type(name, "a number", describe(value))
+    number = float(value)
+    if not math.isfinite(number) or number > high or number < low or (open_low and number == low):
+        left = "(" if open_low or math.isinf(low) else "["
+        right = ")" if math.isinf(high) else "]"
+        wrong_value(name, f"a finite number in {left}{low:g}, {high:g}{right}", str(value))
+
+
+def check_scalar(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """A number as in :func:`check_number`, or a floating tensor of shape () whose value is not read."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            wrong_type(name, "a floating tensor of shape () or a number", describe(value))
+        if value.ndim != 0:
+            wrong_value(name, "a tensor of shape () or a number", describe(value))
+        return
+    check_number(name, value, low=low, high=high, open_low=open_low)
+
+
+def check_floating(name: str, value: object, *, shape: Sequence[int | str]) -> None:
+    """A floating tensor of `shape`; a letter in `shape` stands for any size.
+
+    `("N", 3)` accepts any (N, 3), `("N", "d")` any matrix.
+    """
+    if not isinstance(value, Tensor):
+        wrong_type(name, "a floating tensor", describe(value))
+    if not value.is_floating_point():
+        wrong_type(name, "a floating tensor", describe(value))
+    check_shape(name, value, shape)
+
+
+def check_labels(name: str, value: object, *, shape: Sequence[int | str]) -> None:
+    """An integer (not bool) tensor of `shape`."""
+    if not isinstance(value, Tensor):
+        wrong_type(name, "an integer tensor", describe(value))
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        wrong_type(name, "an integer tensor", describe(value))
+    check_shape(name, value, shape)
+
+
+def check_mask(name: str, value: object, *, shape: Sequence[int | str]) -> None:
+    """A bool tensor of `shape`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        wrong_type(name, "a torch.bool tensor", describe(value))
+    check_shape(name, value, shape)
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
+    """Exactly these sizes; a letter stands for any size."""
+    fits = value.ndim == len(shape) and all(
+        isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
+        wrong_value(name, f"shape ({sizes})", str(tuple(value.shape)))
+
+
+def check_device(name: str, value: Tensor, device: torch.device, *, like: str) -> None:
+    """On the same device as the argument called `like`."""
+    if value.device != device:
+        wrong_value(name, f"device {device} as {like}", str(value.device))
+
+
+def check_device_name(device: object) -> None:
+    """None, a torch.device or a string that names one."""
+    if device is None or isinstance(device, torch.device):
+        return
+    if not isinstance(device, str):
+        wrong_type("device", "a torch.device, its name or None", describe(device))
+    try:
+        torch.device(device)
+    except RuntimeError:
+        wrong_value("device", "the name of a torch device", repr(device))
+
+
+def check_names(name: str, value: Collection[Any], expected: Collection[str]) -> None:
+    """A mapping with exactly these keys."""
+    if set(value) != set(expected):
+        wrong_value(name, f"exactly the names {sorted(expected)}", f"{sorted(value, key=str)}")
+
+
+def check_finite(name: str, value: Tensor, keep: Tensor | None = None) -> None:
+    """No NaN and no infinity in the rows that `keep` (bool, (N,)) keeps. Reads values: `validate=True` only."""
+    finite = torch.isfinite(value.detach())
+    if finite.ndim > 1:
+        finite = finite.flatten(1).all(dim=1)
+    if keep is not None:
+        finite = finite | ~keep
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        wrong_value(name, "finite values", f"NaN or infinity in {len(rows)} rows, first {rows[0]}")
+
+
+def check_values(name: str, value: Tensor, *, low: float, high: float = math.inf) -> None:
+    """All values in [low, high]. Reads values: `validate=True` only."""
+    outside = (value < low) | (value > high)
+    if bool(outside.any()):
+        wrong_value(
+            name,
+            f"values in [{low:g}, {high:g}]",
+            f"{value[outside].flatten()[0].item()} (and {int(outside.sum()) - 1} more)",
+        )

@@ -1,0 +1,435 @@
+"""A moving average of any module, kept as a module of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, NoReturn, TypeAlias
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from momentum_distill._checks import (
+    check_choice,
+    check_device_name,
+    check_number,
+    describe,
+    wrong_type,
+    wrong_value,
+)
+from momentum_distill._precision import WideModule, is_16_bit
+from momentum_distill.functional import lerp_
+
+Decay: TypeAlias = float | Callable[[int], float]
+Buffers: TypeAlias = Literal["copy", "ema", "frozen"]
+
+BUFFERS = ("copy", "ema", "frozen")
+MODES = ("eval", "train")
+
+
+class EMAWrapper(WideModule):
+    r"""An exponential moving average of a module: the momentum model (Eq. 6). Buffers are copied by default.
+
+    $$\theta_{ema} \leftarrow \eta\,\theta_{ema} + (1-\eta)\,\theta_{online}$$
+
+    The average starts as a copy of `model` and moves at each :meth:`update`. It never requires grad, stays in `mode`
+    whatever `.train()` a parent module gets, is updated in place, and keeps no hold on `model`: optimizers, DDP and
+    `state_dict` see the averaged tensors only. Tensors are matched by name; prefixes that wrappers add (`module.`,
+    `_orig_mod.`) do not count, and tied tensors are averaged once.
+
+    Args:
+        model: The online module; may be wrapped by DDP, DataParallel or torch.compile.
+        decay: Share $\eta$ that the average keeps at an update, a number in [0, 1], or a function from the number of
+            updates made so far (0 at the first) to such a number, for warm-up or a cosine. Paper and ALBEF: 0.995.
+        buffers: What happens to floating buffers at an update, BatchNorm statistics for one: `"copy"` (default),
+            `"ema"` or `"frozen"`. Integer and bool buffers are always copied.
+        dtype: Floating dtype of the average, 32 bits or more. By default that of the model, and float32 where the model
+            has 16 bits: in 16 bits an average stands still, for its steps are smaller than the spacing of the numbers.
+        device: Where the average lives; by default beside the model.
+        mode: `"eval"` (default: no dropout, BatchNorm uses its statistics) or `"train"`.
+        teacher: A ready module to hold the average in, for models that cannot be deep-copied (FSDP2: build a second one
+            and shard it alike). Its weights are where the average starts; `update(model, decay=0.0)` copies.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or `model` cannot be deep-copied and no `teacher` is given.
+        ValueError: If a number or choice is wrong, `model` has uninitialised (lazy) parameters, or `teacher` does not
+            match it by names and shapes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 2)
+        >>> ema = EMAWrapper(model, decay=0.9)
+        >>> _ = nn.init.zeros_(model.weight)  # stands for optimizer.step()
+        >>> ema.update(model)
+        >>> ema(torch.ones(1, 2)).requires_grad
+        False
+        >>> with ema.swap(model):  # evaluate `model` with the averaged weights
+        ...     bool((model.weight == ema.module.weight).all())
+        True
+
+    References:
+        MTMD (Lin and Hu, 2023), Eq. 6 and Section III-D. As printed, Eq. 6 gives the new weights the factor 0.995; its
+        text means the old average: `docs/paper_map.md`.
+    """
+
+    module: nn.Module
+    """The averaged module."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        decay: Decay = 0.995,
+        buffers: Buffers = "copy",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        mode: Literal["eval", "train"] = "eval",
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        _check_module("model", model)
+        if not callable(decay):
+            check_number("decay", decay, low=0.0, high=1.0)
+        check_choice("buffers", buffers, BUFFERS)
+        check_choice("mode", mode, MODES)
+        if dtype is not None:
+            if not isinstance(dtype, torch.dtype):
+                wrong_type("dtype", "a torch.dtype or None", describe(dtype))
+            if not dtype.is_floating_point or is_16_bit(dtype):
+                wrong_value("dtype", "a floating dtype of 32 bits or more", str(dtype))
+        self.decay = decay
+        self.buffers_mode: Buffers = buffers
+        self.mode: Literal["eval", "train"] = mode
+        self._step = 0
+        self._swapped = False
+        self._plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+        check_device_name(device)
+        self.dtype = dtype
+        if teacher is None:
+            name, average = "model", _deepcopy(model)
+        else:
+            _check_module("teacher", teacher)
+            name, average = "teacher", teacher
+        self._input_dtype: torch.dtype | None = None
+        if any(_target_dtype(tensor, dtype) != tensor.dtype for tensor in _tensors(average).values()):
+            self._input_dtype = dtype or torch.float32
+        self.module = average
+        self._recast(device)
+        self.module.requires_grad_(False)
+        self.module.zero_grad(set_to_none=True)
+        self.train()
+        self._plans[model] = _Plan(self.module, model, self.buffers_mode, blame=name)
+        self.register_load_state_dict_post_hook(_restore_precision)  # type: ignore[no-untyped-call]
+
+    @property
+    def step(self) -> int:
+        """How many updates were made; part of the state."""
+        return self._step
+
+    @override
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The averaged module's output, without gradient.
+
+        Where the average is wider than the model was (float32 for a 16-bit model), floating 16-bit inputs are widened
+        too.
+
+        Args:
+            *args: Passed to the averaged module.
+            **kwargs: Passed to the averaged module.
+
+        Returns:
+            What the averaged module returns.
+        """
+        if self._input_dtype is not None:
+            widen = partial(_widen, dtype=self._input_dtype)
+            args, kwargs = tree_map(widen, (args, kwargs))
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, decay: float | None = None) -> None:
+        """Move the average one step towards `model`; call it once after each optimizer step.
+
+        Args:
+            model: The online module, as at construction or another of the same names and shapes.
+            decay: Overrides the decay for this update, in [0, 1]; 0 copies.
+
+        Raises:
+            TypeError: If `model` is not a module, or a decay not a number.
+            ValueError: If a decay is not in [0, 1], or a tensor of `model` is missing, unexpected or of another shape;
+                the message names the first. The average is then unchanged.
+            RuntimeError: If called inside :meth:`swap`, where `model` carries the average itself.
+        """
+        _check_module("model", model)
+        if self._swapped:
+            raise RuntimeError("update: expected a call outside swap(), got one inside it")
+        if decay is None:
+            decay = self.decay(self._step) if callable(self.decay) else self.decay
+        check_number("decay", decay, low=0.0, high=1.0)
+        plan = self._match(model)
+        lerp_(plan.averaged, plan.averaged_online, float(decay))
+        if plan.copied:
+            torch._foreach_copy_(plan.copied, plan.copied_online)
+        self._step += 1
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averaged weights and buffers into `model`, in the dtypes and on the devices of `model`.
+
+        Args:
+            model: A module of the same names and shapes.
+
+        Raises:
+            TypeError: If `model` is not a module.
+            ValueError: If a tensor of `model` is missing, unexpected or of another shape.
+        """
+        _check_module("model", model)
+        plan = self._match(model)
+        for average, online in plan.pairs:
+            online.copy_(average)
+
+    @contextmanager
+    def swap(self, model: nn.Module) -> Iterator[None]:
+        """Inside the context `model` carries the averaged weights and buffers; its own come back on exit, bit for bit.
+
+        They come back after an exception too. `model.state_dict()` inside holds the averaged weights.
+
+        Args:
+            model: The online module.
+
+        Raises:
+            TypeError: If `model` is not a module.
+            ValueError: If a tensor of `model` is missing, unexpected or of another shape.
+            RuntimeError: If called inside another `swap` of the same average.
+        """
+        _check_module("model", model)
+        if self._swapped:
+            raise RuntimeError("swap: expected a call outside swap(), got one inside it")
+        plan = self._match(model)
+        own = [online.detach().clone() for _, online in plan.pairs]
+        self._swapped = True
+        try:
+            self.copy_to(model)
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, online), value in zip(plan.pairs, own, strict=True):
+                    online.copy_(value)
+            self._swapped = False
+
+    @override
+    def train(self, mode: bool = True) -> EMAWrapper:
+        """Keep the averaged module in `mode`, whatever a parent's `.train()` or `.eval()` asks for."""
+        del mode
+        keep = self.mode == "train"
+        self.training = keep
+        self.module.train(keep)
+        return self
+
+    def _match(self, model: nn.Module) -> _Plan:
+        """The plan for `model`, made anew when one of its or our tensors is another object than before."""
+        plan = self._plans.get(model)
+        if plan is None or not plan.is_current():
+            plan = _Plan(self.module, model, self.buffers_mode, blame="model")
+            self._plans[model] = plan
+        return plan
+
+    def _recast(self, device: torch.device | str | None = None) -> None:
+        """Give every floating tensor of the average the dtype it is to have, and move it where `device` says."""
+        tensors = _tensors(self.module).values()
+        if device is not None or any(_target_dtype(t, self.dtype) != t.dtype for t in tensors):
+
+            def recast(tensor: Tensor) -> Tensor:
+                return tensor.to(device=device, dtype=_target_dtype(tensor, self.dtype))
+
+            self.module._apply(recast)  # type: ignore[no-untyped-call]
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        """The number of updates, without which a decay schedule would start again."""
+        return torch.tensor(self._step)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        self._step = int(state)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": None}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._plans = WeakKeyDictionary()
+
+    @override
+    def extra_repr(self) -> str:
+        decay = self.decay if callable(self.decay) else f"{self.decay:g}"
+        return f"decay={decay}, buffers={self.buffers_mode!r}, mode={self.mode!r}, step={self._step}"
+
+
+class _Plan:
+    """Which tensor of the average goes with which of one online module, matched by name.
+
+    Walking a module tree costs more than the update itself, so the lists are made once. The online module is held
+    weakly: its tensors are kept, which hold nothing else, and a plan goes when its model does.
+    """
+
+    def __init__(self, average: nn.Module, online: nn.Module, buffers: Buffers, *, blame: str) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.averaged: list[Tensor] = []
+        self.averaged_online: list[Tensor] = []
+        self.copied: list[Tensor] = []
+        self.copied_online: list[Tensor] = []
+        parameters = {id(parameter) for parameter in online.parameters()}
+        seen: dict[int, tuple[str, Tensor]] = {}
+        for name, (old, new) in _matched(_tensors(average), _tensors(online), blame).items():
+            if id(old) in seen:
+                first, tied = seen[id(old)]
+                if tied is not new:
+                    wrong_value(blame, f"{name!r} and {first!r} tied as in the average", "two tensors")
+                continue
+            seen[id(old)] = (name, new)
+            self.pairs.append((old, new))
+            averageable = old.is_floating_point() or old.is_complex()
+            if averageable and (id(new) in parameters or buffers == "ema"):
+                self.averaged.append(old)
+                self.averaged_online.append(new)
+            elif not averageable or buffers == "copy":
+                self.copied.append(old)
+                self.copied_online.append(new)
+        self._contents = _contents(average) + _contents(online)
+
+    def is_current(self) -> bool:
+        """Whether both module trees still hold the very tensors and submodules this plan was made from."""
+        for reference, entries in self._contents:
+            module = reference()
+            if module is None:
+                return False
+            for kind, saved in entries:
+                held = module.__dict__[kind]
+                if len(held) != len(saved):
+                    return False
+                for name, identity in saved:
+                    if id(held.get(name)) != identity:
+                        return False
+        return True
+
+
+_Entries: TypeAlias = list[tuple[str, list[tuple[str, int]]]]
+
+
+def _contents(root: nn.Module) -> list[tuple[ReferenceType[nn.Module], _Entries]]:
+    """The identity of all that each module of a tree holds. Tensors and modules alive in a plan keep their identity."""
+    return [
+        (
+            ref(module),
+            [
+                (kind, [(name, id(value)) for name, value in module.__dict__[kind].items()])
+                for kind in ("_parameters", "_buffers", "_modules")
+            ],
+        )
+        for module in root.modules()
+    ]
+
+
+def _matched(average: dict[str, Tensor], online: dict[str, Tensor], blame: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tensors of the same name in pairs, or a ValueError that names the first mismatch."""
+    for name, new in online.items():
+        if name not in average:
+            _name_mismatch(blame, name, in_average=False)
+        if average[name].shape != new.shape:
+            shapes = (tuple(average[name].shape), tuple(new.shape))
+            expected, got = shapes if blame == "model" else shapes[::-1]
+            wrong_value(blame, f"shape {expected} for {name!r}", str(got))
+    for name in average:
+        if name not in online:
+            _name_mismatch(blame, name, in_average=True)
+    return {name: (average[name], online[name]) for name in online}
+
+
+def _name_mismatch(blame: str, name: str, *, in_average: bool) -> NoReturn:
+    """Say which of the two has the tensor `name` and which has not; `blame` is the argument that came."""
+    other = "average" if blame == "model" else "model"
+    if in_average == (blame == "model"):
+        wrong_value(blame, f"a tensor {name!r} as in the {other}", "none")
+    wrong_value(blame, f"no tensor {name!r}, which the {other} does not have", "one")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, without the prefixes that wrappers add; tied ones under each name."""
+    wrapped = {
+        f"{path}.module".lstrip(".")
+        for path, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
+        kept, path = [], ""
+        for component in name.split("."):
+            path = f"{path}.{component}".lstrip(".")
+            if component != "_orig_mod" and path not in wrapped:
+                kept.append(component)
+        tensors[".".join(kept)] = tensor
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _deepcopy(model: nn.Module) -> nn.Module:
+    """A copy of the module that wrappers hold."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+            model = original
+        else:
+            break
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise TypeError(
+            f"model: expected a module that copy.deepcopy can copy, got {type(model).__name__}, for which it says: "
+            f"{error}. Build a second module of the same kind and pass it as teacher=."
+        ) from error
+
+
+def _check_module(name: str, module: object) -> None:
+    """A module whose parameters all exist."""
+    if not isinstance(module, nn.Module):
+        wrong_type(name, "a torch.nn.Module", describe(module))
+    for path, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            wrong_value(name, "initialised parameters (run a forward pass first)", f"lazy {path!r}")
+
+
+def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype a tensor is averaged in."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return dtype or (torch.float32 if is_16_bit(tensor.dtype) else tensor.dtype)
+
+
+def _widen(value: Any, *, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a leaf of any pytree
+    """A floating tensor narrower than `dtype`, widened; anything else as it is."""
+    narrower = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if narrower and value.dtype.itemsize < dtype.itemsize else value
+
+
+def _restore_precision(ema: EMAWrapper, incompatible_keys: object) -> None:
+    """After `load_state_dict(..., assign=True)` the tensors are the checkpoint's own: widen and freeze them again."""
+    del incompatible_keys
+    ema._recast()
+    ema.module.requires_grad_(False)

@@ -1,0 +1,118 @@
+"""Fusion weights that are learned and move smoothly."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from momentum_distill._checks import (
+    check_floating,
+    check_names,
+    check_number,
+    check_shape,
+    describe,
+    wrong_type,
+    wrong_value,
+)
+from momentum_distill._precision import WideModule
+from momentum_distill.functional import lerp_, straight_through
+
+
+class MomentumFusionFactors(WideModule):
+    r"""One learnable weight per modality; what multiplies the features is its moving average (Eq. 12).
+
+    $$F_f' = \mathrm{concat}_u(\bar w_u F_u), \qquad \bar w_u \leftarrow \eta\,\bar w_u + (1-\eta)\,w_u$$
+
+    The forward pass uses $\bar w_u$ while the gradient goes to $w_u$ (straight through). Call :meth:`update` after each
+    optimizer step.
+
+    Args:
+        modalities: Names, each once, in a fixed order.
+        init: First value of every factor, or a mapping from name to value. Paper: 1.
+        decay: Share $\eta$ that the average keeps at an update, in [0, 1]. Paper: 0.995. 0 uses the learned
+            weights as the last update found them.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If there is no name, a name twice, or a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> fuse = MomentumFusionFactors(["text", "audio"])
+        >>> weighted = fuse({"text": torch.ones(2, 3), "audio": torch.ones(2, 3)})
+        >>> fuse.update()
+        >>> fuse.factors()
+        {'text': 1.0, 'audio': 1.0}
+
+    References:
+        MTMD (Lin and Hu, 2023), Eq. 12, Fig. 4 and Fig. 7.
+    """
+
+    average: Tensor
+
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        *,
+        init: float | Mapping[str, float] = 1.0,
+        decay: float = 0.995,
+    ) -> None:
+        super().__init__()
+        if isinstance(modalities, str) or not isinstance(modalities, Sequence):
+            wrong_type("modalities", "a sequence of names", describe(modalities))
+        for name in modalities:
+            if not isinstance(name, str):
+                wrong_type("modalities", "names that are strings", describe(name))
+        if not modalities or len(set(modalities)) < len(modalities):
+            wrong_value("modalities", "at least one name, each once", describe(list(modalities)))
+        check_number("decay", decay, low=0.0, high=1.0)
+        self.modalities = tuple(modalities)
+        self.decay = float(decay)
+        if isinstance(init, Mapping):
+            check_names("init", init, self.modalities)
+        values = [init[name] if isinstance(init, Mapping) else init for name in self.modalities]
+        for value in values:
+            check_number("init", value, low=-float("inf"))
+        self.weight = nn.Parameter(torch.tensor([float(value) for value in values]))
+        self.register_buffer("average", self.weight.detach().clone())
+
+    @override
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Multiply each modality's features by its factor.
+
+        Args:
+            features: `{name: (N, d)}` with exactly the modalities; the widths may differ.
+
+        Returns:
+            `{name: (N, d)}` in the order of `modalities`, in the dtype of the features.
+
+        Raises:
+            TypeError: If `features` is not a mapping, or an entry not a floating tensor.
+            ValueError: If the names are not the modalities, an entry is not a matrix, or their N differ.
+        """
+        if not isinstance(features, Mapping):
+            wrong_type("features", "a mapping from name to tensor", describe(features))
+        check_names("features", features, self.modalities)
+        for name in self.modalities:
+            check_floating(f"features[{name!r}]", features[name], shape=("N", "d"))
+        rows = features[self.modalities[0]].shape[0]
+        factors = straight_through(self.average, self.weight).unbind()
+        weighted = {}
+        for name, factor in zip(self.modalities, factors, strict=True):
+            check_shape(f"features[{name!r}]", features[name], (rows, features[name].shape[1]))
+            weighted[name] = features[name] * factor
+        return weighted
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the learned weights (Eq. 6); call it after the optimizer step."""
+        lerp_([self.average], [self.weight], self.decay)
+
+    def factors(self) -> dict[str, float]:
+        """The factors in use, by modality (Fig. 7). Makes the host wait for the device."""
+        return dict(zip(self.modalities, self.average.tolist(), strict=True))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"modalities={list(self.modalities)}, decay={self.decay:g}"

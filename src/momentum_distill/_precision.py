@@ -1,0 +1,31 @@
+"""State that stays in 32 bits or more when the model around it is cast to 16."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+
+def is_16_bit(dtype: torch.dtype) -> bool:
+    """A floating dtype too narrow to accumulate in: float16, bfloat16 and the 8-bit floats."""
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
+class WideModule(nn.Module):
+    """A module whose wide floats never become narrow: `.half()`, `.bfloat16()` and `.to(dtype)` leave them alone.
+
+    An average, a queue or a learned temperature in 16 bits stands still: one step of it is smaller than the spacing of
+    the numbers. So casting the model around it must not reach it. Devices change as asked.
+    """
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wide = tensor.is_floating_point() and not is_16_bit(tensor.dtype)
+            return tensor.to(moved.device) if wide and is_16_bit(moved.dtype) else moved
+
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        return self

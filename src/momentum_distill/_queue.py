@@ -1,0 +1,301 @@
+"""A labelled ring of features in several streams that stay in step."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from momentum_distill._checks import (
+    check_bool,
+    check_device,
+    check_device_name,
+    check_finite,
+    check_floating,
+    check_int,
+    check_labels,
+    check_mask,
+    check_names,
+    check_values,
+    describe,
+    wrong_type,
+    wrong_value,
+)
+from momentum_distill._group import Group, check_group, require_single_process
+from momentum_distill._precision import WideModule
+from momentum_distill.functional import UNLABELLED, l2_normalize
+
+EMPTY = -1
+"""Label of a slot that holds nothing, the `ignore_index` of the losses."""
+
+
+class ClassQueue(WideModule):
+    r"""The most recent `size` samples: a label and one feature row per stream each (Section III-E.2).
+
+    Slot $j$ is the same sample in all streams, as Eq. 11 needs when it compares the similarities to online and momentum
+    keys slot by slot. Any batch goes in: of any size, wrapping around, larger than the queue (the newest stay), empty.
+    Rows are stored detached and L2-normalised. The queue starts empty; empty slots have the label -1, which the losses
+    ignore. Every field is a buffer of fixed shape: a restored queue goes on bit for bit.
+
+    Args:
+        size: Number of slots $Q$. Paper: 1,024 (MOSI), 8,192 (MOSEI).
+        dims: `{stream: width}`, say `{"text": 128, "audio": 128, "audio_momentum": 128}`.
+        num_classes: Number of classes $C$; needed for `balanced`, else known to `validate` alone.
+        balanced: Give each class its own share of the ring, `size // C` slots (one more for the first `size % C`
+            classes), so that a rare class does not starve. Unlabelled samples (-2) have no share and are not stored.
+        normalize: L2-normalise rows on entry.
+        dtype: Floating dtype of the stored rows, whatever the batches have; `.half()` on a parent does not change it.
+        device: Where the queue lives; `.to()` moves it.
+        group: Whose rows the queue holds: `"auto"`, None (this process) or a process group. More than one rank is
+            refused in this version.
+        validate: Also check tensor values at every call; makes the host wait for the device.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number or name is wrong, or `balanced` lacks `num_classes`.
+
+    Example:
+        >>> import torch
+        >>> queue = ClassQueue(3, {"text": 2})
+        >>> queue.enqueue(torch.tensor([0, 1]), {"text": torch.tensor([[2.0, 0.0], [0.0, 4.0]])})
+        >>> keys, labels = queue.read("text")
+        >>> keys, labels
+        (tensor([[1., 0.],
+                [0., 1.]]), tensor([0, 1]))
+        >>> queue.read("text", padded=True)[1]
+        tensor([ 0,  1, -1])
+
+    References:
+        MTMD (Lin and Hu, 2023), Section III-E.2; MoCo (He et al., 2020). The paper has one queue per stream and does
+        not say how a rare class fares: `docs/paper_map.md`.
+    """
+
+    count: Tensor
+    labels: Tensor
+    share: Tensor
+    first_slot: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dims: Mapping[str, int],
+        *,
+        num_classes: int | None = None,
+        balanced: bool = False,
+        normalize: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        group: Group = "auto",
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        check_int("size", size, minimum=1)
+        _check_dims(dims)
+        check_bool("balanced", balanced)
+        check_bool("normalize", normalize)
+        if not isinstance(dtype, torch.dtype):
+            wrong_type("dtype", "a torch.dtype", describe(dtype))
+        if not dtype.is_floating_point:
+            wrong_value("dtype", "a floating dtype", str(dtype))
+        check_device_name(device)
+        check_group(group)
+        check_bool("validate", validate)
+        if num_classes is not None:
+            check_int("num_classes", num_classes, minimum=1)
+        elif balanced:
+            wrong_value("num_classes", "an int beside balanced=True", "None")
+        groups = num_classes if balanced and num_classes is not None else 1
+        if size < groups:
+            wrong_value("size", f"at least one slot for each of {groups} classes", str(size))
+        self.size = size
+        self.dims = dict(dims)
+        self.num_classes = num_classes
+        self.balanced = balanced
+        self.normalize = normalize
+        self.group = group
+        self.validate = validate
+
+        # A ring per class (one ring in all unless balanced): where it starts, how long it is, how many samples it was
+        # ever given. The next slot is `first_slot + count % share`, on the device: no host knows how many rows of a
+        # batch are stored.
+        share = torch.full((groups,), size // groups, device=device)
+        share[: size % groups] += 1
+        self.register_buffer("share", share, persistent=False)
+        self.register_buffer("first_slot", share.cumsum(0) - share, persistent=False)
+        self.register_buffer("count", torch.zeros(groups, dtype=torch.int64, device=device))
+        # Slot `size` is where rows go that are not stored: always zeros and -1, never read. With it every write has a
+        # fixed shape. Row s of `labels` belongs to stream s: a stream that misses a sample has -1 there.
+        self.register_buffer("labels", torch.full((len(dims), size + 1), EMPTY, dtype=torch.int64, device=device))
+        for stream, width in dims.items():
+            self.register_buffer(_buffer_name(stream), torch.zeros(size + 1, width, dtype=dtype, device=device))
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The names of the streams."""
+        return tuple(self.dims)
+
+    @torch.no_grad()
+    def enqueue(
+        self,
+        labels: Tensor,
+        features: Mapping[str, Tensor],
+        *,
+        valid: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Store a batch, the oldest samples giving way. Makes no device wait.
+
+        Call it after the loss: keys of the batch itself are passed to the loss as a part of their own.
+
+        Args:
+            labels: Integer, shape `(N,)`: class, -1 (absent: not stored) or -2 (stored as unlabelled).
+            features: `{stream: (N, d_stream)}` with exactly the streams of the queue, floating, with or without
+                gradient.
+            valid: `{stream: (N,)}` bool for some of the streams: False where the sample lacks this modality. The slot
+                is then empty for this stream alone, and what the row holds does not matter. Give streams that are
+                compared slot by slot (online and momentum) the same.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If names, shapes or devices are wrong, or a label reaches `num_classes` in a balanced queue (an
+                accelerator asserts on its own instead, unless `validate` looks first). The queue is then unchanged.
+            NotImplementedError: If `group` stands for several ranks.
+        """
+        require_single_process(self.group)
+        check_labels("labels", labels, shape=("N",))
+        check_device("labels", labels, self.labels.device, like="the queue")
+        rows = labels.shape[0]
+        if not isinstance(features, Mapping):
+            wrong_type("features", "a mapping from stream to tensor", describe(features))
+        check_names("features", features, self.dims)
+        valid = {} if valid is None else valid
+        if not isinstance(valid, Mapping):
+            wrong_type("valid", "a mapping from stream to bool tensor, or None", describe(valid))
+        for stream, mask in valid.items():
+            if stream not in self.dims:
+                wrong_value("valid", f"names among {sorted(self.dims)}", describe(stream))
+            check_mask(f"valid[{stream!r}]", mask, shape=(rows,))
+            check_device(f"valid[{stream!r}]", mask, self.labels.device, like="the queue")
+        for stream, width in self.dims.items():
+            name = f"features[{stream!r}]"
+            check_floating(name, features[stream], shape=(rows, width))
+            check_device(name, features[stream], self.labels.device, like="the queue")
+        if self.validate:
+            self._validate(labels, features, valid)
+
+        labels = labels.to(torch.int64)
+        slots, stored, given = self._slots(labels)
+        for index, stream in enumerate(self.dims):
+            kept = stored & valid[stream] if stream in valid else stored
+            values = torch.where(kept[:, None], features[stream], 0.0)
+            values = l2_normalize(values) if self.normalize else values
+            bank = self.get_buffer(_buffer_name(stream))
+            bank.index_copy_(0, slots, values.to(bank.dtype))
+            self.labels[index].index_copy_(0, slots, torch.where(kept, labels, EMPTY))
+        self.count += given
+
+    def _slots(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each row goes (N,), which rows are stored (N,), and how many each ring is given (groups,)."""
+        if self.balanced:
+            given = labels >= 0
+            ring = labels.clamp(min=0)
+            member = ring[:, None] == torch.arange(len(self.share), device=labels.device)
+        else:
+            given = labels != EMPTY
+            ring = torch.zeros_like(labels)
+            member = torch.ones_like(labels, dtype=torch.bool)[:, None]
+        member = member & given[:, None]
+        order = member.cumsum(dim=0) - 1  # the how-manieth of its ring's rows in this batch, (N, groups)
+        try:
+            order = order.gather(1, ring[:, None])[:, 0]
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"labels: expected values below num_classes={self.num_classes}, got {int(labels.max())}"
+            ) from error
+        total = member.sum(dim=0)
+        share = self.share[ring]
+        # Of more rows than a ring holds, the newest stay.
+        stored = given & (order >= total[ring] - share)
+        slots = self.first_slot[ring] + (self.count[ring] + order) % share
+        return torch.where(stored, slots, self.size), stored, total
+
+    def read(self, stream: str, *, padded: bool = False) -> tuple[Tensor, Tensor]:
+        """Keys and labels of one stream.
+
+        Args:
+            stream: Name of the stream.
+            padded: False: a copy of what the queue holds, oldest first (class by class in a balanced queue), which no
+                later `enqueue` touches; asks the device how much that is. True: all slots in their places,
+                without a copy and without waiting, in static shapes for `torch.compile`. These are live views: a
+                gradient that was to flow through them after the next `enqueue` is refused by autograd
+                (`SupConDistillLoss` keeps what it needs, so the order does not matter to it).
+
+        Returns:
+            Keys `(M, d)` and labels `(M,)` with M the slots that hold something for this stream; or `(Q, d)` and
+            `(Q,)`, labels -1 where empty.
+
+        Raises:
+            TypeError: If `padded` is not a bool.
+            ValueError: If there is no such stream.
+        """
+        if stream not in self.dims:
+            wrong_value("stream", f"one of {sorted(self.dims)}", describe(stream))
+        check_bool("padded", padded)
+        keys = self.get_buffer(_buffer_name(stream))[: self.size]
+        labels = self.labels[self.streams.index(stream), : self.size]
+        if padded:
+            return keys, labels
+        order = self._oldest_first()
+        order = order[labels[order] != EMPTY]
+        return keys[order], labels[order]
+
+    def _oldest_first(self) -> Tensor:
+        """All slots, ring by ring, the one written next at the front of its ring."""
+        slots = torch.arange(self.size, device=self.labels.device)
+        ring = torch.searchsorted(self.first_slot, slots, right=True) - 1
+        start, share = self.first_slot[ring], self.share[ring]
+        return start + (slots - start + self.count[ring]) % share
+
+    def __len__(self) -> int:
+        """How many slots are filled. Makes the host wait for the device."""
+        return int(torch.minimum(self.count, self.share).sum())
+
+    def reset(self) -> None:
+        """Empty the queue."""
+        self.count.zero_()
+        self.labels.fill_(EMPTY)
+        for stream in self.dims:
+            self.get_buffer(_buffer_name(stream)).zero_()
+
+    def _validate(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
+        """Value checks."""
+        high = float("inf") if self.num_classes is None else self.num_classes - 1
+        check_values("labels", labels, low=UNLABELLED, high=high)
+        for stream in self.dims:
+            kept = labels != EMPTY
+            kept = kept & valid[stream] if stream in valid else kept
+            check_finite(f"features[{stream!r}]", features[stream], kept)
+
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"size={self.size}, dims={self.dims}, num_classes={self.num_classes}, "
+            f"balanced={self.balanced}, normalize={self.normalize}, group={self.group!r}"
+        )
+
+
+def _buffer_name(stream: str) -> str:
+    return f"keys_{stream}"
+
+
+def _check_dims(dims: object) -> None:
+    """A mapping from stream names, usable in buffer names, to widths."""
+    if not isinstance(dims, Mapping):
+        wrong_type("dims", "a mapping from stream to width", describe(dims))
+    if not dims:
+        wrong_value("dims", "at least one stream", "an empty mapping")
+    for stream, width in dims.items():
+        if not isinstance(stream, str):
+            wrong_type("dims", "stream names that are strings", describe(stream))
+        if not stream or "." in stream:
+            wrong_value("dims", "stream names without '.'", describe(stream))
+        check_int(f"dims[{stream!r}]", width, minimum=1)

@@ -1,0 +1,117 @@
+"""Response-based distillation: scores or logits drawn to a teacher and to a momentum model."""
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from momentum_distill import functional
+from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_number
+from momentum_distill._group import Group, check_group, require_single_process
+from momentum_distill.functional import Reduction, Task
+
+
+class ResponseDistillLoss(nn.Module):
+    r"""A student's outputs drawn to those of a teacher and of its own momentum model (Eq. 7, 10).
+
+    $$\mathcal L_{reg} = \tfrac1N\sum_i \big[(1-\alpha)\,|\hat y_t^i - \hat y_u^i|
+        + \alpha\,|\hat y_{u,m}^i - \hat y_u^i|\big]$$
+    $$\mathcal L_{cls} = \tfrac{T^2}N\sum_i \big[(1-\alpha)\,H(p_t^i, p_u^i) + \alpha\,H(p_{u,m}^i, p_u^i)\big]$$
+
+    Args:
+        task: `"regression"` (scores of shape `(N,)`) or `"classification"` (logits of shape `(N, C)`).
+        alpha: Weight $\alpha$ of the momentum term, in [0, 1]. Paper: 0.2 to 0.6.
+        temperature: $T > 0$ of Hinton et al. (2015), for classification, with the factor $T^2$. Paper: 1.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        detach_teacher: Stop the gradient at the teacher. The momentum outputs never get one.
+        group: Which processes a step belongs to: `"auto"`, None or a process group. More than one rank is refused in
+            this version.
+        validate: Also check tensor values at every call; makes the host wait for the device.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of its range or a choice is unknown.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = ResponseDistillLoss(task="regression", alpha=0.5)
+        >>> student, teacher, momentum = torch.zeros(2), torch.ones(2), torch.full((2,), 3.0)
+        >>> loss_fn(student, teacher, momentum)
+        tensor(2.)
+
+    References:
+        MTMD (Lin and Hu, 2023), Eq. 7 and 10; the formula stands in `functional.response_distill_loss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        alpha: float = 0.4,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        detach_teacher: bool = True,
+        group: Group = "auto",
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("task", task, functional.TASKS)
+        check_number("alpha", alpha, low=0.0, high=1.0)
+        check_number("temperature", temperature, low=0.0, open_low=True)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_bool("detach_teacher", detach_teacher)
+        check_group(group)
+        check_bool("validate", validate)
+        self.task: Task = task
+        self.alpha = float(alpha)
+        self.temperature = float(temperature)
+        self.reduction: Reduction = reduction
+        self.detach_teacher = detach_teacher
+        self.group = group
+        self.validate = validate
+
+    @override
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        momentum: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one student.
+
+        Args:
+            student: Scores `(N,)` or logits `(N, C)`, by `task`.
+            teacher: The teacher's outputs, shape as `student`.
+            momentum: The momentum model's outputs, shape as `student`; without them the teacher term stands alone.
+            mask: True keeps a row, bool, shape `(N,)`.
+            alpha: Overrides the weight of the momentum term for this call: in [0, 1], or a tensor of shape `()`.
+
+        Returns:
+            The loss, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If a shape or device is wrong.
+            NotImplementedError: If `group` stands for several ranks.
+        """
+        require_single_process(self.group)
+        return functional.response_distill_loss(
+            student,
+            teacher,
+            momentum,
+            task=self.task,
+            mask=mask,
+            alpha=self.alpha if alpha is None else alpha,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            detach_teacher=self.detach_teacher,
+            validate=self.validate,
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"task={self.task!r}, alpha={self.alpha:g}, temperature={self.temperature:g}, "
+            f"reduction={self.reduction!r}, detach_teacher={self.detach_teacher}, group={self.group!r}"
+        )

@@ -1,0 +1,223 @@
+"""Feature-based distillation: the supervised contrastive loss with momentum targets."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from momentum_distill import functional
+from momentum_distill._checks import (
+    REDUCTIONS,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+)
+from momentum_distill._group import Group, check_group, require_single_process
+from momentum_distill._precision import WideModule
+from momentum_distill._temperature import check_temperature, exp_in_range
+from momentum_distill.functional import (
+    Normalize,
+    Parts,
+    Positives,
+    Reduction,
+    SupConTerms,
+    check_normalize,
+)
+
+
+class SupConDistillLoss(WideModule):
+    r"""Draw each row to the keys of its class and to the similarities its momentum model sees (Eq. 8, 9, 11).
+
+    $$\mathcal L_i = (1-\alpha)\,\mathcal S_i + \alpha\,\mathrm{KL}(U_i \,\Vert\, V_i), \qquad
+      \mathcal S_i = -\frac{1}{K_i} \sum_{j : c_j = c_i} \log V_{ij}$$
+    $$V_i = \mathrm{softmax}_j(\bar q_i^\top \bar k_j / \tau), \qquad
+      U_i = \mathrm{softmax}_j(\bar q_i'^\top \bar k_j' / \tau)$$
+
+    This is one direction. For a teacher modality t and a student modality u the paper averages two: query $F_t$
+    against the keys of u, and query $F_u$ against the keys of t (`docs/quickstart.md` shows both). The mathematics,
+    and what happens to ignored, unlabelled and positive-less rows, stands in
+    :func:`momentum_distill.functional.supcon_distill_loss`.
+
+    Gradient goes wherever the inputs require it, into a teacher's features too: detach what should stand still.
+
+    The loss owns one parameter, the learned temperature: give `loss_fn.parameters()` to the optimizer, best without
+    weight decay.
+
+    Args:
+        temperature: $\tau$ at the start, inside `temperature_range`. Paper: 0.1 to 0.9.
+        learnable_temperature: Learn $\tau$ (as in the paper), or keep it fixed.
+        temperature_range: Smallest and largest $\tau$; a learned one stays inside and does not get stuck at a border.
+        alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
+        positives: `"outside"`, `"inside"` or `"inside_per_positive"`: how Eq. 8, 9 and 22 are read.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
+            of them, are unit rows as a `ClassQueue` stores them), or neither (False).
+        ignore_index: Label of a row or key that is absent. A padded read of a `ClassQueue` marks empty slots with -1.
+        group: Which processes a step belongs to: `"auto"`, None (this one alone) or a process group. More than one rank
+            is refused in this version.
+        validate: Also check tensor values at every call; makes the host wait for the device.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of its range or a choice is unknown.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = SupConDistillLoss(temperature=0.5, alpha=0.4)
+        >>> text, audio = torch.eye(2), torch.eye(2).flip(0)
+        >>> labels = torch.tensor([0, 1])
+        >>> loss = loss_fn(audio, text, labels, labels, momentum_query=text, momentum_keys=text)
+        >>> loss.shape, float(loss_fn.temperature)
+        (torch.Size([]), 0.5)
+
+    References:
+        MTMD (Lin and Hu, 2023), Eq. 8, 9, 11, 22 and 23; SupCon (Khosla et al., 2020). How the paper is read:
+        `docs/paper_map.md`.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.5,
+        learnable_temperature: bool = True,
+        temperature_range: tuple[float, float] = (0.01, 10.0),
+        alpha: float = 0.4,
+        positives: Positives = "outside",
+        reduction: Reduction = "mean",
+        normalize: Normalize = True,
+        ignore_index: int = -1,
+        group: Group = "auto",
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        check_bool("learnable_temperature", learnable_temperature)
+        self.temperature_range = check_temperature(temperature, temperature_range)
+        check_number("alpha", alpha, low=0.0, high=1.0)
+        check_choice("positives", positives, functional.POSITIVES)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_normalize(normalize)
+        check_int("ignore_index", ignore_index)
+        check_group(group)
+        check_bool("validate", validate)
+        self.initial_temperature = float(temperature)
+        # log(temperature / initial_temperature): zero now, so the start is exact in every precision.
+        self.log_temperature_ratio = nn.Parameter(torch.zeros(())) if learnable_temperature else None
+        self.alpha = float(alpha)
+        self.positives: Positives = positives
+        self.reduction: Reduction = reduction
+        self.normalize: Normalize = normalize
+        self.ignore_index = ignore_index
+        self.group = group
+        self.validate = validate
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature in use, inside its range: detached, float64, shape (), on the CPU (the host waits)."""
+        if self.log_temperature_ratio is None:
+            return torch.tensor(self.initial_temperature, dtype=torch.float64)
+        low, high = self.temperature_range
+        ratio = self.log_temperature_ratio.detach().cpu().double()  # some devices have no float64
+        return exp_in_range(ratio, self.initial_temperature, low, high)
+
+    @override
+    def forward(
+        self,
+        query: Tensor,
+        keys: Parts,
+        query_labels: Tensor,
+        key_labels: Parts,
+        *,
+        momentum_query: Tensor | None = None,
+        momentum_keys: Parts | None = None,
+        alpha: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one direction.
+
+        Args:
+            query: Features of the batch, shape `(N, d)`.
+            keys: Features to compare with, shape `(Q, d)`, or a tuple of parts taken as concatenated (the keys of the
+                batch, then a queue); gradient is computed only for the parts that require it.
+            query_labels: Integer, shape `(N,)`: class, `ignore_index` (absent) or -2 (unlabelled).
+            key_labels: Integer, shape `(Q,)`, a tuple of parts where `keys` is one.
+            momentum_query: The query from the momentum model, shape `(N, d)`. Together with `momentum_keys`.
+            momentum_keys: Keys that stand for the same samples as `keys`, shape `(Q, d)`, in parts like `keys`.
+            alpha: Overrides the weight of the momentum targets for this call (a ramp, say): a number in [0, 1] or a
+                tensor of shape `()`.
+
+        Returns:
+            The loss in nats, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If a shape or device is wrong, or only one momentum input is given.
+            NotImplementedError: If `group` stands for several ranks.
+        """
+        return self.terms(
+            query,
+            keys,
+            query_labels,
+            key_labels,
+            momentum_query=momentum_query,
+            momentum_keys=momentum_keys,
+            alpha=alpha,
+        ).total
+
+    def terms(
+        self,
+        query: Tensor,
+        keys: Parts,
+        query_labels: Tensor,
+        key_labels: Parts,
+        *,
+        momentum_query: Tensor | None = None,
+        momentum_keys: Parts | None = None,
+        alpha: float | Tensor | None = None,
+    ) -> SupConTerms:
+        """The loss with its parts; arguments as in the call.
+
+        Returns:
+            `total`, `supervised` (modality-shared), `distill` (modality-specific), `rows`, `rows_with_positive`.
+        """
+        require_single_process(self.group)
+        return functional.supcon_distill_terms(
+            query,
+            keys,
+            query_labels,
+            key_labels,
+            temperature=self._temperature(query, keys),
+            momentum_query=momentum_query,
+            momentum_keys=momentum_keys,
+            alpha=self.alpha if alpha is None else alpha,
+            positives=self.positives,
+            reduction=self.reduction,
+            normalize=self.normalize,
+            ignore_index=self.ignore_index,
+            validate=self.validate,
+        )
+
+    def _temperature(self, *features: object) -> float | Tensor:
+        """The temperature with its gradient, in float64 where the features are."""
+        if self.log_temperature_ratio is None:
+            return self.initial_temperature
+        wide = any(getattr(feature, "dtype", None) == torch.float64 for feature in features)
+        ratio = self.log_temperature_ratio.to(torch.float64) if wide else self.log_temperature_ratio
+        return exp_in_range(ratio, self.initial_temperature, *self.temperature_range)
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        """The initial temperature, without which the saved ratio means nothing."""
+        return torch.tensor(self.initial_temperature, dtype=torch.float64)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        self.initial_temperature = float(state)
+
+    @override
+    def extra_repr(self) -> str:
+        low, high = self.temperature_range
+        kind = "fixed" if self.log_temperature_ratio is None else f"learned in [{low:g}, {high:g}]"
+        return (
+            f"temperature={float(self.temperature):g} ({kind}), alpha={self.alpha:g}, "
+            f"positives={self.positives!r}, reduction={self.reduction!r}, "
+            f"normalize={self.normalize!r}, group={self.group!r}"
+        )

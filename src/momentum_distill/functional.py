@@ -1,0 +1,897 @@
+r"""Every formula of the library, once: pure functions, tensors in, tensors out, no state.
+
+The equation numbers are those of MTMD (Lin and Hu, *Multi-Task Momentum Distillation for Multimodal Sentiment
+Analysis*, IEEE Transactions on Affective Computing, 2023). Shapes: `N` rows of a batch, `Q` keys, `d` features, `C`
+classes. Sums run in float32 or wider whatever the inputs are, with autocast switched off inside; only shapes, dtypes
+and Python numbers are checked unless `validate=True`.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from momentum_distill._checks import (
+    REDUCTIONS,
+    check_bool,
+    check_choice,
+    check_device,
+    check_finite,
+    check_floating,
+    check_int,
+    check_labels,
+    check_mask,
+    check_number,
+    check_scalar,
+    check_shape,
+    check_values,
+    describe,
+    wrong_type,
+    wrong_value,
+)
+
+__all__ = [
+    "SupConTerms",
+    "contrast_logits",
+    "ema_update",
+    "hard_sample_fusion_loss",
+    "l2_normalize",
+    "response_distill_loss",
+    "straight_through",
+    "supcon_distill_loss",
+    "supcon_distill_terms",
+]
+
+Parts: TypeAlias = Tensor | Sequence[Tensor]
+Positives: TypeAlias = Literal["outside", "inside", "inside_per_positive"]
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+Task: TypeAlias = Literal["regression", "classification"]
+ClassWeight: TypeAlias = Literal["distance", "error_rate", "per_sample"]
+Normalize: TypeAlias = Literal["query"] | bool
+
+POSITIVES = ("outside", "inside", "inside_per_positive")
+TASKS = ("regression", "classification")
+CLASS_WEIGHTS = ("distance", "error_rate", "per_sample")
+
+UNLABELLED = -2
+"""Label of a sample that is there but has no class: nobody's positive, while the momentum terms stand."""
+
+
+class SupConTerms(NamedTuple):
+    """What :func:`supcon_distill_terms` returns, for logs and for Fig. 5(b) of the paper."""
+
+    total: Tensor
+    """$(1-\\alpha)\\cdot$ `supervised` $+\\,\\alpha\\cdot$ `distill`; shape `()`, or `(N,)` with `reduction="none"`."""
+    supervised: Tensor
+    """The modality-shared part, Eq. 9, reduced over the rows that have a positive key; shape as `total`."""
+    distill: Tensor
+    """The modality-specific part, the KL divergence of Eq. 11, reduced over all rows; shape as `total`."""
+    rows: Tensor
+    """How many rows count (label not `ignore_index`), int64, shape `()`."""
+    rows_with_positive: Tensor
+    """How many of them have at least one positive key, int64, shape `()`."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Similarities
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def l2_normalize(x: Tensor, *, eps: float = 1e-6) -> Tensor:
+    r"""Rows divided by their Euclidean length, with a bounded gradient.
+
+    $$\bar x = x / \lVert x \rVert_2$$
+
+    Each row is first divided by its largest magnitude, so squares neither overflow nor underflow. A row in which no
+    magnitude reaches `eps` has no direction to speak of: it becomes the zero row, with zero gradient (a plain division
+    by `max(norm, 1e-12)` sends a gradient of 1e12 there).
+
+    Args:
+        x: Features, shape `(N, d)`, floating.
+        eps: Smallest largest-magnitude of a row that has a direction.
+
+    Returns:
+        Unit rows (or zero rows), shape `(N, d)`, in float32 or wider.
+
+    Raises:
+        TypeError: If `x` is not a floating tensor, or `eps` not a number.
+        ValueError: If `x` is not a matrix, or `eps` not positive.
+
+    Example:
+        >>> import torch
+        >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    check_floating("x", x, shape=("N", "d"))
+    check_number("eps", eps, low=0.0, open_low=True)
+    return _normalize_rows(x.to(_sum_dtype(x)), eps)
+
+
+def _normalize_rows(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """:func:`l2_normalize` without checks."""
+    if x.shape[1] == 0:
+        return x
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    short = largest < eps  # False for NaN, which must stay NaN
+    scaled = torch.where(short, 0.0, x) / torch.where(short, 1.0, largest)
+    squares = scaled.square().sum(dim=1, keepdim=True)
+    return scaled * torch.where(short, 1.0, squares).rsqrt()
+
+
+def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor, normalize: Normalize = True) -> Tensor:
+    r"""Similarity of every query to every key, divided by the temperature: the exponents of Eq. 8.
+
+    $$s_{ij} = \bar q_i^\top \bar k_j / \tau$$
+
+    Args:
+        query: Features $q$, shape `(N, d)`.
+        keys: Features $k$, shape `(Q, d)`.
+        temperature: $\tau > 0$, a number or a tensor of shape `()`; smaller is sharper.
+        normalize: L2-normalise the rows of both (True), of `query` alone (`"query"`, for keys that are unit rows
+            already) or of neither (False: plain dot products).
+
+    Returns:
+        Logits, shape `(N, Q)`, in float32 or wider.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If the widths differ, or `temperature` is a number that is not positive and finite.
+
+    Example:
+        >>> import torch
+        >>> contrast_logits(torch.eye(2), torch.eye(2), temperature=0.5)
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+    check_floating("query", query, shape=("N", "d"))
+    check_floating("keys", keys, shape=("Q", query.shape[1]))
+    check_device("keys", keys, query.device, like="query")
+    check_scalar("temperature", temperature, low=0.0, open_low=True)
+    check_normalize(normalize)
+    dtype = _sum_dtype(query, keys)
+    with _full_precision(query):
+        query, keys = query.to(dtype), keys.to(dtype)
+        query = _normalize_rows(query) if normalize else query
+        keys = _normalize_rows(keys) if normalize is True else keys
+        return query @ keys.T / temperature
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Feature-based distillation: Eq. 8, 9, 11 (and 22, 23)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def supcon_distill_loss(
+    query: Tensor,
+    keys: Parts,
+    query_labels: Tensor,
+    key_labels: Parts,
+    *,
+    temperature: float | Tensor,
+    momentum_query: Tensor | None = None,
+    momentum_keys: Parts | None = None,
+    momentum_temperature: float | Tensor | None = None,
+    alpha: float | Tensor = 0.4,
+    positives: Positives = "outside",
+    reduction: Reduction = "mean",
+    normalize: Normalize = True,
+    ignore_index: int = -1,
+    validate: bool = False,
+) -> Tensor:
+    r"""Supervised contrastive loss of one direction, with soft targets from a momentum model.
+
+    With $s_{ij} = \bar q_i^\top \bar k_j / \tau$, $V_i = \mathrm{softmax}_j(s_{ij})$, labels $c$ and the
+    $K_i = \#\{j : c_j = c_i \ge 0\}$ positive keys of row $i$,
+
+    $$\mathcal L_i = (1-\alpha)\,\mathcal S_i + \alpha\, \mathrm{KL}(U_i \,\Vert\, V_i), \qquad
+      U_i = \mathrm{softmax}_j(\bar q_i'^\top \bar k_j' / \tau)$$
+
+    where $\mathcal S_i$ is, by `positives`,
+
+    - `"outside"`: $-\frac1{K_i}\sum_{j:c_j=c_i}\log V_{ij}$ (Eq. 9 with targets that sum to 1),
+    - `"inside"`: $-\log\sum_{j:c_j=c_i} V_{ij}$ (Eq. 8 put into Eq. 9),
+    - `"inside_per_positive"`: $-\frac1{K_i}\log\sum_{j:c_j=c_i} V_{ij}$ (Eq. 22 as printed).
+
+    No gradient flows through $U$, nor through the temperature inside it. Without momentum inputs the loss is
+    $\mathcal S_i$ alone.
+
+    A row or key whose label is `ignore_index` is left out of everything, whatever it holds. A row without a positive
+    key adds 0 to the supervised sum and does not count in its mean; its KL term stands. With no row or no key left
+    the loss is 0 and still connected to the graph. NaN in a row or key that counts makes the loss NaN.
+
+    Args:
+        query: Features $q$ of the batch, shape `(N, d)`.
+        keys: Features $k$ to compare with, shape `(Q, d)`; or a tuple of such parts, taken as concatenated (the keys
+            of the batch, then a queue). Gradient is computed only for the parts that require it.
+        query_labels: Classes of the rows, integer, shape `(N,)`. `ignore_index` = absent; any other negative number
+            (-2 by convention) = there but unlabelled: nobody's positive, while the KL term stands.
+        key_labels: Classes of the keys, integer, shape `(Q,)`; a tuple of parts where `keys` is one.
+        temperature: $\tau > 0$, a number or a tensor of shape `()` (with gradient if it requires it).
+        momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
+        momentum_keys: $k'$, shape `(Q, d)`, in parts like `keys`; key $j$ is the same sample in both.
+        momentum_temperature: Temperature inside $U$; by default `temperature`, detached.
+        alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
+        positives: Where the sum over the positive keys stands, see above.
+        reduction: `"mean"`: the mean of $\mathcal S_i$ over rows with a positive and the mean of the KL terms over
+            rows, weighted; `"sum"`; or `"none"`: one value per row, 0 where a row is left out.
+        normalize: True: rows of queries and keys are L2-normalised here; `"query"`: only those of the queries, the keys
+            (every part) are unit rows as a `ClassQueue` stores them; False: plain dot products.
+        ignore_index: Label of what is absent.
+        validate: Also check values: finite features, labels of at least -2, unit rows where keys must have them. Makes
+            the host wait for the device.
+
+    Returns:
+        The loss in nats, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device, range or choice is wrong, or only one momentum input is given.
+
+    Example:
+        >>> import torch
+        >>> query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        >>> supcon_distill_loss(
+        ...     query, keys, torch.tensor([0, 1]), torch.tensor([0, 1, 0]), temperature=1.0
+        ... )
+        tensor(0.7067)
+
+    References:
+        MTMD, Eq. 8, 9, 11, 22 and 23. Eq. 9 and 11 average two directions: call once for each. The sum over the
+        positives stands outside the logarithm by default, as in SupCon (Khosla et al., 2020): `docs/paper_map.md`.
+    """
+    return supcon_distill_terms(
+        query,
+        keys,
+        query_labels,
+        key_labels,
+        temperature=temperature,
+        momentum_query=momentum_query,
+        momentum_keys=momentum_keys,
+        momentum_temperature=momentum_temperature,
+        alpha=alpha,
+        positives=positives,
+        reduction=reduction,
+        normalize=normalize,
+        ignore_index=ignore_index,
+        validate=validate,
+    ).total
+
+
+def supcon_distill_terms(
+    query: Tensor,
+    keys: Parts,
+    query_labels: Tensor,
+    key_labels: Parts,
+    *,
+    temperature: float | Tensor,
+    momentum_query: Tensor | None = None,
+    momentum_keys: Parts | None = None,
+    momentum_temperature: float | Tensor | None = None,
+    alpha: float | Tensor = 0.4,
+    positives: Positives = "outside",
+    reduction: Reduction = "mean",
+    normalize: Normalize = True,
+    ignore_index: int = -1,
+    validate: bool = False,
+) -> SupConTerms:
+    r"""The parts of :func:`supcon_distill_loss`, same arguments.
+
+    Returns:
+        `total`, `supervised` (the modality-shared part), `distill` (the modality-specific KL part, 0 without momentum
+        inputs), `rows` and `rows_with_positive`.
+
+    Example:
+        >>> import torch
+        >>> eye, labels = torch.eye(3), torch.tensor([0, 1, 5])
+        >>> terms = supcon_distill_terms(eye, eye[:2], labels, labels[:2], temperature=1.0)
+        >>> int(terms.rows), int(terms.rows_with_positive)
+        (3, 2)
+    """
+    check_floating("query", query, shape=("N", "d"))
+    rows, width = query.shape
+    check_labels("query_labels", query_labels, shape=(rows,))
+    check_device("query_labels", query_labels, query.device, like="query")
+    keys = _parts("keys", keys)
+    for name, part in _named("keys", keys):
+        check_floating(name, part, shape=("Q", width))
+        check_device(name, part, query.device, like="query")
+    key_labels = _parts("key_labels", key_labels)
+    if len(key_labels) != len(keys):
+        wrong_value("key_labels", f"{len(keys)} parts as keys", f"{len(key_labels)}")
+    for (name, part), key_part in zip(_named("key_labels", key_labels), keys, strict=True):
+        check_labels(name, part, shape=(key_part.shape[0],))
+        check_device(name, part, query.device, like="query")
+    if (momentum_query is None) != (momentum_keys is None):
+        missing = "momentum_query" if momentum_query is None else "momentum_keys"
+        wrong_value(missing, "both momentum inputs or neither", "None beside the other")
+    check_scalar("temperature", temperature, low=0.0, open_low=True)
+    if momentum_temperature is not None:
+        check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
+    check_scalar("alpha", alpha, low=0.0, high=1.0)
+    check_choice("positives", positives, POSITIVES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_normalize(normalize)
+    check_int("ignore_index", ignore_index)
+    check_bool("validate", validate)
+    momentum_parts: tuple[Tensor, ...] = ()
+    if momentum_query is not None and momentum_keys is not None:
+        check_floating("momentum_query", momentum_query, shape=(rows, width))
+        check_device("momentum_query", momentum_query, query.device, like="query")
+        momentum_parts = _parts("momentum_keys", momentum_keys)
+        if len(momentum_parts) != len(keys):
+            wrong_value("momentum_keys", f"{len(keys)} parts as keys", f"{len(momentum_parts)}")
+        for (name, part), key_part in zip(_named("momentum_keys", momentum_parts), keys, strict=True):
+            check_floating(name, part, shape=tuple(key_part.shape))
+            check_device(name, part, query.device, like="query")
+    if validate:
+        _validate_contrast(query, keys, query_labels, key_labels, normalize, ignore_index)
+        if momentum_query is not None:
+            check_finite("momentum_query", momentum_query, query_labels != ignore_index)
+            for (name, part), labels in zip(_named("momentum_keys", momentum_parts), key_labels, strict=True):
+                check_finite(name, part, labels != ignore_index)
+
+    momentum_tensors = momentum_parts if momentum_query is None else (momentum_query, *momentum_parts)
+    dtype = _sum_dtype(query, *keys, *momentum_tensors)
+    present = query_labels != ignore_index  # (N,)
+    labels = torch.cat(key_labels)  # (Q,)
+    key_present = labels != ignore_index  # (Q,)
+    positive = (query_labels[:, None] == labels) & (labels >= 0) & key_present  # (N, Q)
+    positive_count = positive.sum(dim=1)  # K_i, (N,)
+    has_positive = (positive_count > 0) & present
+
+    with _full_precision(query):
+        logits = _present_logits(query, keys, present, key_labels, temperature, normalize, ignore_index, dtype)
+        lse = _logsumexp(logits, key_present.expand_as(logits))
+        supervised = _supervised_rows(logits, lse, positive, positive_count, positives)
+        if momentum_query is None:
+            distill = torch.zeros_like(lse)
+        else:
+            with torch.no_grad():
+                if momentum_temperature is None:
+                    momentum_temperature = temperature
+                momentum_logits = _present_logits(
+                    momentum_query,
+                    momentum_parts,
+                    present,
+                    key_labels,
+                    momentum_temperature,
+                    normalize,
+                    ignore_index,
+                    dtype,
+                )
+                momentum_lse = _logsumexp(momentum_logits, key_present.expand_as(logits))
+                targets = (momentum_logits - momentum_lse[:, None]).exp()  # U, (N, Q)
+                targets = torch.where(key_present, targets, 0.0)
+            distill = _kl_rows(targets, momentum_logits, momentum_lse, logits, lse)
+        # Rows left out are zero vectors by now, so their terms are finite and this drops them for good.
+        supervised = torch.where(present, supervised, 0.0)
+        distill = torch.where(present, distill, 0.0)
+        row_count, positive_rows = present.sum(), has_positive.sum()
+        if reduction != "none":
+            supervised, distill = supervised.sum(), distill.sum()
+        if reduction == "mean":
+            supervised = supervised / positive_rows.clamp(min=1)
+            distill = distill / row_count.clamp(min=1)
+        total = supervised
+        if momentum_query is not None:
+            total = (1 - alpha) * supervised + alpha * distill
+    return SupConTerms(total, supervised, distill, row_count, positive_rows)
+
+
+def _present_logits(
+    query: Tensor,
+    keys: tuple[Tensor, ...],
+    present: Tensor,
+    key_labels: tuple[Tensor, ...],
+    temperature: float | Tensor,
+    normalize: Normalize,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Logits (N, Q) of all key parts; rows and keys that are left out are zero vectors, whatever they held.
+
+    Zeroing the features, not only the logits, matters: the backward pass multiplies them, and 0 * NaN is NaN. It also
+    leaves nothing in the graph that a later write into a queue could spoil.
+    """
+    query = torch.where(present[:, None], query.to(dtype), 0.0)
+    query = (_normalize_rows(query) if normalize else query) / temperature
+    logits = []
+    for part, labels in zip(keys, key_labels, strict=True):
+        part = torch.where((labels != ignore_index)[:, None], part.to(dtype), 0.0)
+        part = _normalize_rows(part) if normalize is True else part
+        logits.append(query @ part.T)
+    return torch.cat(logits, dim=1)
+
+
+def _logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
+    """Log-sum-exp over the keys that `mask` (N, Q) keeps, 0 in a row that keeps none; finite gradients either way."""
+    if logits.shape[1] == 0:
+        return logits.sum(dim=1)  # zeros, connected to the graph
+    some = mask.any(dim=1, keepdim=True)
+    masked = torch.where(some, logits.masked_fill(~mask, -torch.inf), logits * 0)
+    return torch.where(some[:, 0], masked.logsumexp(dim=1), logits.sum(dim=1) * 0)
+
+
+def _supervised_rows(
+    logits: Tensor, lse: Tensor, positive: Tensor, positive_count: Tensor, positives: Positives
+) -> Tensor:
+    r"""$\mathcal S_i$ of :func:`supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
+    count = positive_count.clamp(min=1)
+    if positives == "outside":
+        rows = lse - torch.where(positive, logits, 0.0).sum(dim=1) / count
+    else:
+        rows = lse - _logsumexp(logits, positive)
+        if positives == "inside_per_positive":
+            rows = rows / count
+    return torch.where(positive_count > 0, rows, lse * 0)
+
+
+def _kl_rows(targets: Tensor, momentum_logits: Tensor, momentum_lse: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
+    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(s'_{ij} - s_{ij}) - lse'_i + lse_i$, shape `(N,)`, Eq. 11."""
+    return (targets * (momentum_logits - logits)).sum(dim=1) - momentum_lse + lse
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Response-based distillation: Eq. 7 and 10
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def response_distill_loss(
+    student: Tensor,
+    teacher: Tensor,
+    momentum: Tensor | None = None,
+    *,
+    task: Task,
+    mask: Tensor | None = None,
+    alpha: float | Tensor = 0.4,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    detach_teacher: bool = True,
+    validate: bool = False,
+) -> Tensor:
+    r"""A student's outputs drawn to those of a teacher and of its own momentum model.
+
+    $$\mathcal L_{reg} = \tfrac1N\sum_i \big[(1-\alpha)\,|\hat y_t^i - \hat y_u^i|
+        + \alpha\,|\hat y_{u,m}^i - \hat y_u^i|\big]$$
+    $$\mathcal L_{cls} = \tfrac{T^2}N\sum_i \big[(1-\alpha)\,H(p_t^i, p_u^i) + \alpha\,H(p_{u,m}^i, p_u^i)\big],
+        \qquad p = \mathrm{softmax}(\text{logits} / T)$$
+
+    Without `momentum` the teacher term stands alone, with weight 1.
+
+    Args:
+        student: $\hat y_u$, scores of shape `(N,)` for `task="regression"`; logits of shape `(N, C)` for
+            `"classification"`.
+        teacher: $\hat y_t$, shape as `student`. Logits may be $-\infty$: probability 0.
+        momentum: Outputs of the student's momentum model, shape as `student`. Never gets a gradient.
+        task: `"regression"` or `"classification"`.
+        mask: True keeps a row, bool, shape `(N,)`. What a masked row holds changes nothing.
+        alpha: Weight $\alpha$ of the momentum term, in [0, 1].
+        temperature: $T > 0$ of Hinton et al. (2015), for classification; both terms get the factor $T^2$.
+        reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
+        detach_teacher: Stop the gradient at `teacher`.
+        validate: Also check values: student finite, teacher and momentum free of NaN. Makes the host wait.
+
+    Returns:
+        The loss (nats for classification), shape `()`, or `(N,)` with `reduction="none"`; float32 or wider. With no row
+        kept: 0, connected to the graph.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device, range or choice is wrong; `(N, 1)` beside `(N,)` is never broadcast.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([0.0, 2.0]), torch.tensor([1.0, -1.0])
+        >>> response_distill_loss(student, teacher, task="regression")
+        tensor(2.)
+
+    References:
+        MTMD, Eq. 7 and 10. The paper has no temperature here: 1 is its setting.
+    """
+    check_choice("task", task, TASKS)
+    check_floating("student", student, shape=("N",) if task == "regression" else ("N", "C"))
+    others = [("teacher", teacher)] + ([] if momentum is None else [("momentum", momentum)])
+    for name, other in others:
+        check_floating(name, other, shape=tuple(student.shape))
+        check_device(name, other, student.device, like="student")
+    mask = _row_mask(mask, student, like="student")
+    check_scalar("alpha", alpha, low=0.0, high=1.0)
+    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_bool("detach_teacher", detach_teacher)
+    check_bool("validate", validate)
+    if validate:
+        check_finite("student", student, mask)
+        for name, other in others:
+            check_finite(name, other.clamp(min=-1.0), mask)  # -inf is a legal logit of a teacher
+
+    dtype = _sum_dtype(student, *(other for _, other in others))
+    distance = _absolute_error if task == "regression" else _soft_cross_entropy
+    scale = 1.0 if task == "regression" else 1.0 / temperature
+    with _full_precision(student):
+        student = _keep_rows(student.to(dtype), mask) * scale
+        teacher = _keep_rows((teacher.detach() if detach_teacher else teacher).to(dtype), mask)
+        rows = distance(teacher * scale, student)
+        if momentum is not None:
+            momentum = _keep_rows(momentum.detach().to(dtype), mask)
+            rows = (1 - alpha) * rows + alpha * distance(momentum * scale, student)
+        return _reduce_rows(rows / scale**2, mask, reduction)
+
+
+def _absolute_error(teacher: Tensor, student: Tensor) -> Tensor:
+    """|teacher - student| by row, shape `(N,)`."""
+    return (teacher - student).abs()
+
+
+def _soft_cross_entropy(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    r"""$H(p, q) = -\sum_c p_c \log q_c$ of logits by row, shape `(N,)`; $0 \log 0 = 0$ in value and gradient."""
+    probs = teacher_logits.softmax(dim=1)
+    log_probs = student_logits.log_softmax(dim=1)
+    return -(probs * torch.where(probs == 0, 0.0, log_probs)).sum(dim=1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Fusion distillation with attention to hard samples: Eq. 14 and 15
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def hard_sample_fusion_loss(
+    *,
+    student_scores: Tensor | None = None,
+    student_logits: Tensor | None = None,
+    fused_scores: Tensor | None = None,
+    fused_logits: Tensor | None = None,
+    targets: Tensor | None = None,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    hard_attention: bool = True,
+    class_weight: ClassWeight = "distance",
+    reduction: Reduction = "mean",
+    detach_teacher: bool = True,
+    ignore_index: int = -1,
+    validate: bool = False,
+) -> Tensor:
+    r"""The fused prediction teaches one modality, most where the fusion itself is still wrong.
+
+    $$\mathcal L = \tfrac1N\sum_i w_{reg}^i\,|\hat y_f^i - \hat y_u^i|
+        + w_{cls}\,\tfrac1N\sum_i H(\hat p_f^i, \hat p_u^i)$$
+    $$w_{reg}^i = \tanh|y^i - \hat y_f^i|, \qquad w_{cls} = \tfrac1N\sum_i |p^i - \arg\max \hat p_f^i|$$
+
+    The weights carry no gradient. Either part alone is allowed: give its student, its fused output and its truth.
+
+    Args:
+        student_scores: $\hat y_u$, shape `(N,)`.
+        student_logits: Logits of $\hat p_u$, shape `(N, C)`.
+        fused_scores: $\hat y_f$, shape `(N,)`.
+        fused_logits: Logits of $\hat p_f$, shape `(N, C)`.
+        targets: Ground truth $y$, floating, shape `(N,)`. Not needed without `hard_attention`.
+        labels: Ground truth classes $p$, integer, shape `(N,)`. Not needed without `hard_attention`. `ignore_index`:
+            the row is absent, from both parts; another negative number (-2): unlabelled, it has no say in $w_{cls}$
+            while its cross-entropy stands.
+        mask: True keeps a row, bool, shape `(N,)`. What a masked row holds changes nothing.
+        hard_attention: False sets all weights to 1 (Table II, "w/o HardAtt").
+        class_weight: `"distance"`: $w_{cls}$ as printed, class indices taken as numbers (order them by sentiment);
+            `"error_rate"`: the share of mistakes, for classes without an order; `"per_sample"`: $|p^i - \arg\max
+            \hat p_f^i|$ for each sample by itself, an unlabelled one taking the mean.
+        reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
+        detach_teacher: Stop the gradient at the fused outputs.
+        ignore_index: Label of a row that is absent.
+        validate: Also check values: finite inputs, labels in [-2, C). Makes the host wait for the device.
+
+    Returns:
+        The loss, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider. With no row kept: 0, connected to
+        the graph.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or choice is wrong, a part is incomplete, or both are missing.
+
+    Example:
+        >>> import torch
+        >>> hard_sample_fusion_loss(
+        ...     student_scores=torch.tensor([0.0]),
+        ...     fused_scores=torch.tensor([1.0]),
+        ...     targets=torch.tensor([2.0]),
+        ... )
+        tensor(0.7616)
+
+    References:
+        MTMD, Eq. 14 and 15; the sum over modalities of Eq. 16 is the caller's.
+    """
+    check_bool("hard_attention", hard_attention)
+    check_choice("class_weight", class_weight, CLASS_WEIGHTS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_bool("detach_teacher", detach_teacher)
+    check_int("ignore_index", ignore_index)
+    check_bool("validate", validate)
+    scores = _complete_part(
+        ("student_scores", student_scores),
+        ("fused_scores", fused_scores),
+        ("targets", targets),
+        shape=("N",),
+        truth_needed=hard_attention,
+    )
+    logits = _complete_part(
+        ("student_logits", student_logits),
+        ("fused_logits", fused_logits),
+        ("labels", labels),
+        shape=("N", "C"),
+        truth_needed=hard_attention,
+    )
+    given = scores if scores is not None else logits
+    if given is None:
+        wrong_value("student_scores", "scores, logits or both (student and fused)", "neither part")
+    first = given[0]
+    rows = first.shape[0]
+    like = "student_scores" if scores is not None else "student_logits"
+    if logits is not None:
+        check_shape("student_logits", logits[0], (rows, logits[0].shape[1]))
+        check_device("student_logits", logits[0], first.device, like=like)
+    if targets is not None:
+        check_floating("targets", targets, shape=(rows,))
+        check_device("targets", targets, first.device, like=like)
+    if labels is not None:
+        check_labels("labels", labels, shape=(rows,))
+        check_device("labels", labels, first.device, like=like)
+    mask = _row_mask(mask, first, like=like)
+    if labels is not None:
+        mask = mask & (labels != ignore_index)
+    if validate:
+        _validate_fusion(scores, logits, targets, labels, mask)
+
+    tensors = [*(scores or ()), *(logits or ()), *(() if targets is None else (targets,))]
+    dtype = _sum_dtype(*tensors)
+    with _full_precision(first):
+        total = torch.zeros(rows, dtype=dtype, device=first.device)
+        if scores is not None:
+            student, fused = (_keep_rows(part.to(dtype), mask) for part in scores)
+            teacher = fused.detach() if detach_teacher else fused
+            part = _absolute_error(teacher, student)
+            if hard_attention and targets is not None:
+                part = _hard_sample_weight(fused, _keep_rows(targets.to(dtype), mask)) * part
+            total = total + part
+        if logits is not None:
+            student, fused = (_keep_rows(part.to(dtype), mask) for part in logits)
+            teacher = fused.detach() if detach_teacher else fused
+            part = _soft_cross_entropy(teacher, student)
+            if hard_attention and labels is not None:
+                part = _hard_class_weight(fused, labels, mask, class_weight) * part
+            total = total + part
+        return _reduce_rows(total, mask, reduction)
+
+
+def _hard_sample_weight(fused_scores: Tensor, targets: Tensor) -> Tensor:
+    r"""$w_{reg}^i = \tanh|y^i - \hat y_f^i|$, Eq. 14, shape `(N,)`."""
+    return (targets - fused_scores).detach().abs().tanh()
+
+
+def _hard_class_weight(fused_logits: Tensor, labels: Tensor, mask: Tensor, class_weight: ClassWeight) -> Tensor:
+    r"""$w_{cls} = \frac1N\sum_i|p^i - \arg\max\hat p_f^i|$, Eq. 14, shape `()`; `(N,)` by sample."""
+    labelled = mask & (labels >= 0)
+    distance = (labels - fused_logits.detach().argmax(dim=1)).abs()
+    if class_weight == "error_rate":
+        distance = (distance > 0).long()
+    distance = torch.where(labelled, distance, 0).to(fused_logits.dtype)
+    mean = distance.sum() / labelled.sum().clamp(min=1)
+    return torch.where(labelled, distance, mean) if class_weight == "per_sample" else mean
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Averages: Eq. 6 and 12
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ema_update(average: Sequence[Tensor], online: Sequence[Tensor], *, decay: float) -> None:
+    r"""One step of the exponential moving average, in place.
+
+    $$\theta_{ema} \leftarrow \eta\,\theta_{ema} + (1-\eta)\,\theta_{online}$$
+
+    As printed, Eq. 6 gives the *new* weights the factor $\eta = 0.995$; its text, and ALBEF which it follows, mean the
+    share that the old average keeps. That is `decay` here.
+
+    Args:
+        average: Tensors to update in place; their storage stays where it is.
+        online: As many tensors of the same shapes, in any floating dtype.
+        decay: $\eta$ in [0, 1]: 0 copies, 1 changes nothing.
+
+    Raises:
+        TypeError: If `decay` is not a number, or an entry is not a floating tensor.
+        ValueError: If `decay` is not in [0, 1], or number or shapes of the tensors differ.
+
+    Example:
+        >>> import torch
+        >>> average = [torch.zeros(2)]
+        >>> ema_update(average, [torch.ones(2)], decay=0.75)
+        >>> average
+        [tensor([0.2500, 0.2500])]
+    """
+    check_number("decay", decay, low=0.0, high=1.0)
+    if len(average) != len(online):
+        wrong_value("online", f"{len(average)} tensors as average", f"{len(online)}")
+    for index, (old, new) in enumerate(zip(average, online, strict=True)):
+        for name, tensor in ((f"average[{index}]", old), (f"online[{index}]", new)):
+            if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+                wrong_type(name, "a floating tensor", describe(tensor))
+        check_shape(f"online[{index}]", new, tuple(old.shape))
+    lerp_(average, online, decay)
+
+
+def lerp_(average: Sequence[Tensor], online: Sequence[Tensor], decay: float) -> None:
+    """:func:`ema_update` without checks; a dtype that differs is widened for the update."""
+    if decay == 1 or not average:
+        return
+    if decay == 0:
+        torch._foreach_copy_(list(average), list(online))
+        return
+    widened = [
+        new if (new.dtype, new.device) == (old.dtype, old.device) else new.to(old)
+        for old, new in zip(average, online, strict=True)
+    ]
+    torch._foreach_lerp_(list(average), widened, weight=1 - decay)
+
+
+def straight_through(average: Tensor, online: Tensor) -> Tensor:
+    r"""Value of `average`, gradient to `online`: the fusion factors of Eq. 12.
+
+    Args:
+        average: What the forward pass uses, any shape. Gets no gradient.
+        online: The learnable counterpart, same shape. Gets the gradient as if it had been used.
+
+    Returns:
+        A tensor equal to `average`.
+
+    Raises:
+        TypeError: If an argument is not a floating tensor.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> online = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> straight_through(torch.tensor([0.5, 2.0]), online).sum().backward()
+        >>> online.grad
+        tensor([1., 1.])
+    """
+    if not isinstance(average, Tensor):
+        wrong_type("average", "a floating tensor", describe(average))
+    check_floating("average", average, shape=tuple(average.shape))
+    check_floating("online", online, shape=tuple(average.shape))
+    return average.detach() + (online - online.detach())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Helpers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_normalize(normalize: object) -> None:
+    """True, "query" or False."""
+    if not isinstance(normalize, bool) and normalize != "query":
+        wrong_value("normalize", "True, 'query' or False", describe(normalize))
+
+
+def _sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 if anything is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast off for the device of `tensor`: a bfloat16 matrix product would round the logits."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device_type=device, enabled=False)
+
+
+def _parts(name: str, value: Parts) -> tuple[Tensor, ...]:
+    """A tensor or a sequence of at least one tensor, as a tuple."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if not isinstance(value, tuple | list):
+        wrong_type(name, "a tensor or a tuple of tensors", describe(value))
+    if not value:
+        wrong_value(name, "at least one part", "an empty tuple")
+    return tuple(value)
+
+
+def _named(name: str, parts: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
+    """Each part with the name that error messages use."""
+    if len(parts) == 1:
+        return [(name, parts[0])]
+    return [(f"{name}[{index}]", part) for index, part in enumerate(parts)]
+
+
+def _row_mask(mask: Tensor | None, like_tensor: Tensor, *, like: str) -> Tensor:
+    """The checked mask, or one that keeps every row."""
+    rows = like_tensor.shape[0]
+    if mask is None:
+        return torch.ones(rows, dtype=torch.bool, device=like_tensor.device)
+    check_mask("mask", mask, shape=(rows,))
+    check_device("mask", mask, like_tensor.device, like=like)
+    return mask
+
+
+def _keep_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Zeros in masked rows, before any arithmetic: a NaN there must reach neither the value nor a gradient."""
+    return torch.where(mask if values.ndim == 1 else mask[:, None], values, 0.0)
+
+
+def _reduce_rows(rows: Tensor, mask: Tensor, reduction: Reduction) -> Tensor:
+    """`(N,)` to what `reduction` asks for, over the rows kept."""
+    rows = torch.where(mask, rows, 0.0)
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total if reduction == "sum" else total / mask.sum().clamp(min=1)
+
+
+def _complete_part(
+    student: tuple[str, Tensor | None],
+    fused: tuple[str, Tensor | None],
+    truth: tuple[str, Tensor | None],
+    *,
+    shape: tuple[str, ...],
+    truth_needed: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Student and fused output of one part of the fusion loss, or None where the part is not given."""
+    (student_name, student_value), (fused_name, fused_value), (truth_name, truth_value) = (
+        student,
+        fused,
+        truth,
+    )
+    if student_value is None and fused_value is None:
+        return None
+    if student_value is None or fused_value is None:
+        missing = student_name if student_value is None else fused_name
+        present = fused_name if student_value is None else student_name
+        wrong_value(missing, f"a tensor beside {present}", "None")
+    check_floating(student_name, student_value, shape=shape)
+    check_floating(fused_name, fused_value, shape=tuple(student_value.shape))
+    check_device(fused_name, fused_value, student_value.device, like=student_name)
+    if truth_needed and truth_value is None:
+        wrong_value(truth_name, f"a tensor beside {student_name} with hard_attention", "None")
+    return student_value, fused_value
+
+
+def _validate_contrast(
+    query: Tensor,
+    keys: tuple[Tensor, ...],
+    query_labels: Tensor,
+    key_labels: tuple[Tensor, ...],
+    normalize: Normalize,
+    ignore_index: int,
+) -> None:
+    """Value checks of the contrastive loss."""
+    lowest = min(UNLABELLED, ignore_index)
+    check_values("query_labels", query_labels, low=lowest)
+    check_finite("query", query, query_labels != ignore_index)
+    for (name, part), (label_name, labels) in zip(_named("keys", keys), _named("key_labels", key_labels), strict=True):
+        check_values(label_name, labels, low=lowest)
+        check_finite(name, part, labels != ignore_index)
+        if normalize == "query":
+            lengths = part.detach()[labels != ignore_index].float().square().sum(dim=1).sqrt()
+            wrong = ((lengths - 1).abs() > 0.01) & (lengths > 0)
+            if bool(wrong.any()):
+                wrong_value(name, "unit rows with normalize='query'", f"a length of {lengths[wrong][0]:.3g}")
+
+
+def _validate_fusion(
+    scores: tuple[Tensor, Tensor] | None,
+    logits: tuple[Tensor, Tensor] | None,
+    targets: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor,
+) -> None:
+    """Value checks of the fusion loss."""
+    for name, pair in (("scores", scores), ("logits", logits)):
+        if pair is not None:
+            check_finite(f"student_{name}", pair[0], mask)
+            check_finite(f"fused_{name}", pair[1], mask)
+    if targets is not None:
+        check_finite("targets", targets, mask)
+    if labels is not None and logits is not None:
+        check_values("labels", labels[mask], low=UNLABELLED, high=logits[0].shape[1] - 1)

@@ -1,0 +1,828 @@
+"""Bad calls over the whole public API: each ends in one clear error, and nothing has changed after it.
+
+A case changes some arguments of a call that works. The error has to be a plain ValueError (shape, range, device,
+choice, name) or TypeError (type, dtype) that reads ``argument: expected X, got Y``; parts of an argument may be named
+too (``features['a']``, ``keys[1]``).
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+import momentum_distill as md
+from momentum_distill import diagnostics, functional
+
+V, T = ValueError, TypeError
+EITHER = (ValueError, TypeError)  # where a value is wrong in type and in range alike
+NAN, INF = math.nan, math.inf
+
+
+def real(*shape, **kwargs):
+    """A floating tensor that is the same every time."""
+    n = math.prod(shape)
+    return (torch.arange(n, dtype=torch.float32).reshape(shape) / (n + 1) + 0.1).to(**kwargs)
+
+
+def ints(*shape, **kwargs):
+    return torch.zeros(shape, dtype=torch.int64, **kwargs)
+
+
+def bools(*shape, **kwargs):
+    return torch.ones(shape, dtype=torch.bool, **kwargs)
+
+
+def with_value(tensor, value):
+    """The tensor, with one wrong value in its second row."""
+    tensor = tensor.clone()
+    tensor[1] = value
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------
+# The calls, as they work
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """A call that works: what is called, with which arguments, and which modules it could disturb."""
+
+    function: Any
+    arguments: dict = field(default_factory=dict)
+    watched: tuple = ()
+
+
+def supcon_arguments():
+    return {
+        "query": real(4, 3),
+        "keys": real(5, 3),
+        "query_labels": ints(4),
+        "key_labels": ints(5),
+        "momentum_query": real(4, 3),
+        "momentum_keys": real(5, 3),
+    }
+
+
+def supcon_function(function):
+    return Call(function, supcon_arguments() | {"temperature": 0.5})
+
+
+def supcon_module(method, **kwargs):
+    loss_fn = md.SupConDistillLoss(**kwargs)
+    return Call(getattr(loss_fn, method), supcon_arguments(), (loss_fn,))
+
+
+def response_arguments(*shape):
+    return {"student": real(*shape), "teacher": real(*shape), "momentum": real(*shape), "mask": bools(4)}
+
+
+def hard_arguments():
+    return {
+        "student_scores": real(4),
+        "fused_scores": real(4),
+        "targets": real(4),
+        "student_logits": real(4, 3),
+        "fused_logits": real(4, 3),
+        "labels": ints(4),
+        "mask": bools(4),
+    }
+
+
+def ema_method(name):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = md.EMAWrapper(model, decay=0.5)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    method = getattr(ema, name)
+    function = method if name != "swap" else lambda model: method(model).__enter__()
+    return Call(function, {"model": model}, (ema, model))
+
+
+def queue_method(name, **kwargs):
+    queue = md.ClassQueue(4, {"t": 3, "a": 2}, **kwargs)
+    batch = {"labels": ints(3), "features": {"t": real(3, 3), "a": real(3, 2)}}
+    queue.enqueue(**batch)
+    if name == "read":
+        return Call(queue.read, {"stream": "t"}, (queue,))
+    return Call(queue.enqueue, batch | {"valid": {"a": bools(3)}}, (queue,))
+
+
+def fuse_forward():
+    fuse = md.MomentumFusionFactors(["t", "a"])
+    return Call(fuse, {"features": {"t": real(3, 3), "a": real(3, 2)}}, (fuse,))
+
+
+CALLS = {
+    "l2_normalize": lambda: Call(functional.l2_normalize, {"x": real(3, 2)}),
+    "contrast_logits": lambda: Call(
+        functional.contrast_logits, {"query": real(4, 3), "keys": real(5, 3), "temperature": 0.5}
+    ),
+    "supcon_distill_loss": lambda: supcon_function(functional.supcon_distill_loss),
+    "supcon_distill_terms": lambda: supcon_function(functional.supcon_distill_terms),
+    "response_distill_loss(regression)": lambda: Call(
+        functional.response_distill_loss, response_arguments(4) | {"task": "regression"}
+    ),
+    "response_distill_loss(classification)": lambda: Call(
+        functional.response_distill_loss, response_arguments(4, 3) | {"task": "classification"}
+    ),
+    "hard_sample_fusion_loss": lambda: Call(functional.hard_sample_fusion_loss, hard_arguments()),
+    "ema_update": lambda: Call(
+        functional.ema_update,
+        {"average": [real(2), real(3, 2)], "online": [real(2) + 1, real(3, 2) + 1], "decay": 0.5},
+    ),
+    "SupConDistillLoss()": lambda: Call(md.SupConDistillLoss),
+    "SupConDistillLoss.forward": lambda: supcon_module("__call__"),
+    "SupConDistillLoss.terms": lambda: supcon_module("terms"),
+    "SupConDistillLoss(validate).forward": lambda: supcon_module("__call__", validate=True),
+    "ResponseDistillLoss()": lambda: Call(md.ResponseDistillLoss, {"task": "regression"}),
+    "ResponseDistillLoss(regression).forward": lambda: Call(
+        md.ResponseDistillLoss(task="regression"), response_arguments(4)
+    ),
+    "ResponseDistillLoss(classification).forward": lambda: Call(
+        md.ResponseDistillLoss(task="classification"), response_arguments(4, 3)
+    ),
+    "ResponseDistillLoss(validate).forward": lambda: Call(
+        md.ResponseDistillLoss(task="regression", validate=True), response_arguments(4)
+    ),
+    "HardSampleFusionLoss()": lambda: Call(md.HardSampleFusionLoss),
+    "HardSampleFusionLoss.forward": lambda: Call(md.HardSampleFusionLoss(), hard_arguments()),
+    "HardSampleFusionLoss(validate).forward": lambda: Call(md.HardSampleFusionLoss(validate=True), hard_arguments()),
+    "MomentumFusionFactors()": lambda: Call(md.MomentumFusionFactors, {"modalities": ["t", "a"]}),
+    "MomentumFusionFactors.forward": fuse_forward,
+    "EMAWrapper()": lambda: Call(md.EMAWrapper, {"model": nn.Linear(2, 2)}),
+    "EMAWrapper.update": lambda: ema_method("update"),
+    "EMAWrapper.swap": lambda: ema_method("swap"),
+    "EMAWrapper.copy_to": lambda: ema_method("copy_to"),
+    "ClassQueue()": lambda: Call(md.ClassQueue, {"size": 4, "dims": {"t": 3, "a": 2}}),
+    "ClassQueue.enqueue": lambda: queue_method("enqueue"),
+    "ClassQueue(balanced).enqueue": lambda: queue_method("enqueue", balanced=True, num_classes=2),
+    "ClassQueue(validate).enqueue": lambda: queue_method("enqueue", balanced=True, num_classes=2, validate=True),
+    "ClassQueue.read": lambda: queue_method("read"),
+    "mutual_information_bound": lambda: Call(diagnostics.mutual_information_bound, {"loss": 1.0, "num_keys": 8}),
+    "modality_gap": lambda: Call(diagnostics.modality_gap, {"x": real(3, 2), "y": real(4, 2)}),
+    "alignment": lambda: Call(diagnostics.alignment, {"x": real(3, 2), "y": real(3, 2)}),
+    "uniformity": lambda: Call(diagnostics.uniformity, {"x": real(3, 2)}),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The bad values: (what is wrong, changed arguments, error), the first changed one is named unless `named` says so
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    call: str
+    what: str
+    changes: dict
+    error: type | tuple
+    named: str
+
+    @property
+    def id(self):
+        return f"{self.call}: {self.what}"
+
+
+CASES = []
+
+
+def bad(calls, argument, values, *, named=None, **also):
+    """One case per call and value: `argument` takes the value, `also` what it needs beside it."""
+    for call in [calls] if isinstance(calls, str) else calls:
+        for what, value, error in values:
+            changes = {argument: value} | also
+            CASES.append(Case(call, f"{argument} {what}", changes, error, named or argument))
+
+
+def wrong_numbers(low=0.0, high=INF, *, optional=False):
+    """What is no finite number in [low, high]."""
+    values = [
+        ("is NaN", NAN, V),
+        ("is infinite", INF, V),
+        ("is a string", "0.5", T),
+        ("is a bool", True, T),
+        ("is a list", [0.5], T),
+        ("is complex", 0.5j, T),
+    ]
+    values += [("is too small", low - 0.1, V)] if low > -INF else []
+    values += [("is too large", high + 0.1, V)] if high < INF else []
+    values += [] if optional else [("is None", None, T)]
+    return values
+
+
+FLAGS = [("is an int", 1, T), ("is a string", "yes", T), ("is None", None, T)]
+WHOLE_NUMBERS = [("is a float", 1.5, T), ("is a bool", True, T), ("is a string", "1", T), ("is a list", [1], T)]
+GROUPS = [("is another string", "all", EITHER), ("is a rank", 0, T), ("is a bool", True, T)]
+
+
+def choices(*, none=True):
+    values = [("is unknown", "sideways", V), ("is a number", 3, EITHER), ("is a list", ["mean"], EITHER)]
+    return values + ([("is None", None, EITHER)] if none else [])
+
+
+def no_floats(*shape):
+    """What is no floating tensor, whatever the shape."""
+    return [
+        ("is a list", real(*shape).tolist(), T),
+        ("is a NumPy array", real(*shape).numpy(), T),
+        ("is of integers", ints(*shape), T),
+        ("is of bools", bools(*shape), T),
+        ("is complex", real(*shape, dtype=torch.complex64), T),
+    ]
+
+
+def no_labels(rows):
+    return [
+        ("are floats", real(rows), T),
+        ("are bools", bools(rows), T),
+        ("are a list", [0] * rows, EITHER),  # a list may stand for parts, then of a wrong number
+        ("are None", None, T),
+        ("are a column", ints(rows, 1), V),
+        ("are one number", ints(), V),
+        ("are on another device", ints(rows, device="meta"), V),
+    ]
+
+
+def no_mask(rows):
+    return [
+        ("is of floats", real(rows), T),
+        ("is of integers", ints(rows), T),
+        ("is a list", [True] * rows, T),
+        ("is a bool", True, T),
+        ("is a column", bools(rows, 1), V),
+        ("is too short", bools(rows - 1), V),
+        ("would broadcast", bools(1), V),
+        ("is on another device", bools(rows, device="meta"), V),
+    ]
+
+
+# ---- functions on features -------------------------------------------------------------------
+
+bad("l2_normalize", "x", [*no_floats(3, 2), ("is None", None, T)])
+bad(
+    "l2_normalize",
+    "x",
+    [("is a vector", real(3), V), ("has three dimensions", real(3, 2, 2), V), ("is a scalar", real(), V)],
+)
+bad("l2_normalize", "eps", [*wrong_numbers(), ("is zero", 0.0, V)])
+
+bad("contrast_logits", "query", [*no_floats(4, 3), ("is a vector", real(3), V), ("is None", None, T)])
+bad("contrast_logits", "query", [("is of another width", real(4, 2), V)], named="query|keys")
+bad("contrast_logits", "keys", [*no_floats(5, 3), ("are a vector", real(3), V), ("are None", None, T)])
+bad("contrast_logits", "keys", [("are on another device", real(5, 3, device="meta"), V)])
+bad(
+    "contrast_logits",
+    "temperature",
+    [*wrong_numbers(), ("is zero", 0.0, V), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
+)
+bad("contrast_logits", "normalize", [("is 'keys'", "keys", V), ("is None", None, EITHER), ("is a number", 1, EITHER)])
+
+# ---- the contrastive loss --------------------------------------------------------------------
+
+SUPCON_CALLS = ["supcon_distill_loss", "SupConDistillLoss.forward"]
+ALL_SUPCON_CALLS = [*SUPCON_CALLS, "supcon_distill_terms", "SupConDistillLoss.terms"]
+
+bad(SUPCON_CALLS, "query", [*no_floats(4, 3), ("is None", None, T)])
+bad(SUPCON_CALLS, "query", [("is a vector", real(3), V), ("has three dimensions", real(4, 1, 3), V)])
+bad(ALL_SUPCON_CALLS, "query", [("is of another width", real(4, 2), V)], named="query|keys|momentum_query")
+bad(
+    ALL_SUPCON_CALLS,
+    "query",
+    [("has another number of rows", real(3, 3), V)],
+    named="query|query_labels|momentum_query",
+)
+bad(SUPCON_CALLS, "keys", [*no_floats(5, 3), ("are None", None, T), ("are no part at all", (), V)])
+bad(SUPCON_CALLS, "keys", [("are a vector", real(3), V), ("have three dimensions", real(5, 1, 3), V)])
+bad(SUPCON_CALLS, "keys", [("are on another device", real(5, 3, device="meta"), V)])
+bad(SUPCON_CALLS, "keys", [("are of another number", real(4, 3), V)], named="keys|key_labels|momentum_keys")
+bad(SUPCON_CALLS, "keys", [("are in more parts", (real(2, 3), real(3, 3)), V)], named="keys|key_labels|momentum_keys")
+bad(
+    SUPCON_CALLS,
+    "keys",
+    [
+        ("have a part of another width", (real(2, 3), real(3, 2)), V),
+        ("have a part that is None", (real(2, 3), None), T),
+    ],
+    key_labels=(ints(2), ints(3)),
+    momentum_keys=(real(2, 3), real(3, 3)),
+)
+bad(ALL_SUPCON_CALLS, "query_labels", [*no_labels(4), ("are too many", ints(5), V)])
+bad(SUPCON_CALLS, "query_labels", [("would broadcast", ints(1), V)])
+bad(ALL_SUPCON_CALLS, "key_labels", [*no_labels(5), ("are too few", ints(4), V)])
+bad(SUPCON_CALLS, "key_labels", [("are in more parts than the keys", (ints(2), ints(3)), V), ("are no part", (), V)])
+bad(
+    SUPCON_CALLS,
+    "key_labels",
+    [("are split elsewhere", (ints(3), ints(2)), V), ("are in one part", ints(5), V)],
+    keys=(real(2, 3), real(3, 3)),
+    momentum_keys=(real(2, 3), real(3, 3)),
+)
+bad(SUPCON_CALLS, "momentum_query", [*no_floats(4, 3), ("has another number of rows", real(3, 3), V)])
+bad(
+    SUPCON_CALLS,
+    "momentum_query",
+    [("is a vector", real(3), V), ("is on another device", real(4, 3, device="meta"), V)],
+)
+bad(
+    ALL_SUPCON_CALLS,
+    "momentum_query",
+    [("is missing beside momentum_keys", None, V)],
+    named="momentum_query|momentum_keys",
+)
+bad(SUPCON_CALLS, "momentum_keys", [(what, value, EITHER) for what, value, _ in no_floats(5, 3)])
+bad(SUPCON_CALLS, "momentum_keys", [("are of another number", real(4, 3), V), ("are no part", (), V)])
+bad(
+    SUPCON_CALLS,
+    "momentum_keys",
+    [("are of another width", real(5, 2), V), ("are on another device", real(5, 3, device="meta"), V)],
+)
+bad(SUPCON_CALLS, "momentum_keys", [("are in more parts than the keys", (real(2, 3), real(3, 3)), V)])
+bad(
+    ALL_SUPCON_CALLS,
+    "momentum_keys",
+    [("are missing beside momentum_query", None, V)],
+    named="momentum_query|momentum_keys",
+)
+bad(ALL_SUPCON_CALLS, "alpha", wrong_numbers(0, 1, optional=True))
+bad(SUPCON_CALLS, "alpha", [("is a vector", real(1), V), ("is an int tensor", ints(), T)])
+bad(
+    "supcon_distill_loss",
+    "temperature",
+    [*wrong_numbers(), ("is zero", 0.0, V), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
+)
+bad(
+    "supcon_distill_loss",
+    "momentum_temperature",
+    [*wrong_numbers(optional=True), ("is zero", 0, V), ("is a vector", real(2), V)],
+)
+bad("supcon_distill_loss", "validate", FLAGS)
+
+SUPCON_OPTIONS = ["supcon_distill_loss", "supcon_distill_terms", "SupConDistillLoss()"]
+bad(SUPCON_OPTIONS, "positives", choices())
+bad(SUPCON_OPTIONS, "reduction", choices())
+bad(SUPCON_OPTIONS, "normalize", [("is 'keys'", "keys", V), ("is None", None, EITHER), ("is a number", 1, EITHER)])
+bad(SUPCON_OPTIONS, "ignore_index", [*WHOLE_NUMBERS, ("is None", None, T)])
+
+bad(
+    "SupConDistillLoss()",
+    "temperature",
+    [*wrong_numbers(), ("is zero", 0, V), ("is above its range", 11.0, V), ("is below its range", 0.001, V)],
+)
+bad(
+    "SupConDistillLoss()",
+    "temperature_range",
+    [
+        ("is one number", 0.5, T),
+        ("is None", None, T),
+        ("has one bound", (0.1,), EITHER),
+        ("has three bounds", (0.1, 0.5, 1.0), EITHER),
+        ("starts at zero", (0.0, 1.0), V),
+        ("starts below zero", (-1.0, 1.0), V),
+        ("is upside down", (1.0, 0.1), V),
+        ("holds a string", ("0.1", 1.0), T),
+        ("holds NaN", (NAN, 1.0), V),
+        ("ends at infinity", (0.1, INF), V),
+    ],
+)
+bad("SupConDistillLoss()", "learnable_temperature", FLAGS)
+bad("SupConDistillLoss()", "alpha", wrong_numbers(0, 1))
+bad("SupConDistillLoss()", "group", GROUPS)
+bad("SupConDistillLoss()", "validate", FLAGS)
+
+VALIDATED = "SupConDistillLoss(validate).forward"
+bad(
+    VALIDATED,
+    "query",
+    [("holds NaN", with_value(real(4, 3), NAN), V), ("holds infinity", with_value(real(4, 3), INF), V)],
+)
+bad(
+    VALIDATED,
+    "keys",
+    [("hold NaN", with_value(real(5, 3), NAN), V), ("hold -infinity", with_value(real(5, 3), -INF), V)],
+)
+bad(VALIDATED, "momentum_query", [("holds NaN", with_value(real(4, 3), NAN), V)])
+bad(VALIDATED, "momentum_keys", [("hold NaN", with_value(real(5, 3), NAN), V)])
+bad(VALIDATED, "query_labels", [("hold -3", with_value(ints(4), -3), V)])
+bad(VALIDATED, "key_labels", [("hold -100", with_value(ints(5), -100), V)])
+
+# ---- the response loss -----------------------------------------------------------------------
+
+SCORES = ["response_distill_loss(regression)", "ResponseDistillLoss(regression).forward"]
+LOGITS = ["response_distill_loss(classification)", "ResponseDistillLoss(classification).forward"]
+
+bad(
+    SCORES,
+    "student",
+    [*no_floats(4), ("is None", None, T), ("is a column", real(4, 1), V), ("is one number", real(), V)],
+)
+for argument in ("teacher", "momentum"):
+    bad(SCORES, argument, no_floats(4))
+    bad(
+        SCORES,
+        argument,
+        [("is a column", real(4, 1), V), ("is too short", real(3), V), ("would broadcast", real(1), V)],
+    )
+    bad(SCORES, argument, [("is on another device", real(4, device="meta"), V)])
+    bad(
+        LOGITS,
+        argument,
+        [("is of scores", real(4), V), ("has other classes", real(4, 2), V), ("has another N", real(5, 3), V)],
+    )
+bad(SCORES, "teacher", [("is None", None, T)])
+bad(
+    LOGITS,
+    "student",
+    [("is of scores", real(4), V), ("has three dimensions", real(4, 3, 1), V), ("is of integers", ints(4, 3), T)],
+)
+bad(
+    LOGITS,
+    "student",
+    [("has no class", real(4, 0), V)],
+    teacher=real(4, 0),
+    momentum=real(4, 0),
+    named="student|teacher",
+)
+bad(SCORES, "mask", no_mask(4))
+bad(LOGITS, "mask", [("has a column per class", bools(4, 3), V), ("is of floats", real(4), T)])
+bad([*SCORES, LOGITS[0]], "alpha", wrong_numbers(0, 1, optional=True))
+bad(SCORES, "alpha", [("is a vector", real(4), V), ("is an int tensor", ints(), T)])
+
+RESPONSE_OPTIONS = ["response_distill_loss(regression)", "ResponseDistillLoss()"]
+bad(RESPONSE_OPTIONS, "task", choices())
+bad(RESPONSE_OPTIONS, "reduction", choices())
+bad(RESPONSE_OPTIONS, "temperature", [*wrong_numbers(), ("is zero", 0, V)])
+bad(RESPONSE_OPTIONS, "detach_teacher", FLAGS)
+bad(RESPONSE_OPTIONS, "validate", FLAGS)
+bad("ResponseDistillLoss()", "alpha", wrong_numbers(0, 1))
+bad("ResponseDistillLoss()", "group", GROUPS)
+for argument in ("student", "teacher", "momentum"):
+    bad("ResponseDistillLoss(validate).forward", argument, [("holds NaN", with_value(real(4), NAN), V)])
+    bad("ResponseDistillLoss(validate).forward", argument, [("holds infinity", with_value(real(4), INF), V)])
+
+# ---- the fusion loss -------------------------------------------------------------------------
+
+FUSION = ["hard_sample_fusion_loss", "HardSampleFusionLoss.forward"]
+
+for argument in ("student_scores", "fused_scores", "targets"):
+    bad(FUSION, argument, no_floats(4))
+    bad(FUSION, argument, [("is None beside the others", None, V)])
+    bad(FUSION, argument, [("is a column", real(4, 1), V)])
+for argument in ("fused_scores", "targets"):
+    bad(FUSION, argument, [("would broadcast", real(1), V), ("is on another device", real(4, device="meta"), V)])
+for argument in ("student_logits", "fused_logits"):
+    bad(FUSION, argument, no_floats(4, 3))
+    bad(FUSION, argument, [("is None beside the others", None, V)])
+    bad(FUSION, argument, [("is of scores", real(4), V)])
+bad(
+    FUSION,
+    "student_logits",
+    [("has no class", real(4, 0), V)],
+    fused_logits=real(4, 0),
+    named="student_logits|fused_logits",
+)
+bad(
+    FUSION,
+    "fused_logits",
+    [("has other classes", real(4, 2), V), ("is on another device", real(4, 3, device="meta"), V)],
+)
+bad(
+    FUSION,
+    "student_logits",
+    [("has another N than the scores", real(5, 3), V)],
+    fused_logits=real(5, 3),
+    named="student_logits|fused_logits|labels",
+)
+bad(FUSION, "labels", [("are floats", real(4), T), ("are bools", bools(4), T), ("are a list", [0] * 4, T)])
+bad(
+    FUSION,
+    "labels",
+    [
+        ("are a column", ints(4, 1), V),
+        ("are too many", ints(5), V),
+        ("are on another device", ints(4, device="meta"), V),
+    ],
+)
+bad(FUSION, "labels", [("are None beside the logits", None, V)])
+bad(FUSION, "mask", no_mask(4))
+bad(
+    FUSION,
+    "student_scores",
+    [("and all other outputs are missing", None, V)],
+    fused_scores=None,
+    student_logits=None,
+    fused_logits=None,
+    named=r"student_scores|student_logits",
+)
+
+FUSION_OPTIONS = ["hard_sample_fusion_loss", "HardSampleFusionLoss()"]
+bad(FUSION_OPTIONS, "class_weight", choices())
+bad(FUSION_OPTIONS, "reduction", choices())
+bad(FUSION_OPTIONS, "hard_attention", FLAGS)
+bad(FUSION_OPTIONS, "detach_teacher", FLAGS)
+bad(FUSION_OPTIONS, "validate", FLAGS)
+bad("hard_sample_fusion_loss", "ignore_index", WHOLE_NUMBERS)
+bad("HardSampleFusionLoss()", "group", GROUPS)
+for argument in ("student_scores", "fused_scores", "targets"):
+    bad("HardSampleFusionLoss(validate).forward", argument, [("holds NaN", with_value(real(4), NAN), V)])
+bad("HardSampleFusionLoss(validate).forward", "student_logits", [("holds NaN", with_value(real(4, 3), NAN), V)])
+bad(
+    "HardSampleFusionLoss(validate).forward",
+    "labels",
+    [("hold C", with_value(ints(4), 3), V), ("hold -3", with_value(ints(4), -3), V)],
+)
+
+# ---- averages --------------------------------------------------------------------------------
+
+bad("ema_update", "decay", wrong_numbers(0, 1))
+bad("ema_update", "online", [("has fewer tensors", [real(2)], V), ("has none", [], V)], named="online|average")
+bad(
+    "ema_update",
+    "online",
+    [("has another shape", [real(2), real(2, 3)], V), ("would broadcast", [real(2), real(1)], V)],
+)
+bad("ema_update", "online", [("holds a number", [1.0, real(3, 2)], T), ("holds None", [real(2), None], T)])
+bad(
+    "ema_update",
+    "online",
+    [("holds integers", [ints(2), real(3, 2)], T), ("is one number", 1.0, T), ("is None", None, T)],
+)
+bad(
+    "ema_update",
+    "average",
+    [("holds integers", [ints(2), real(3, 2)], T), ("holds a number", [real(2), 1.0], T), ("is None", None, T)],
+)
+bad("ema_update", "average", [("has more tensors", [real(2)] * 3, V)], named="online|average")
+
+bad("MomentumFusionFactors()", "modalities", [("is one string", "ta", T), ("is None", None, T), ("is a number", 2, T)])
+bad(
+    "MomentumFusionFactors()",
+    "modalities",
+    [("is a set without order", {"t", "a"}, T), ("holds a number", ["t", 3], T)],
+)
+bad("MomentumFusionFactors()", "modalities", [("is empty", [], V), ("has a name twice", ["t", "a", "t"], V)])
+bad("MomentumFusionFactors()", "init", wrong_numbers(-INF))
+bad(
+    "MomentumFusionFactors()",
+    "init",
+    [("lacks a name", {"t": 1.0}, V), ("has a name too many", {"t": 1.0, "a": 1.0, "v": 1.0}, V)],
+)
+bad(
+    "MomentumFusionFactors()",
+    "init",
+    [("maps to a string", {"t": 1.0, "a": "1"}, T), ("maps to NaN", {"t": NAN, "a": 1.0}, V)],
+)
+bad("MomentumFusionFactors()", "decay", wrong_numbers(0, 1))
+
+
+def features(**changes):
+    return {"t": real(3, 3), "a": real(3, 2)} | changes
+
+
+BAD_FEATURES = [
+    ("are a tensor", real(3, 3), T),
+    ("are a list", [real(3, 3), real(3, 2)], T),
+    ("are None", None, T),
+    ("lack a name", {"t": real(3, 3)}, V),
+    ("have a name too many", features(v=real(3, 2)), V),
+    ("hold None", features(a=None), T),
+    ("hold a list", features(a=[[0.0] * 2] * 3), T),
+    ("hold integers", features(a=ints(3, 2)), T),
+    ("hold bools", features(a=bools(3, 2)), T),
+    ("hold complex numbers", features(a=real(3, 2, dtype=torch.complex64)), T),
+    ("hold a vector", features(a=real(3)), V),
+    ("hold three dimensions", features(a=real(3, 2, 1)), V),
+    ("hold another number of rows", features(a=real(2, 2)), V),
+    ("hold one row that would broadcast", features(a=real(1, 2)), V),
+    ("are partly on another device", features(a=real(3, 2, device="meta")), V),
+]
+bad("MomentumFusionFactors.forward", "features", BAD_FEATURES)
+
+NO_MODULES = [
+    ("is None", None, T),
+    ("is a tensor", real(2), T),
+    ("is a class", nn.Linear, T),
+    ("is a state dict", {}, T),
+]
+
+
+def other_model(**changes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for name, module in changes.items():
+        setattr(model, name, module)
+    return model
+
+
+OTHER_MODELS = [
+    ("has another layer in the middle", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2)), V),
+    ("lacks a layer", nn.Sequential(nn.Linear(2, 2)), V),
+    ("lacks a bias", nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)), V),
+    ("has another shape", nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(2)), V),
+    ("has a buffer less", nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)), V),
+    ("has a parameter more", other_model(extra=nn.Parameter(real(2))), V),
+    ("is empty", nn.Sequential(), V),
+]
+bad("EMAWrapper()", "model", NO_MODULES)
+bad("EMAWrapper()", "model", [("is lazy", nn.LazyLinear(2), V)])
+bad(
+    "EMAWrapper()",
+    "teacher",
+    [*NO_MODULES[1:], ("has another shape", nn.Linear(2, 3), V), ("lacks a bias", nn.Linear(2, 2, bias=False), V)],
+)
+bad("EMAWrapper()", "decay", wrong_numbers(0, 1))
+bad("EMAWrapper()", "buffers", [*choices(), ("is 'none'", "none", V)])
+bad("EMAWrapper()", "mode", [*choices(), ("is a bool", True, EITHER)])
+bad(
+    "EMAWrapper()",
+    "dtype",
+    [
+        ("is float16", torch.float16, V),
+        ("is bfloat16", torch.bfloat16, V),
+        ("is an integer dtype", torch.int64, EITHER),
+        ("is complex", torch.complex64, EITHER),
+        ("is a string", "float32", T),
+        ("is a type", float, T),
+    ],
+)
+NO_DEVICES = [("is unknown", "nowhere", V), ("is a float", 0.5, T), ("is a list", ["cpu"], T)]
+bad("EMAWrapper()", "device", NO_DEVICES)
+for call in ("EMAWrapper.update", "EMAWrapper.swap", "EMAWrapper.copy_to"):
+    bad(call, "model", [*NO_MODULES, *OTHER_MODELS, ("is lazy", nn.LazyLinear(2), V)])
+bad("EMAWrapper.update", "decay", wrong_numbers(0, 1, optional=True))
+
+# ---- the queue -------------------------------------------------------------------------------
+
+bad("ClassQueue()", "size", [*WHOLE_NUMBERS, ("is None", None, T), ("is zero", 0, V), ("is negative", -4, V)])
+bad(
+    "ClassQueue()",
+    "dims",
+    [
+        ("is a number", 3, T),
+        ("is None", None, T),
+        ("is a list", ["t"], T),
+        ("is empty", {}, V),
+        ("has a name that is no string", {0: 3}, T),
+        ("has an empty name", {"": 3}, V),
+        ("has width zero", {"t": 3, "a": 0}, V),
+        ("has a negative width", {"t": -3}, V),
+        ("has a float width", {"t": 3.0}, T),
+        ("has a bool width", {"t": True}, T),
+        ("has no width", {"t": None}, T),
+    ],
+)
+bad("ClassQueue()", "num_classes", [*WHOLE_NUMBERS, ("is zero", 0, V), ("is negative", -1, V)])
+bad("ClassQueue()", "num_classes", [("is missing", None, V)], balanced=True)
+bad("ClassQueue()", "num_classes", [("is more than the size", 5, V)], balanced=True, named="num_classes|size")
+bad("ClassQueue()", "balanced", FLAGS, num_classes=2)
+bad("ClassQueue()", "normalize", [*FLAGS, ("is 'query'", "query", EITHER)])
+bad(
+    "ClassQueue()",
+    "dtype",
+    [
+        ("is a string", "float32", T),
+        ("is None", None, T),
+        ("is an integer dtype", torch.int64, EITHER),
+        ("is complex", torch.complex64, EITHER),
+    ],
+)
+bad("ClassQueue()", "device", NO_DEVICES)
+bad("ClassQueue()", "group", GROUPS)
+bad("ClassQueue()", "validate", FLAGS)
+
+for call in ("ClassQueue.enqueue", "ClassQueue(balanced).enqueue"):
+    bad(call, "labels", no_labels(3))
+    bad(call, "labels", [("are too few", ints(2), V), ("would broadcast", ints(1), V)], named="labels|features|valid")
+    bad(call, "features", BAD_FEATURES)
+    bad(
+        call,
+        "features",
+        [
+            ("are of another width", features(a=real(3, 3)), V),
+            ("are transposed", features(t=real(3, 3).T, a=real(2, 3)), V),
+        ],
+    )
+    bad(call, "valid", [(what, {"a": value}, error) for what, value, error in no_mask(3)])
+    bad(call, "valid", [("is a tensor", bools(3), T), ("is a list of names", ["a"], T)])
+    bad(call, "valid", [("has an unknown stream", {"v": bools(3)}, V), ("maps to None", {"a": None}, T)])
+bad(
+    "ClassQueue(validate).enqueue",
+    "labels",
+    [("hold num_classes", with_value(ints(3), 2), V), ("hold -3", with_value(ints(3), -3), V)],
+)
+bad(
+    "ClassQueue(validate).enqueue",
+    "features",
+    [
+        ("hold NaN", features(t=with_value(real(3, 3), NAN)), V),
+        ("hold infinity", features(a=with_value(real(3, 2), INF)), V),
+    ],
+)
+bad(
+    "ClassQueue.read",
+    "stream",
+    [
+        ("is unknown", "v", V),
+        ("is empty", "", V),
+        ("is None", None, EITHER),
+        ("is a number", 0, EITHER),
+        ("is a list", ["t"], EITHER),
+    ],
+)
+bad("ClassQueue.read", "padded", FLAGS)
+
+# ---- diagnostics -----------------------------------------------------------------------------
+
+bad(
+    "mutual_information_bound",
+    "loss",
+    [("is a string", "1", T), ("is None", None, T), ("is a bool", True, T), ("is NaN", NAN, V)],
+)
+bad("mutual_information_bound", "loss", [("is a vector", real(3), V), ("is an int tensor", ints(), T)])
+bad(
+    "mutual_information_bound",
+    "num_keys",
+    [*WHOLE_NUMBERS, ("is zero", 0, V), ("is negative", -1, V), ("is None", None, T)],
+)
+for call in ("modality_gap", "alignment"):
+    for argument in ("x", "y"):
+        bad(call, argument, [*no_floats(3, 2), ("is None", None, T)])
+        bad(call, argument, [("is a vector", real(2), V), ("is of another width", real(3, 4), V)], named="x|y")
+    bad(call, "y", [("is on another device", real(3, 2, device="meta"), V)])
+bad("modality_gap", "x", [("has no row", real(0, 2), V)])
+bad("modality_gap", "y", [("has no row", real(0, 2), V)])
+bad("alignment", "x", [("has no row", real(0, 2), V)], y=real(0, 2), named="x|y")
+bad("alignment", "y", [("has another number of rows", real(4, 2), V), ("would broadcast", real(1, 2), V)])
+bad("alignment", "exponent", [*wrong_numbers(), ("is zero", 0, V)])
+bad(
+    "uniformity",
+    "x",
+    [*no_floats(3, 2), ("is a vector", real(2), V), ("has no row", real(0, 2), V), ("has one row", real(1, 2), V)],
+)
+bad("uniformity", "scale", [*wrong_numbers(), ("is zero", 0, V)])
+
+
+# ---------------------------------------------------------------------------------------------
+# The tests
+# ---------------------------------------------------------------------------------------------
+
+
+def tensors_of(value):
+    """Every tensor in an argument or module, the step of an average included."""
+    if isinstance(value, torch.Tensor):
+        return [value.detach()]
+    if isinstance(value, nn.Module):
+        tensors = [*value.parameters(), *value.buffers()]
+        own = [t.detach() for t in tensors if not is_lazy(t)]
+        return [*own, torch.tensor(getattr(value, "step", 0))]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in tensors_of(item)]
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in tensors_of(item)]
+    return []
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_call_works_as_it_stands(name):
+    """Otherwise a bad case could fail for another reason than the one it is about."""
+    call = CALLS[name]()
+    call.function(**call.arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_bad_call_is_refused_by_name_and_nothing_changes(case):
+    call = CALLS[case.call]()
+    arguments = call.arguments | case.changes
+    watched = [t for t in tensors_of([*call.watched, arguments]) if t.device.type != "meta"]
+    before = [t.clone() for t in watched]
+    with pytest.raises(case.error) as caught:
+        call.function(**arguments)
+    message = str(caught.value)
+    pattern = rf"(?s)({case.named})(\[[^\]]+\])*: expected .+, got .+"
+    assert re.fullmatch(pattern, message), message
+    assert type(caught.value) in (ValueError, TypeError)
+    after = [t for t in tensors_of([*call.watched, arguments]) if t.device.type != "meta"]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
+
+
+def test_there_are_at_least_200_distinct_bad_calls():
+    ids = Counter(case.id for case in CASES)
+    assert [name for name, count in ids.items() if count > 1] == []
+    assert len(CASES) >= 200
+    # as many even where the function and the class that share a check count once
+    shared = {(tuple(case.changes), case.what, case.named) for case in CASES}
+    assert len(shared) >= 200
+
+
+def test_every_public_block_has_bad_calls():
+    covered = {re.split(r"[.(]", case.call)[0] for case in CASES}
+    blocks = {name for name in md.__all__ if name[0].isupper()}
+    assert blocks <= covered
+    assert CALLS.keys() == {case.call for case in CASES}

@@ -1,0 +1,151 @@
+"""README and docs: their Python blocks run, their links lead somewhere, their names and options exist."""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import momentum_distill as md
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGE_IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
+EQUATIONS = range(1, 24)
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+
+
+@pytest.fixture(scope="module")
+def paper_map():
+    return (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+
+
+def functions_of(module):
+    """The public functions a module defines itself."""
+    names = getattr(module, "__all__", None) or [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    return [name for name in names if name in vars(module) and inspect.isfunction(vars(module)[name])]
+
+
+def without_code(text):
+    """Markdown without its fenced blocks, in which brackets and hashes mean something else."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text):
+    """The names that headings get as link targets: lower case, blanks to hyphens, other punctuation dropped."""
+    titles = re.findall(r"^#+ +(.*?)\s*$", without_code(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(page, text):
+    """The relative links of a page to files or headings that are not there."""
+    broken = []
+    # [text](target) and ![alt](target); then <a href="target"> and <img src="target">
+    prose = re.sub(r"`[^`\n]*`", "", without_code(text))
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)", prose) + re.findall(r'(?:href|src)="([^"]+)"', prose)
+    for target in targets:
+        if re.match(r"[a-z][a-z0-9+.-]*:", target):
+            continue  # another site
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists():
+            broken.append(target)
+        elif anchor and file.suffix == ".md":
+            there = text if file == page else file.read_text(encoding="utf-8")
+            if anchor not in anchors(there):
+                broken.append(target)
+    return broken
+
+
+# torch's own tracing of autograd functions says this about itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@every_page
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what a block writes does not stay
+    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    torch._dynamo.reset()
+    with torch.random.fork_rng():
+        for example in document.examples():
+            example.evaluate()
+
+
+def test_the_quickstart_holds_every_block():
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python$(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL))
+    assert [name for name in md.__all__ if f"md.{name}" not in code and name != "functional"] == []
+
+
+@every_page
+def test_relative_links_lead_to_files_and_headings(page):
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    links = "[a](#one-title-here) [b](none.md) [c](page.md#none) [d](https://example.org/x) `[e](x.md)`"
+    text = f"# One title, *here*\n{links}\n"
+    page.write_text(text, encoding="utf-8")
+    assert broken_links(page, text) == ["none.md", "page.md#none"]
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_paper_map_has_a_row_for_every_equation(paper_map, equation):
+    rows = re.findall(rf"^\| {equation} \|.*\|.*\|$", paper_map, flags=re.MULTILINE)
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *md.__all__,
+        *(f"functional.{name}" for name in functions_of(md.functional)),
+        *(f"diagnostics.{name}" for name in functions_of(md.diagnostics)),
+    ],
+)
+def test_paper_map_mentions_every_public_name(paper_map, name):
+    assert re.search(rf"\b{re.escape(name)}\b", paper_map)
+
+
+@pytest.mark.parametrize("module", [md.functional, md.diagnostics], ids=["functional", "diagnostics"])
+@every_page
+def test_functions_that_the_pages_name_exist(page, module):
+    short = module.__name__.rpartition(".")[2]
+    named = re.findall(rf"(?<!\.nn\.)(?<!nn import )\b{short}\.(\w+)", page.read_text(encoding="utf-8"))
+    assert [name for name in named if name != "py" and not hasattr(module, name)] == []
+
+
+def test_places_that_paper_map_names_exist(paper_map):
+    """Every `file.py`: `name`, `name` of the table of equations."""
+    folders = [ROOT / "src" / "momentum_distill", ROOT / "examples" / "mtmd"]
+    places = re.findall(r"`(\w+\.py)`(?:(?::| has)? ((?:`[\w.]+`(?:, | and )?)+))?", paper_map)
+    assert places
+    for file, names in places:
+        paths = [folder / file for folder in folders if (folder / file).is_file()]
+        assert len(paths) == 1, file
+        source = paths[0].read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w.]+)`", names):
+            for part in name.split("."):
+                assert re.search(rf"^\s*(?:class|def) {part}\b", source, flags=re.MULTILINE), (file, name)
+
+
+@every_page
+def test_options_of_the_example_that_the_pages_name_exist(page):
+    from mtmd.config import Config
+
+    options = {"--" + entry.name.replace("_", "-") for entry in dataclasses.fields(Config)} | {"--help"}
+    text = page.read_text(encoding="utf-8")
+    # in prose, all options are the example's; in shell blocks, those on its command line
+    named = re.findall(r"`(--[a-z][a-z0-9-]*)", without_code(text))
+    for line in re.findall(r"^.*mtmd_mosi\.py.*$", text.replace("\\\n", " "), flags=re.MULTILINE):
+        named += re.findall(r"(?<!\S)(--[a-z][a-z0-9-]*)", line)
+    unknown = {option for option in named if option not in options and f"--{option[5:]}" not in options}
+    assert unknown == set()

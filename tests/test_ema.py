@@ -1,0 +1,868 @@
+"""EMAWrapper: values against closed forms, decay and its step, state, forward, swap, wrong arguments.
+
+What other libraries get wrong has its own file, test_ema_traps.py.
+"""
+
+import copy
+import math
+import pickle
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import momentum_distill as md
+
+FLOAT_DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16"),
+    pytest.param(torch.float16, id="float16"),
+]
+SIXTEEN_BIT = FLOAT_DTYPES[1:]
+EPS32 = torch.finfo(torch.float32).eps
+
+
+class Scalar(nn.Module):
+    """One parameter, so that an expected value can be written down."""
+
+    def __init__(self, value=0.0, dtype=torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), value, dtype=dtype))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Normed(nn.Module):
+    """Parameters, floating buffers and an integer buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.norm(self.lin(x)))
+
+
+def small_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype)
+
+
+def flat(module):
+    """All parameters of a module as one float64 vector (a copy)."""
+    return torch.cat([p.detach().double().flatten() for p in module.parameters()])
+
+
+@torch.no_grad()
+def set_parameters(module, value):
+    for p in module.parameters():
+        p.fill_(value)
+
+
+@torch.no_grad()
+def redraw(module, generator, centre=0.3):
+    """New parameter values of the same order of magnitude, as a training step would leave them."""
+    for p in module.parameters():
+        p.copy_(centre + torch.rand(p.shape, generator=generator) - 0.5)
+
+
+@torch.no_grad()
+def redraw_all(module, generator):
+    """New parameters and floating buffers; integer buffers count on."""
+    redraw(module, generator)
+    for b in module.buffers():
+        if b.is_floating_point():
+            b.copy_(torch.rand(b.shape, generator=generator) + 0.5)
+        else:
+            b.add_(1)
+
+
+def clone_state(module):
+    """Every parameter and buffer, the ones that are not saved included."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, name
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def closed_form(start, values, decay):
+    r"""decay^T start + (1 - decay) sum_t decay^(T-t) values[t-1], in float64 and without recursion."""
+    values = torch.stack(values)
+    age = torch.arange(len(values) - 1, -1, -1, dtype=torch.float64)
+    return decay ** len(values) * start + torch.tensordot((1 - decay) * decay**age, values, dims=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_average_of_a_changing_model_is_the_closed_form_after_thousands_of_updates(dtype):
+    decay, updates = 0.995, 3000
+    model = small_model(dtype)
+    ema = md.EMAWrapper(model, decay=decay)
+    start, seen = flat(model), []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(updates):
+        redraw(model, generator)
+        ema.update(model)
+        seen.append(flat(model))
+    torch.testing.assert_close(flat(ema.module), closed_form(start, seen, decay), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("decay", [0.5, 0.995, 0.9995])
+def test_average_of_a_constant_model_is_the_closed_form_after_thousands_of_updates(dtype, decay):
+    updates = 4000
+    model = Scalar(1.0, dtype)
+    ema = md.EMAWrapper(model, decay=decay)
+    set_parameters(model, 1.25)
+    for _ in range(updates):
+        ema.update(model)
+    expected = torch.full((3,), 1.25 - 0.25 * decay**updates, dtype=torch.float64)
+    # A step smaller than half a unit in the last place is lost, so any float32 average stops
+    # about eps / (1 - decay) short of a constant target.
+    torch.testing.assert_close(flat(ema.module), expected, rtol=0, atol=EPS32 / (1 - decay))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_average_of_a_16_bit_model_moves_where_a_16_bit_average_stands_still(dtype):
+    decay, updates = 0.999, 2000
+    model = Scalar(1.0, dtype)
+    ema = md.EMAWrapper(model, decay=decay)
+    in_16_bit = model.weight.detach().clone()
+    set_parameters(model, 1.25)
+    for _ in range(updates):
+        ema.update(model)
+        in_16_bit.lerp_(model.weight.detach(), 1 - decay)
+    assert torch.equal(in_16_bit, torch.ones(3, dtype=dtype))
+    expected = 1.25 - 0.25 * decay**updates
+    assert ema.module.weight.dtype == torch.float32
+    assert ema.module.weight.tolist() == pytest.approx([expected] * 3, abs=EPS32 / (1 - decay))
+
+
+def test_decay_is_the_share_of_the_old_average():
+    model = Scalar(0.0)
+    ema = md.EMAWrapper(model, decay=0.9)
+    set_parameters(model, 1.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == pytest.approx([0.1] * 3, rel=1e-6)
+
+
+def test_default_decay_is_0995():
+    model = Scalar(0.0)
+    ema = md.EMAWrapper(model)
+    set_parameters(model, 1.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == pytest.approx([0.005] * 3, rel=1e-5)
+
+
+def test_first_update_averages_and_does_not_copy():
+    model = Scalar(4.0)
+    ema = md.EMAWrapper(model, decay=0.5)
+    assert ema.module.weight.tolist() == [4.0] * 3
+    set_parameters(model, 8.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [6.0] * 3
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_decay_zero_copies(dtype):
+    model = small_model(dtype)
+    ema = md.EMAWrapper(model, decay=0.0)
+    for seed in range(3):
+        redraw(model, torch.Generator().manual_seed(seed))
+        ema.update(model)
+        assert torch.equal(flat(ema.module), flat(model))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_decay_one_freezes(dtype):
+    model = small_model(dtype)
+    ema = md.EMAWrapper(model, decay=1.0)
+    start = flat(ema.module)
+    for seed in range(3):
+        redraw(model, torch.Generator().manual_seed(seed))
+        ema.update(model)
+    assert torch.equal(flat(ema.module), start)
+    assert not torch.equal(flat(model), start)
+
+
+@pytest.mark.parametrize("decay", [0, 1])
+def test_integer_decay_at_the_border_is_a_number(decay):
+    model = Scalar(2.0)
+    ema = md.EMAWrapper(model, decay=decay)
+    set_parameters(model, 3.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [3.0 - decay] * 3
+
+
+def test_update_leaves_the_online_model_alone():
+    model = Normed()
+    ema = md.EMAWrapper(model, decay=0.5)
+    redraw_all(model, torch.Generator().manual_seed(0))
+    before = clone_state(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    ema.update(model)
+    assert_same_state(clone_state(model), before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert model.training
+
+
+def test_constructor_leaves_the_online_model_alone():
+    model = Normed()
+    before = clone_state(model)
+    md.EMAWrapper(model)
+    assert_same_state(clone_state(model), before)
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+
+
+def test_float64_model_keeps_a_float64_average():
+    model = Scalar(0.0, torch.float64)
+    ema = md.EMAWrapper(model, decay=1 / 3)
+    set_parameters(model, 1.0)
+    ema.update(model)
+    assert ema.module.weight.dtype == torch.float64
+    assert ema.module.weight.tolist() == pytest.approx([2 / 3] * 3, rel=1e-14)
+
+
+@pytest.mark.parametrize("average", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_dtype_argument_sets_the_dtype_of_the_average(dtype, average):
+    model = Scalar(0.0, dtype)
+    ema = md.EMAWrapper(model, decay=0.75, dtype=average)
+    set_parameters(model, 1.0)
+    ema.update(model)
+    assert ema.module.weight.dtype == average
+    assert ema.module.weight.tolist() == [0.25] * 3
+
+
+def test_device_argument_is_where_the_average_lives():
+    ema = md.EMAWrapper(small_model(), device="cpu")
+    assert {p.device.type for p in ema.module.parameters()} == {"cpu"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The decay and its step
+# ---------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A decay schedule that remembers the steps it was asked for."""
+
+    def __init__(self, schedule=lambda _: 0.5):
+        self.steps = []
+        self.schedule = schedule
+
+    def __call__(self, step):
+        self.steps.append(step)
+        return self.schedule(step)
+
+
+def cosine(step, total=10):
+    return 1 - 0.1 * (math.cos(math.pi * min(step, total) / total) + 1) / 2
+
+
+def test_callable_decay_gets_the_number_of_updates_made_before():
+    model, decay = Scalar(), Recorder()
+    ema = md.EMAWrapper(model, decay=decay)
+    asked_by_the_constructor = len(decay.steps)
+    for _ in range(4):
+        ema.update(model)
+    assert decay.steps[asked_by_the_constructor:] == [0, 1, 2, 3]
+    assert all(isinstance(step, int) for step in decay.steps)
+    assert ema.step == 4
+
+
+def test_callable_decay_follows_its_schedule():
+    model = Scalar(0.0)
+    ema = md.EMAWrapper(model, decay=cosine)
+    expected = 0.0
+    for step in range(25):
+        set_parameters(model, float(step))
+        ema.update(model)
+        expected = cosine(step) * expected + (1 - cosine(step)) * step
+    assert ema.module.weight.tolist() == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_callable_decay_may_return_an_integer_at_the_border():
+    model = Scalar(1.0)
+    ema = md.EMAWrapper(model, decay=lambda _: 0)
+    set_parameters(model, 3.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [3.0] * 3
+
+
+def test_step_starts_at_zero_and_counts_every_update():
+    model = Scalar()
+    ema = md.EMAWrapper(model)
+    assert ema.step == 0
+    for expected in range(1, 4):
+        ema.update(model)
+        assert ema.step == expected
+        assert isinstance(ema.step, int)
+
+
+def test_saved_step_goes_on_after_a_reload():
+    model, decay = Scalar(0.0), Recorder(cosine)
+    ema = md.EMAWrapper(model, decay=cosine)
+    for _ in range(7):
+        ema.update(model)
+    restored = md.EMAWrapper(Scalar(), decay=decay)
+    restored.load_state_dict(ema.state_dict())
+    assert restored.step == 7
+    decay.steps.clear()
+    restored.update(model)
+    assert decay.steps == [7]
+    assert restored.step == 8
+
+
+def test_per_call_decay_overrides_once():
+    model = Scalar(0.0)
+    ema = md.EMAWrapper(model, decay=0.5)
+    set_parameters(model, 8.0)
+    ema.update(model, decay=0.0)
+    assert ema.module.weight.tolist() == [8.0] * 3
+    set_parameters(model, 0.0)
+    ema.update(model, decay=1.0)
+    assert ema.module.weight.tolist() == [8.0] * 3
+    ema.update(model)
+    assert ema.module.weight.tolist() == [4.0] * 3
+
+
+def test_per_call_decay_counts_as_a_step_of_the_schedule():
+    model, decay = Scalar(), Recorder()
+    ema = md.EMAWrapper(model, decay=decay)
+    ema.update(model, decay=0.9)
+    decay.steps.clear()
+    ema.update(model)
+    assert decay.steps == [1]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (2.0, ValueError),
+        (-1e-9, ValueError),
+        (math.nan, ValueError),
+        (math.inf, ValueError),
+        ("x", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (1j, TypeError),
+    ],
+    ids=repr,
+)
+def test_wrong_value_of_a_callable_decay_is_refused_and_nothing_moves(value, error):
+    model = Normed()
+    ema = md.EMAWrapper(model, decay=lambda step: 0.5 if step == 0 else value)
+    redraw_all(model, torch.Generator().manual_seed(0))
+    ema.update(model)
+    redraw_all(model, torch.Generator().manual_seed(1))
+    before = clone_state(ema)
+    with pytest.raises(error, match=r"^decay.*: expected .*, got "):
+        ema.update(model)
+    assert_same_state(clone_state(ema), before)
+    assert ema.step == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# State: save, load, copy
+# ---------------------------------------------------------------------------------------------
+
+
+def trained(steps, seed=0, **kwargs):
+    torch.manual_seed(0)
+    model = Normed()
+    ema = md.EMAWrapper(model, **({"decay": 0.9} | kwargs))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        redraw_all(model, generator)
+        ema.update(model)
+    return model, ema
+
+
+def through_state_dict(ema):
+    fresh = md.EMAWrapper(Normed(), decay=0.9)
+    fresh.load_state_dict(copy.deepcopy(ema.state_dict()))
+    return fresh
+
+
+def through_torch_save(ema, tmp_path):
+    torch.save(ema.state_dict(), tmp_path / "ema.pt")
+    fresh = md.EMAWrapper(Normed(), decay=0.9)
+    fresh.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True), strict=True)
+    return fresh
+
+
+COPIES = {
+    "deepcopy": lambda ema, _: copy.deepcopy(ema),
+    "pickle": lambda ema, _: pickle.loads(pickle.dumps(ema)),
+    "state_dict": lambda ema, _: through_state_dict(ema),
+    "torch.save": through_torch_save,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_copy_goes_on_bit_for_bit_and_by_itself(way, steps, tmp_path):
+    model, ema = trained(steps)
+    before = clone_state(ema)
+    twin = COPIES[way](ema, tmp_path)
+    assert_same_state(clone_state(twin), before)
+    assert twin.step == ema.step == steps
+    assert not twin.module.training
+    assert not any(p.requires_grad for p in twin.parameters())
+
+    def go_on(wrapper):
+        online, generator = copy.deepcopy(model), torch.Generator().manual_seed(9)
+        for _ in range(3):
+            redraw_all(online, generator)
+            wrapper.update(online)
+
+    go_on(twin)
+    assert_same_state(clone_state(ema), before)  # the two share nothing
+    go_on(ema)
+    assert_same_state(clone_state(twin), clone_state(ema))
+    assert twin.step == ema.step
+
+
+def test_state_dict_holds_the_average_once_and_nothing_of_the_online_model():
+    model, ema = trained(2)
+    saved = ema.state_dict()
+    tensors = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    for name, value in ema.module.state_dict().items():
+        assert torch.equal(tensors[f"module.{name}"], value)
+    extra = [k for k in saved if k.removeprefix("module.") not in model.state_dict()]
+    assert len(saved) == len(model.state_dict()) + len(extra)
+    assert len(extra) <= 2  # the step, and room for one more number
+    assert sum(tensors[k].numel() for k in extra if k in tensors) <= 2
+
+
+def test_loading_does_not_touch_the_online_model():
+    model, ema = trained(3)
+    saved = copy.deepcopy(ema.state_dict())
+    before = clone_state(model)
+    ema.load_state_dict(saved)
+    assert_same_state(clone_state(model), before)
+
+
+def test_loading_a_checkpoint_of_another_model_is_refused():
+    ema = md.EMAWrapper(Normed())
+    with pytest.raises(RuntimeError, match="lin"):
+        ema.load_state_dict(md.EMAWrapper(Scalar()).state_dict())
+
+
+def test_update_after_load_state_dict_uses_the_loaded_average():
+    model, ema = trained(3)
+    other_model, other = trained(3, seed=5)
+    other.update(other_model)  # a cached plan, if any, exists before the load
+    other.load_state_dict(ema.state_dict())
+    redraw_all(model, torch.Generator().manual_seed(4))
+    ema.update(model)
+    other.update(model)
+    assert_same_state(clone_state(other.module), clone_state(ema.module))
+
+
+# ---------------------------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------------------------
+
+
+def test_forward_is_the_averaged_module():
+    model, ema = trained(3)
+    reference = copy.deepcopy(model)
+    reference.load_state_dict(ema.module.state_dict())
+    x = torch.randn(5, 3)
+    assert torch.equal(ema(x), reference.eval()(x))
+
+
+def test_forward_has_no_gradient_but_its_output_can_be_a_target():
+    model = small_model()
+    ema = md.EMAWrapper(model)
+    x = torch.randn(5, 3, requires_grad=True)
+    with torch.enable_grad():
+        target = ema(x)
+    assert not target.requires_grad
+    assert not target.is_inference()
+    ((model(x) - target) * target).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is None for p in ema.parameters())
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class Echo(nn.Module):
+    """Returns what it was given, the dtypes as they arrived."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=dtype))
+
+    def forward(self, *args, **kwargs):
+        return args, kwargs
+
+
+def echo_inputs(dtype):
+    x = torch.randn(2, dtype=dtype)
+    args = (x, [x, {"deep": (x, None, "text", 3, 2.5)}], Pair(x, torch.arange(2)))
+    kwargs = {"mask": torch.tensor([True, False]), "named": {"x": x}, "wide": x.double()}
+    return args, kwargs
+
+
+def leaf_dtypes(tree):
+    (x, (y, mapping), pair), kwargs = tree
+    deep = mapping["deep"]
+    assert deep[1:] == (None, "text", 3, 2.5)
+    assert isinstance(pair, Pair)
+    floats = [x, y, deep[0], pair.left, kwargs["named"]["x"]]
+    assert pair.right.dtype == torch.int64
+    assert kwargs["mask"].dtype == torch.bool
+    assert kwargs["wide"].dtype == torch.float64
+    return {t.dtype for t in floats}
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_forward_widens_16_bit_inputs_in_nested_containers_and_keywords(dtype):
+    ema = md.EMAWrapper(Echo(dtype))
+    args, kwargs = echo_inputs(dtype)
+    assert leaf_dtypes(ema(*args, **kwargs)) == {torch.float32}
+
+
+def test_forward_of_a_float32_model_changes_no_input():
+    ema = md.EMAWrapper(Echo(torch.float32))
+    args, kwargs = echo_inputs(torch.bfloat16)
+    assert leaf_dtypes(ema(*args, **kwargs)) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_forward_of_a_16_bit_model_takes_its_own_inputs(dtype):
+    model = small_model(dtype)
+    ema = md.EMAWrapper(model)
+    x = torch.randn(5, 3, dtype=dtype)
+    expected = copy.deepcopy(model).float()(x.float())
+    torch.testing.assert_close(ema(x).float(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ema(input=x).float(), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Swap and copy_to
+# ---------------------------------------------------------------------------------------------
+
+
+def swapped(dtype=torch.float32, **kwargs):
+    """A model and an average that differ in every parameter and buffer."""
+    torch.manual_seed(0)
+    model = Normed().to(dtype)
+    ema = md.EMAWrapper(model, **({"decay": 0.5, "buffers": "ema"} | kwargs))
+    redraw_all(model, torch.Generator().manual_seed(3))
+    ema.update(model)
+    redraw_all(model, torch.Generator().manual_seed(4))
+    return model, ema
+
+
+def as_dtypes_of(state, like):
+    return {name: value.to(like[name].dtype) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_swap_puts_the_average_in_and_restores_bit_for_bit(dtype):
+    model, ema = swapped(dtype)
+    online, average = clone_state(model), clone_state(ema.module)
+    assert not torch.equal(online["lin.weight"].float(), average["lin.weight"])
+    assert not torch.equal(online["norm.running_mean"].float(), average["norm.running_mean"])
+    with ema.swap(model):
+        assert_same_state(clone_state(model), as_dtypes_of(average, online))
+    assert_same_state(clone_state(model), online)
+    assert_same_state(clone_state(ema.module), average)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_swap_restores_bit_for_bit_after_an_exception(dtype):
+    model, ema = swapped(dtype)
+    online = clone_state(model)
+    with pytest.raises(KeyError, match="inside"), ema.swap(model):
+        raise KeyError("inside")
+    assert_same_state(clone_state(model), online)
+    with ema.swap(model):  # and the wrapper can be used again
+        pass
+    ema.update(model)
+
+
+def test_state_dict_inside_swap_has_the_averaged_weights():
+    model, ema = swapped()
+    with ema.swap(model):
+        saved = copy.deepcopy(model.state_dict())
+    assert_same_state(saved, ema.module.state_dict())
+
+
+def test_the_wrapper_itself_is_unchanged_inside_swap():
+    model, ema = swapped()
+    before, x = copy.deepcopy(ema.state_dict()), torch.randn(4, 3)
+    expected = ema(x)
+    with ema.swap(model):
+        inside = copy.deepcopy(ema.state_dict())
+        assert torch.equal(ema(x), expected)
+        assert torch.equal(model.eval()(x), expected)
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(inside[name], value), name
+
+
+def test_swap_keeps_the_parameter_objects_and_their_flags():
+    model, ema = swapped()
+    model.lin.bias.requires_grad_(False)
+    objects = list(model.parameters())
+    with ema.swap(model):
+        inside = list(model.parameters())
+    assert all(a is b is c for a, b, c in zip(objects, inside, model.parameters(), strict=True))
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert not any(p.requires_grad for p in ema.parameters())
+
+
+def test_training_goes_on_after_swap_as_if_it_had_not_been():
+    def train(with_swap):
+        torch.manual_seed(0)
+        model = small_model()
+        ema = md.EMAWrapper(model, decay=0.5)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3)).square().mean().backward()
+            optimizer.step()
+            ema.update(model)
+            if with_swap:
+                with ema.swap(model), torch.no_grad():
+                    model(torch.zeros(1, 3))
+        return flat(model), flat(ema.module)
+
+    plain, interrupted = train(False), train(True)
+    assert torch.equal(plain[0], interrupted[0])
+    assert torch.equal(plain[1], interrupted[1])
+
+
+def test_swap_inside_swap_is_refused_and_the_model_is_still_restored():
+    model, ema = swapped()
+    online, average = clone_state(model), clone_state(ema.module)
+    with ema.swap(model):
+        with pytest.raises(RuntimeError, match="swap"), ema.swap(model):
+            pass
+        assert_same_state(clone_state(model), average)
+    assert_same_state(clone_state(model), online)
+
+
+def test_update_inside_swap_is_refused_and_nothing_moves():
+    model, ema = swapped()
+    online, average, step = clone_state(model), clone_state(ema.module), ema.step
+    with ema.swap(model), pytest.raises(RuntimeError, match="swap"):
+        ema.update(model)
+    assert_same_state(clone_state(model), online)
+    assert_same_state(clone_state(ema.module), average)
+    assert ema.step == step
+
+
+def test_swap_with_a_model_that_does_not_fit_changes_nothing():
+    _, ema = swapped()
+    other = Normed()
+    other.extra = nn.Parameter(torch.ones(2))
+    before = clone_state(other)
+    with pytest.raises(ValueError, match="extra"), ema.swap(other):
+        pytest.fail("the body must not run")
+    assert_same_state(clone_state(other), before)
+    with ema.swap(Normed()):  # a refused swap is not an open one
+        pass
+
+
+def test_swap_of_tied_weights_keeps_the_tie():
+    model = nn.Module()
+    model.a, model.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    model.b.weight = model.a.weight
+    ema = md.EMAWrapper(model, decay=0.5)
+    set_parameters(model, 7.0)
+    with ema.swap(model):
+        assert model.b.weight is model.a.weight
+        assert torch.equal(model.a.weight, ema.module.a.weight)
+    assert model.b.weight is model.a.weight
+    assert torch.equal(model.a.weight, torch.full((2, 2), 7.0))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_copy_to_writes_the_average_into_the_model(dtype):
+    model, ema = swapped(dtype)
+    objects = list(model.parameters())
+    average = clone_state(ema.module)
+    ema.copy_to(model)
+    assert_same_state(clone_state(model), as_dtypes_of(average, clone_state(model)))
+    assert all(a is b for a, b in zip(objects, model.parameters(), strict=True))
+    assert all(p.requires_grad and p.grad_fn is None for p in model.parameters())
+    redraw_all(model, torch.Generator().manual_seed(8))  # no storage is shared
+    assert_same_state(clone_state(ema.module), average)
+
+
+def test_copy_to_a_model_that_does_not_fit_changes_nothing():
+    _, ema = swapped()
+    other = Normed()
+    other.norm = nn.BatchNorm1d(5)
+    before = clone_state(other)
+    with pytest.raises(ValueError, match=r"norm\."):
+        ema.copy_to(other)
+    assert_same_state(clone_state(other), before)
+
+
+# ---------------------------------------------------------------------------------------------
+# Wrong arguments
+# ---------------------------------------------------------------------------------------------
+
+
+WRONG_ARGUMENTS = [
+    ("decay", math.nan, ValueError),
+    ("decay", math.inf, ValueError),
+    ("decay", -0.1, ValueError),
+    ("decay", 1.1, ValueError),
+    ("decay", True, TypeError),
+    ("decay", "x", TypeError),
+    ("decay", None, TypeError),
+    ("buffers", "none", ValueError),
+    ("buffers", None, (ValueError, TypeError)),
+    ("mode", "x", ValueError),
+    ("mode", True, (ValueError, TypeError)),
+    ("dtype", torch.int64, (ValueError, TypeError)),
+    ("dtype", torch.complex64, (ValueError, TypeError)),
+    ("dtype", torch.float16, ValueError),
+    ("dtype", torch.bfloat16, ValueError),
+    ("dtype", "float32", TypeError),
+    ("device", "nowhere", ValueError),
+    ("device", 1.5, (ValueError, TypeError)),
+    ("teacher", "x", TypeError),
+    ("model", "x", TypeError),
+    ("model", None, TypeError),
+    ("model", Scalar, TypeError),
+]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"), WRONG_ARGUMENTS, ids=[f"{name}={value!r}" for name, value, _ in WRONG_ARGUMENTS]
+)
+def test_wrong_constructor_arguments_are_named(argument, value, error):
+    arguments = {"model": Scalar()} | {argument: value}
+    with pytest.raises(error, match=rf"^{argument}: expected .*, got "):
+        md.EMAWrapper(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(math.nan, ValueError), (-0.1, ValueError), (1.1, ValueError), ("x", TypeError), (True, TypeError)],
+    ids=repr,
+)
+def test_wrong_decay_of_one_update_is_refused_and_nothing_moves(value, error):
+    model, ema = trained(2)
+    redraw_all(model, torch.Generator().manual_seed(7))
+    before = clone_state(ema)
+    with pytest.raises(error, match=r"^decay: expected .*, got "):
+        ema.update(model, decay=value)
+    assert_same_state(clone_state(ema), before)
+    assert ema.step == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Any module tree
+# ---------------------------------------------------------------------------------------------
+
+# `module` and `_orig` are ordinary names of ordinary submodules here.
+NAMES = st.sampled_from(["a", "b", "weight", "module", "modules_", "_orig", "mean"])
+LEAVES = st.tuples(
+    st.sampled_from(["parameter", "frozen", "tied", "buffer", "volatile", "counter", "none"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.sampled_from([(), (0,), (1,), (3,), (2, 3)]),
+)
+TREES = st.dictionaries(
+    NAMES,
+    LEAVES | st.dictionaries(NAMES, LEAVES | st.dictionaries(NAMES, LEAVES, max_size=3), max_size=3),
+    min_size=1,
+    max_size=4,
+)
+
+
+def build(tree, generator, first=None):
+    """A module tree; a `tied` leaf is the same Parameter object as the first parameter made."""
+    first = [] if first is None else first
+    module = nn.Module()
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            module.add_module(name, build(node, generator, first))
+            continue
+        kind, dtype, shape = node
+        value = torch.randn(shape, generator=generator).to(dtype)
+        if kind == "tied" and first:
+            module.register_parameter(name, first[0])
+        elif kind in ("parameter", "frozen", "tied"):
+            first.append(nn.Parameter(value, requires_grad=kind != "frozen"))
+            module.register_parameter(name, first[-1])
+        elif kind == "none":
+            module.register_buffer(name, None)
+        elif kind == "counter":
+            module.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
+        else:
+            module.register_buffer(name, value, persistent=kind == "buffer")
+    return module
+
+
+def every_name(module):
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters, dict(module.named_buffers(remove_duplicate=False))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tree=TREES,
+    buffers=st.sampled_from(["copy", "ema", "frozen"]),
+    decay=st.floats(0, 1),
+    updates=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_every_tensor_of_any_module_tree_follows_its_own_closed_form(tree, buffers, decay, updates, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = build(tree, generator)
+    ema = md.EMAWrapper(model, decay=decay, buffers=buffers)
+    parameters, model_buffers = every_name(model)
+    expected = {n: t.detach().double().clone() for n, t in (parameters | model_buffers).items()}
+    for _ in range(updates):
+        with torch.no_grad():
+            for t in {id(t): t for t in (parameters | model_buffers).values()}.values():
+                if t.is_floating_point():
+                    t.copy_(torch.randn(t.shape, generator=generator))
+                else:
+                    t.add_(1)
+        ema.update(model)
+        for name, online in (parameters | model_buffers).items():
+            online = online.detach().double().clone()
+            averaged = name in parameters or buffers == "ema"
+            if name in model_buffers and not model_buffers[name].is_floating_point():
+                expected[name] = online
+            elif averaged:
+                expected[name] = decay * expected[name] + (1 - decay) * online
+            elif buffers == "copy":
+                expected[name] = online
+    averages = every_name(ema.module)
+    actual = averages[0] | averages[1]
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = 1e-12 if actual[name].dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(actual[name].detach().double(), value, rtol=0, atol=atol)

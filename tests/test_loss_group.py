@@ -1,0 +1,82 @@
+"""One process, with and without torch.distributed: the losses are the same."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import momentum_distill as md
+from loss_cases import bits, supcon_case
+
+
+@pytest.fixture
+def world_of_one(tmp_path):
+    """A default process group that holds this process alone."""
+    store = (tmp_path / "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def losses(group):
+    """Value and gradient of each loss built with this `group`."""
+    case = supcon_case(0, ignored=0.2).requires_grad()
+    g = torch.Generator().manual_seed(1)
+    scores = [torch.randn(6, generator=g).requires_grad_(i == 0) for i in range(3)]
+    logits = [torch.randn(6, 3, generator=g).requires_grad_(i == 0) for i in range(2)]
+    supcon = md.SupConDistillLoss(group=group)
+    regression = md.ResponseDistillLoss(task="regression", group=group)
+    fusion = md.HardSampleFusionLoss(group=group)
+    values = [
+        supcon(*case.args, **case.momentum),
+        supcon.terms(*case.args, **case.momentum).total,
+        regression(*scores),
+        fusion(
+            student_scores=scores[0],
+            fused_scores=scores[1],
+            targets=scores[2],
+            student_logits=logits[0],
+            fused_logits=logits[1],
+            labels=torch.tensor([0, 1, 2, -1, -2, 0]),
+        ),
+    ]
+    leaves = [case.query, case.keys, scores[0], logits[0], *supcon.parameters()]
+    return [bits(x) for x in (*values, *torch.autograd.grad(sum(values), leaves))]
+
+
+def test_auto_and_none_agree_without_a_process_group():
+    assert not dist.is_initialized()
+    assert losses("auto") == losses(None)
+
+
+def test_a_world_of_one_changes_no_bit(world_of_one):
+    alone = losses(None)
+    assert losses("auto") == alone
+    assert losses(world_of_one) == alone
+
+
+def test_a_loss_built_before_the_process_group_follows_it(tmp_path):
+    loss_fn = md.SupConDistillLoss(group="auto")
+    case = supcon_case(1)
+    before = loss_fn(*case.args)
+    store = (tmp_path / "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        assert bits(loss_fn(*case.args)) == bits(before)
+    finally:
+        dist.destroy_process_group()
+    assert bits(loss_fn(*case.args)) == bits(before)
+
+
+@pytest.mark.parametrize("group", ["all", 3, object()], ids=["string", "number", "object"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        md.SupConDistillLoss,
+        lambda group: md.ResponseDistillLoss(task="regression", group=group),
+        md.HardSampleFusionLoss,
+    ],
+    ids=["supcon", "response", "hard sample"],
+)
+def test_anything_else_is_no_group(build, group):
+    with pytest.raises((TypeError, ValueError), match="group"):
+        build(group=group)

@@ -1,0 +1,140 @@
+"""Derivatives of SupConDistillLoss against finite differences, in double precision."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import momentum_distill as md
+from loss_cases import POSITIVES, REDUCTIONS, supcon_case
+from momentum_distill import functional as F
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
+@pytest.mark.parametrize("momentum", [False, True], ids=["supervised", "distilled"])
+def test_gradcheck_in_queries_keys_and_temperature(momentum, normalize, reduction, positives):
+    case = supcon_case(0, 4, 6, 3, ignored=0.2, unlabelled=0.1, momentum=momentum).requires_grad()
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def f(query, keys, temperature):
+        return F.supcon_distill_loss(
+            query,
+            keys,
+            case.query_labels,
+            case.key_labels,
+            **case.momentum,
+            temperature=temperature,
+            momentum_temperature=0.7 if momentum else None,
+            positives=positives,
+            reduction=reduction,
+            normalize=normalize,
+        )
+
+    assert gradcheck(f, (case.query, case.keys, temperature), atol=1e-8)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_gradcheck_with_key_parts(positives):
+    case = supcon_case(1, 4, 7, 3, ignored=0.2).requires_grad()
+    queue = case.keys.detach()[3:]
+    batch = case.keys.detach()[:3].clone().requires_grad_()
+
+    def f(query, batch):
+        return F.supcon_distill_loss(
+            query,
+            (batch, queue),
+            case.query_labels,
+            case.key_labels.split((3, 4)),
+            momentum_query=case.momentum_query,
+            momentum_keys=case.momentum_keys.split((3, 4)),
+            temperature=0.5,
+            positives=positives,
+        )
+
+    assert gradcheck(f, (case.query, batch), atol=1e-8)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("momentum", [False, True], ids=["supervised", "distilled"])
+def test_gradcheck_in_the_learned_temperature(momentum, positives):
+    case = supcon_case(2, 4, 6, 3, unlabelled=0.1, momentum=momentum)
+    loss_fn = md.SupConDistillLoss(temperature=0.5, positives=positives)
+    ratio = loss_fn.log_temperature_ratio
+    with torch.no_grad():
+        ratio.fill_(0.25)
+    here = loss_fn.temperature.item()
+    assert here == pytest.approx(0.5 * math.exp(0.25), rel=1e-7)
+
+    loss_fn(*case.args, **case.momentum).backward()
+
+    def at(temperature):
+        # U keeps the temperature of here: nothing flows through it.
+        frozen = {"momentum_temperature": here} if momentum else {}
+        options = {"temperature": temperature, "positives": positives, **frozen}
+        return F.supcon_distill_loss(*case.args, **case.momentum, **options).item()
+
+    step = 1e-5
+    slope = (at(here + step) - at(here - step)) / (2 * step)
+    assert ratio.grad.item() == pytest.approx(slope * here, rel=1e-6)  # the parameter is float32
+
+
+@pytest.mark.parametrize("field", ["total", "supervised", "distill"])
+def test_gradcheck_of_each_term(field):
+    case = supcon_case(3, 4, 6, 3, ignored=0.2, unlabelled=0.1).requires_grad()
+
+    def f(query, keys):
+        terms = F.supcon_distill_terms(
+            query, keys, case.query_labels, case.key_labels, **case.momentum, temperature=0.5
+        )
+        return getattr(terms, field)
+
+    assert gradcheck(f, (case.query, case.keys), atol=1e-8)
+
+
+def test_gradcheck_next_to_a_zero_row():
+    # At the zero row itself there is no derivative; the other rows must not notice it.
+    case = supcon_case(4, 4, 6, 3)
+    others = case.query[1:].clone().requires_grad_()
+
+    def f(others):
+        query = torch.cat([torch.zeros(1, 3, dtype=torch.float64), others])
+        return F.supcon_distill_loss(query, *case.args[1:], **case.momentum, temperature=0.5)
+
+    assert gradcheck(f, (others,), atol=1e-8)
+
+
+def test_gradcheck_with_shared_query_and_keys():
+    # Within a batch the same rows may be queries and keys, as in the in-batch form.
+    case = supcon_case(5, 5, 5, 3)
+    x = case.query.clone().requires_grad_()
+
+    def f(x):
+        return F.supcon_distill_loss(x, x, case.query_labels, case.query_labels, temperature=0.5)
+
+    assert gradcheck(f, (x,), atol=1e-8)
+
+
+def test_second_backward_accumulates():
+    case = supcon_case(6).requires_grad()
+    for _ in range(2):
+        F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5).backward()
+    twice = case.query.grad.clone()
+    case.query.grad = None
+    F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5).backward()
+    assert torch.equal(twice, 2 * case.query.grad)
+
+
+def test_gradient_scales_with_what_comes_from_above():
+    case = supcon_case(7).requires_grad()
+    loss = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5, reduction="none")
+    weights = torch.linspace(-1.0, 2.0, len(loss), dtype=torch.float64)
+    (together,) = torch.autograd.grad((weights * loss).sum(), case.query)
+    alone = []
+    for i, weight in enumerate(weights):
+        loss = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5, reduction="none")
+        (gradient,) = torch.autograd.grad(weight * loss[i], case.query)
+        alone.append(gradient)
+    torch.testing.assert_close(together, sum(alone), rtol=1e-12, atol=1e-14)

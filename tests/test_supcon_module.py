@@ -1,0 +1,232 @@
+"""SupConDistillLoss as a module: its temperature, its state, what it refuses."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+
+import momentum_distill as md
+from loss_cases import assert_close, bits, supcon_case
+from momentum_distill import functional as F
+
+LOW, HIGH = 0.01, 10.0  # the default range
+
+
+def aligned_case(sign=1.0):
+    """Every query beside its own positive (or opposite to it): a smaller (larger) tau is better."""
+    x = torch.eye(4)
+    return sign * x, x, torch.arange(4), torch.arange(4)
+
+
+def train(loss_fn, sign, optimizer, steps):
+    """Temperatures after each step."""
+    seen = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(*aligned_case(sign)).backward()
+        optimizer.step()
+        seen.append(loss_fn.temperature.item())
+    return seen
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 1 / 3, LOW, HIGH])
+@pytest.mark.parametrize("learnable", [True, False])
+def test_temperature_reads_back_to_the_last_digit(learnable, temperature):
+    loss_fn = md.SupConDistillLoss(temperature=temperature, learnable_temperature=learnable)
+    assert loss_fn.temperature.shape == ()
+    assert not loss_fn.temperature.requires_grad
+    assert loss_fn.temperature.item() == temperature
+
+
+def test_first_loss_uses_the_temperature_given_to_the_last_digit():
+    case = supcon_case(0)
+    expected = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.07)
+    assert_close(md.SupConDistillLoss(temperature=0.07)(*case.args, **case.momentum), expected.item())
+
+
+def test_one_parameter_where_learnable_and_none_where_not():
+    names = [name for name, _ in md.SupConDistillLoss().named_parameters()]
+    assert names == ["log_temperature_ratio"]
+    assert not list(md.SupConDistillLoss(learnable_temperature=False).parameters())
+
+
+@pytest.mark.parametrize("name", ["half", "bfloat16", "float", "double"])
+def test_casting_the_module_keeps_the_temperature(name):
+    loss_fn = md.SupConDistillLoss(temperature=0.07)
+    with torch.no_grad():
+        loss_fn.log_temperature_ratio.fill_(0.1234567)
+    before = loss_fn.temperature.item()
+    getattr(loss_fn, name)()
+    assert loss_fn.log_temperature_ratio.dtype in (torch.float32, torch.float64)
+    assert loss_fn.temperature.item() == before
+
+
+def test_casting_a_model_that_holds_the_loss_keeps_the_temperature():
+    model = torch.nn.ModuleDict({"loss": md.SupConDistillLoss(), "head": torch.nn.Linear(2, 2)})
+    model.bfloat16()
+    assert model["head"].weight.dtype == torch.bfloat16
+    assert model["loss"].log_temperature_ratio.dtype == torch.float32
+
+
+def test_learning_the_temperature_lowers_the_loss():
+    loss_fn = md.SupConDistillLoss(temperature=0.5)
+    optimizer = torch.optim.SGD(loss_fn.parameters(), lr=0.1)
+    before = loss_fn(*aligned_case()).item()
+    seen = train(loss_fn, 1.0, optimizer, 20)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] < 0.5
+    assert loss_fn(*aligned_case()).item() < before
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["down", "up"])
+@pytest.mark.parametrize(("kind", "rate"), [("SGD", 1e3), ("SGD", 10.0), ("Adam", 1.0), ("Adam", 20.0)])
+def test_temperature_stays_in_range_and_comes_back_under_large_steps(kind, rate, sign):
+    loss_fn = md.SupConDistillLoss(temperature=0.5)
+    optimizer = getattr(torch.optim, kind)(loss_fn.parameters(), lr=rate)
+    seen = train(loss_fn, sign, optimizer, 8)
+    assert all(LOW <= x <= HIGH for x in seen)
+    border = LOW if sign > 0 else HIGH
+    assert seen[-1] == pytest.approx(border, rel=1e-6)
+
+    # The data turns round: the same optimiser must find the way back.
+    seen = train(loss_fn, -sign, optimizer, 60)
+    assert all(LOW <= x <= HIGH for x in seen)
+    assert any(abs(math.log(x / border)) > 1.0 for x in seen)
+
+
+@pytest.mark.parametrize("border", [LOW, HIGH])
+def test_gradient_at_the_border_is_zero_outwards_and_alive_inwards(border):
+    outwards = 1.0 if border == LOW else -1.0
+    loss_fn = md.SupConDistillLoss(temperature=border)
+
+    # One orthogonal negative, so that the slope is there even at the smallest temperature.
+    def gradient(sign):
+        loss_fn.zero_grad()
+        query, keys = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.999, 0.0447]])
+        labels = torch.tensor([0, 1]) if sign > 0 else torch.tensor([1, 0])
+        loss_fn(query, keys, torch.tensor([0]), labels).backward()
+        return loss_fn.log_temperature_ratio.grad.item()
+
+    assert gradient(outwards) == 0.0
+    assert gradient(-outwards) * outwards < 0.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, -0.5, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("learnable", [True, False])
+def test_impossible_temperatures_are_refused(learnable, temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        md.SupConDistillLoss(temperature=temperature, learnable_temperature=learnable)
+    case = supcon_case(0)
+    with pytest.raises(ValueError, match="temperature"):
+        F.supcon_distill_loss(*case.args, temperature=temperature)
+    with pytest.raises(ValueError, match="temperature"):
+        F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5, momentum_temperature=temperature)
+    with pytest.raises(ValueError, match="temperature"):
+        F.contrast_logits(case.query, case.keys, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.009, 10.1])
+def test_temperature_outside_its_range_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        md.SupConDistillLoss(temperature=temperature)
+    wide = md.SupConDistillLoss(temperature=temperature, temperature_range=(0.001, 100.0))
+    assert wide.temperature.item() == temperature
+
+
+@pytest.mark.parametrize(
+    "bad", [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.1), (0.1, math.inf), (math.nan, 1.0), (0.1,)], ids=str
+)
+def test_impossible_ranges_are_refused(bad):
+    with pytest.raises((ValueError, TypeError), match="temperature_range"):
+        md.SupConDistillLoss(temperature=0.5, temperature_range=bad)
+
+
+def trained():
+    """A loss whose temperature has moved."""
+    loss_fn = md.SupConDistillLoss(temperature=0.07, alpha=0.3, positives="inside", temperature_range=(0.02, 3.0))
+    with torch.no_grad():
+        loss_fn.log_temperature_ratio.fill_(0.31)
+    return loss_fn
+
+
+def through_pickle(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+def through_torch_save(x):
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_torch_save])
+def test_copies_go_on_bit_for_bit_and_on_their_own(copy_of):
+    case = supcon_case(1)
+    loss_fn = trained()
+    other = copy_of(loss_fn)
+    expected = loss_fn(*case.args, **case.momentum)
+    assert bits(other(*case.args, **case.momentum)) == bits(expected)
+    assert repr(other) == repr(loss_fn)
+    with torch.no_grad():
+        other.log_temperature_ratio.add_(1.0)
+    assert bits(loss_fn(*case.args, **case.momentum)) == bits(expected)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_dict_restores_the_temperature_bit_for_bit(strict):
+    loss_fn = trained()
+    buffer = io.BytesIO()
+    torch.save(loss_fn.state_dict(), buffer)
+    buffer.seek(0)
+    other = md.SupConDistillLoss(temperature=0.5, alpha=0.3, positives="inside", temperature_range=(0.02, 3.0))
+    other.load_state_dict(torch.load(buffer, weights_only=True), strict=strict)
+    assert bits(other.temperature) == bits(loss_fn.temperature)
+    case = supcon_case(1)
+    assert bits(other(*case.args, **case.momentum)) == bits(loss_fn(*case.args, **case.momentum))
+
+
+def test_state_dict_of_a_fixed_temperature_is_restored_too():
+    source = md.SupConDistillLoss(temperature=0.07, learnable_temperature=False)
+    other = md.SupConDistillLoss(temperature=0.5, learnable_temperature=False)
+    other.load_state_dict(source.state_dict())
+    assert other.temperature.item() == 0.07
+
+
+def test_resumed_training_is_the_same_training():
+    def step(loss_fn, optimizer):
+        optimizer.zero_grad()
+        loss_fn(*aligned_case()).backward()
+        optimizer.step()
+
+    loss_fn = md.SupConDistillLoss(temperature=0.2)
+    optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.05)
+    for _ in range(3):
+        step(loss_fn, optimizer)
+    saved = copy.deepcopy((loss_fn.state_dict(), optimizer.state_dict()))
+    for _ in range(3):
+        step(loss_fn, optimizer)
+
+    resumed = md.SupConDistillLoss(temperature=0.5)
+    resumed_optimizer = torch.optim.Adam(resumed.parameters(), lr=0.05)
+    resumed.load_state_dict(saved[0])
+    resumed_optimizer.load_state_dict(saved[1])
+    for _ in range(3):
+        step(resumed, resumed_optimizer)
+    assert bits(resumed.temperature) == bits(loss_fn.temperature)
+
+
+def test_repr_shows_the_settings():
+    text = repr(trained())
+    for part in ("temperature", "alpha=0.3", "inside"):
+        assert part in text
+
+
+def test_train_and_eval_give_the_same_loss():
+    case = supcon_case(2)
+    loss_fn = md.SupConDistillLoss()
+    training = loss_fn(*case.args, **case.momentum)
+    assert bits(loss_fn.eval()(*case.args, **case.momentum)) == bits(training)
