@@ -271,7 +271,7 @@ bad(
     "x",
     [("is a vector", real(3), V), ("has three dimensions", real(3, 2, 2), V), ("is a scalar", real(), V)],
 )
-bad("l2_normalize", "eps", [*wrong_numbers(), ("is zero", 0.0, V)])
+bad("l2_normalize", "eps", [*wrong_numbers(optional=True), ("is zero", 0.0, V)])
 
 bad("contrast_logits", "query", [*no_floats(4, 3), ("is a vector", real(3), V), ("is None", None, T)])
 bad("contrast_logits", "query", [("is of another width", real(4, 2), V)], named="query|keys")
@@ -670,6 +670,7 @@ bad(
         ("is empty", {}, V),
         ("has a name that is no string", {0: 3}, T),
         ("has an empty name", {"": 3}, V),
+        ("has a name that no buffer can have", {"t.x": 3}, V),
         ("has width zero", {"t": 3, "a": 0}, V),
         ("has a negative width", {"t": -3}, V),
         ("has a float width", {"t": 3.0}, T),

@@ -12,7 +12,6 @@ from loss_cases import bits, supcon_case
 
 # Both warnings are the compiler's own, about what it does itself.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
 ]
 

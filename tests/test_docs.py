@@ -66,8 +66,6 @@ def broken_links(page, text):
     return broken
 
 
-# torch's own tracing of autograd functions says this about itself
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @every_page
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what a block writes does not stay

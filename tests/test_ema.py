@@ -452,6 +452,16 @@ def test_state_dict_holds_the_average_once_and_nothing_of_the_online_model():
     assert sum(tensors[k].numel() for k in extra if k in tensors) <= 2
 
 
+@pytest.mark.parametrize("decay", [0.75, cosine], ids=["number", "callable"])
+def test_repr_shows_the_settings_and_the_step(decay):
+    model, ema = trained(2, decay=decay, buffers="ema")
+    shown = repr(ema)
+    assert "step=2" in shown
+    assert "buffers='ema'" in shown
+    assert ("0.75" if decay == 0.75 else "cosine") in shown
+    assert shown.count("BatchNorm1d") == repr(model).count("BatchNorm1d")
+
+
 def test_loading_does_not_touch_the_online_model():
     model, ema = trained(3)
     saved = copy.deepcopy(ema.state_dict())
@@ -546,10 +556,19 @@ def test_forward_widens_16_bit_inputs_in_nested_containers_and_keywords(dtype):
     assert leaf_dtypes(ema(*args, **kwargs)) == {torch.float32}
 
 
-def test_forward_of_a_float32_model_changes_no_input():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_forward_changes_no_input_of_32_bits_or_more(dtype):
     ema = md.EMAWrapper(Echo(torch.float32))
-    args, kwargs = echo_inputs(torch.bfloat16)
-    assert leaf_dtypes(ema(*args, **kwargs)) == {torch.bfloat16}
+    args, kwargs = echo_inputs(dtype)
+    assert leaf_dtypes(ema(*args, **kwargs)) == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_forward_of_an_average_of_another_dtype_takes_the_inputs_of_the_model(dtype):
+    model = small_model(dtype)
+    ema = md.EMAWrapper(model, dtype=torch.float64 if dtype == torch.float32 else torch.float32)
+    x = torch.randn(5, 3, dtype=dtype)
+    torch.testing.assert_close(ema(x).to(dtype), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)

@@ -224,7 +224,7 @@ def test_parent_train_leaves_the_average_in_eval_mode():
     for _ in range(2):
         parent.train()
         assert all_modes(parent["online"]) == {True}
-        assert all_modes(parent["ema"].module) == {False}
+        assert all_modes(parent["ema"]) == {False}
         parent.eval()
     parent["ema"].train()
     assert all_modes(parent["ema"].module) == {False}
@@ -313,6 +313,14 @@ def test_ema_made_of_a_wrapped_model_takes_the_plain_one_and_the_wrapped_one(wra
     assert torch.equal(ema(x), expected)
 
 
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel], ids=["torch.compile", "DataParallel"])
+def test_no_prefix_of_a_wrapper_reaches_the_saved_names(wrap):
+    plain, wrapped = md.EMAWrapper(Branches()), md.EMAWrapper(wrap(Branches()))
+    assert wrapped.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(wrapped.state_dict(), strict=True)
+    assert_same_state(clone_state(plain), clone_state(wrapped))
+
+
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapper_hides_no_mismatch(wrap):
     ema = md.EMAWrapper(Branches())
@@ -378,6 +386,7 @@ def test_distributed_data_parallel_in_every_order():
     assert values(nested.module) == [0.0, 0.0, 0.5, 1.0, 1.5, 2.0]
     x = torch.randn(3, 2)
     assert torch.equal(after(x), before(x))
+    assert after.state_dict().keys() == before.state_dict().keys()
 
 
 @pytest.mark.usefixtures("process_group")
@@ -511,6 +520,8 @@ def test_a_parameter_added_to_the_very_model_after_an_update_is_noticed():
 def test_a_ready_teacher_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"middle\.(weight|bias)"):
         md.EMAWrapper(Branches(), teacher=Branches(("first", "middle", "last")))
+    with pytest.raises(ValueError, match=r"^teacher: expected shape \(2, 2\) for 'last\.weight', got \(3, 2\)"):
+        md.EMAWrapper(Branches(), teacher=other_shape(Branches()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,10 +546,29 @@ def test_a_ready_teacher_is_used_as_it_is():
     assert all_modes(teacher) == {False}
 
 
+def test_a_ready_teacher_with_old_gradients_is_not_moved_by_an_optimizer():
+    teacher = Branches()
+    teacher(torch.ones(1, 2)).sum().backward()
+    parent = nn.ModuleDict({"online": Branches()})
+    parent["ema"] = md.EMAWrapper(parent["online"], teacher=teacher)
+    before = clone_state(teacher)
+    torch.optim.SGD(parent.parameters(), lr=1.0).step()  # steps whatever has a gradient
+    assert_same_state(clone_state(teacher), before)
+
+
 def test_the_online_model_is_refused_as_its_own_teacher():
     model = Branches()
     with pytest.raises(ValueError, match=r"^teacher: expected .*, got "):
         md.EMAWrapper(model, teacher=model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+
+
+def test_a_teacher_that_shares_a_tensor_with_the_online_model_is_refused():
+    shared = nn.Linear(2, 2)
+    model, teacher = nn.Sequential(shared, nn.Linear(2, 2)), nn.Sequential(shared, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^teacher: expected .*, got .*0\.(weight|bias)"):
+        md.EMAWrapper(model, teacher=teacher)
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -222,6 +222,7 @@ def test_label_of_ignore_index_is_free_to_choose():
     renamed = kwargs | {"labels": kwargs["labels"].masked_fill(kwargs["labels"] == -1, 9)}
     loss = F.hard_sample_fusion_loss(**renamed, ignore_index=9)
     assert_close(loss, F.hard_sample_fusion_loss(**kwargs).item())
+    assert bits(md.HardSampleFusionLoss(ignore_index=9)(**renamed)) == bits(loss)
 
 
 def test_mask_and_absent_label_are_the_same_as_leaving_the_rows_out():

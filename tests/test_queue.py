@@ -530,7 +530,9 @@ def test_a_rare_class_is_not_starved_in_a_balanced_queue():
     assert 1 not in contents(plain)
 
 
-@pytest.mark.parametrize(("size", "shares"), [(6, [2, 2, 2]), (7, [3, 2, 2]), (8, [3, 3, 2]), (3, [1, 1, 1])])
+@pytest.mark.parametrize(
+    ("size", "shares"), [(6, [2, 2, 2]), (7, [3, 2, 2]), (8, [3, 3, 2]), (11, [4, 4, 3]), (3, [1, 1, 1])]
+)
 def test_balanced_shares_add_up_to_the_size(size, shares):
     queue = number_queue(size, balanced=True, num_classes=3)
     queue.enqueue(torch.arange(60) % 3, {"t": torch.arange(60.0)[:, None]})
@@ -546,6 +548,19 @@ def test_a_sample_without_a_class_is_not_stored_in_a_balanced_queue(label):
     queue.enqueue(torch.tensor([0, label, 2]), numbered([7, 8, 9])[1])
     assert contents(queue) == [0, 2]
     assert queue.read("t")[0].flatten().tolist() == [7, 9]
+
+
+def test_num_classes_alone_does_not_divide_the_ring():
+    queue = number_queue(4, num_classes=9)
+    for _ in range(3):
+        queue.enqueue(*numbered([0, 8, 8]))
+    assert contents(queue) == [8, 0, 8, 8]
+
+
+def test_repr_shows_the_settings():
+    shown = repr(make_queue(6, balanced=True, num_classes=3))
+    for setting in ("size=6", "num_classes=3", "balanced=True", "a_momentum"):
+        assert setting in shown
 
 
 def test_balanced_queue_fed_bit_by_bit_is_the_one_fed_at_once():
@@ -702,8 +717,6 @@ def compiled_step(queue, loss_fn, query, labels, features):
     return loss
 
 
-# torch's own tracing of autograd functions says this about itself
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("kwargs", [KINDS["ring"], KINDS["balanced"]], ids=["ring", "balanced"])
 @pytest.mark.parametrize("normalize", [True, "query"])
 def test_compiled_step_equals_eager_and_does_not_recompile_from_the_third_step_on(kwargs, normalize):
@@ -878,8 +891,9 @@ def test_a_wrong_batch_is_refused_and_nothing_is_stored(changes, error, kwargs):
 
 
 @pytest.mark.parametrize("label", [3, 100])
-def test_a_label_beyond_the_classes_of_a_balanced_queue_is_refused(label):
-    queue = make_queue(balanced=True, num_classes=3, validate=True)
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_label_beyond_the_classes_of_a_balanced_queue_is_refused(label, validate):
+    queue = make_queue(balanced=True, num_classes=3, validate=validate)
     queue.enqueue(*batch(4))
     before = clone_state(queue)
     labels, features = batch(3, seed=1)
@@ -887,6 +901,15 @@ def test_a_label_beyond_the_classes_of_a_balanced_queue_is_refused(label):
     with pytest.raises(ValueError, match=rf"^labels: expected .*, got .*{label}"):
         queue.enqueue(labels, features)
     assert_same_state(clone_state(queue), before)
+
+
+def test_a_label_beyond_the_classes_of_a_plain_queue_is_found_on_request():
+    queue = make_queue(num_classes=3, validate=True)
+    labels, features = batch(3)
+    labels[1] = 3
+    with pytest.raises(ValueError, match=r"^labels: expected .*, got .*3"):
+        queue.enqueue(labels, features)
+    assert len(queue) == 0
 
 
 @pytest.mark.parametrize("stream", ["x", "", None, 0])

@@ -47,6 +47,16 @@ def test_first_loss_uses_the_temperature_given_to_the_last_digit():
     assert_close(md.SupConDistillLoss(temperature=0.07)(*case.args, **case.momentum), expected.item())
 
 
+@pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
+@pytest.mark.parametrize("ignore_index", [-1, 2, -100])
+def test_every_option_of_the_class_reaches_the_function(ignore_index, normalize):
+    case = supcon_case(3, 6, 12, 4, ignored=0.2, unlabelled=0.2)
+    options = {"ignore_index": ignore_index, "normalize": normalize, "alpha": 0.7}
+    loss = md.SupConDistillLoss(temperature=0.3, **options)(*case.args, **case.momentum)
+    expected = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.3, **options)
+    assert_close(loss, expected.item())
+
+
 def test_one_parameter_where_learnable_and_none_where_not():
     names = [name for name, _ in md.SupConDistillLoss().named_parameters()]
     assert names == ["log_temperature_ratio"]
@@ -98,7 +108,7 @@ def test_temperature_stays_in_range_and_comes_back_under_large_steps(kind, rate,
 
 
 @pytest.mark.parametrize("border", [LOW, HIGH])
-def test_gradient_at_the_border_is_zero_outwards_and_alive_inwards(border):
+def test_gradient_at_the_border_is_alive_in_both_directions(border):
     outwards = 1.0 if border == LOW else -1.0
     loss_fn = md.SupConDistillLoss(temperature=border)
 
@@ -110,8 +120,25 @@ def test_gradient_at_the_border_is_zero_outwards_and_alive_inwards(border):
         loss_fn(query, keys, torch.tensor([0]), labels).backward()
         return loss_fn.log_temperature_ratio.grad.item()
 
-    assert gradient(outwards) == 0.0
+    assert gradient(outwards) * outwards > 0.0
     assert gradient(-outwards) * outwards < 0.0
+
+
+@pytest.mark.parametrize(("overshoot", "border"), [(1e4, HIGH), (-1e4, LOW)])
+def test_a_step_outside_is_taken_back_to_the_border_at_the_next_call(overshoot, border):
+    """However far an optimizer overshot, one step inwards is then enough to leave the border."""
+    loss_fn = md.SupConDistillLoss(temperature=0.5)
+    with torch.no_grad():
+        loss_fn.log_temperature_ratio.fill_(overshoot)
+    assert loss_fn.temperature.item() == pytest.approx(border, rel=1e-12)
+    assert loss_fn.log_temperature_ratio.item() == overshoot  # reading it changes nothing
+    loss = loss_fn(*aligned_case())
+    loss.backward()
+    assert loss_fn.log_temperature_ratio.item() == pytest.approx(math.log(border / 0.5), rel=1e-6)
+    assert math.isfinite(loss.item())
+    with torch.no_grad():
+        loss_fn.log_temperature_ratio.sub_(math.copysign(0.1, overshoot))
+    assert abs(math.log(loss_fn.temperature.item() / border)) == pytest.approx(0.1, rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, -0.5, math.nan, math.inf, -math.inf])

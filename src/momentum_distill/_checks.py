@@ -59,7 +59,8 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
     if isinstance(value, bool) or not isinstance(value, Real):
         wrong_type(name, "a number", describe(value))
     number = float(value)
-    if not math.isfinite(number) or number > high or number < low or (open_low and number == low):
+    finite = -math.inf < number < math.inf  # not math.isfinite, which torch.compile cannot trace
+    if not finite or number > high or number < low or (open_low and number == low):
         left = "(" if open_low or math.isinf(low) else "["
         right = ")" if math.isinf(high) else "]"
         wrong_value(name, f"a finite number in {left}{low:g}, {high:g}{right}", str(value))

@@ -117,15 +117,12 @@ class EMAWrapper(WideModule):
         else:
             _check_module("teacher", teacher)
             name, average = "teacher", teacher
-        self._input_dtype: torch.dtype | None = None
-        if any(_target_dtype(tensor, dtype) != tensor.dtype for tensor in _tensors(average).values()):
-            self._input_dtype = dtype or torch.float32
+        _Plan(average, model, buffers, blame=name)  # refuses a mismatch before anything is changed
         self.module = average
         self._recast(device)
         self.module.requires_grad_(False)
         self.module.zero_grad(set_to_none=True)
         self.train()
-        self._plans[model] = _Plan(self.module, model, self.buffers_mode, blame=name)
         self.register_load_state_dict_post_hook(_restore_precision)  # type: ignore[no-untyped-call]
 
     @property
@@ -138,8 +135,8 @@ class EMAWrapper(WideModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The averaged module's output, without gradient.
 
-        Where the average is wider than the model was (float32 for a 16-bit model), floating 16-bit inputs are widened
-        too.
+        The average is never in 16 bits, so 16-bit floating inputs are widened to float32; with a `dtype` given,
+        floating inputs are cast to it.
 
         Args:
             *args: Passed to the averaged module.
@@ -148,9 +145,7 @@ class EMAWrapper(WideModule):
         Returns:
             What the averaged module returns.
         """
-        if self._input_dtype is not None:
-            widen = partial(_widen, dtype=self._input_dtype)
-            args, kwargs = tree_map(widen, (args, kwargs))
+        args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
@@ -264,7 +259,7 @@ class EMAWrapper(WideModule):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": None}
+        return {**self.__dict__, "_plans": None, "_swapped": False}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -298,6 +293,8 @@ class _Plan:
                 if tied is not new:
                     wrong_value(blame, f"{name!r} and {first!r} tied as in the average", "two tensors")
                 continue
+            if old is new:
+                wrong_value(blame, "tensors of its own", f"{name!r} shared with the {_other(blame)}")
             seen[id(old)] = (name, new)
             self.pairs.append((old, new))
             averageable = old.is_floating_point() or old.is_complex()
@@ -322,7 +319,8 @@ class _Plan:
                 for name, identity in saved:
                     if id(held.get(name)) != identity:
                         return False
-        return True
+        # `parameter.data = ...` leaves the objects as they are.
+        return all(old.shape == new.shape for old, new in self.pairs)
 
 
 _Entries: TypeAlias = list[tuple[str, list[tuple[str, int]]]]
@@ -357,9 +355,14 @@ def _matched(average: dict[str, Tensor], online: dict[str, Tensor], blame: str) 
     return {name: (average[name], online[name]) for name in online}
 
 
+def _other(blame: str) -> str:
+    """The side of a comparison that is not the argument `blame`."""
+    return "average" if blame == "model" else "model"
+
+
 def _name_mismatch(blame: str, name: str, *, in_average: bool) -> NoReturn:
     """Say which of the two has the tensor `name` and which has not; `blame` is the argument that came."""
-    other = "average" if blame == "model" else "model"
+    other = _other(blame)
     if in_average == (blame == "model"):
         wrong_value(blame, f"a tensor {name!r} as in the {other}", "none")
     wrong_value(blame, f"no tensor {name!r}, which the {other} does not have", "one")
@@ -422,10 +425,9 @@ def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype or (torch.float32 if is_16_bit(tensor.dtype) else tensor.dtype)
 
 
-def _widen(value: Any, *, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a leaf of any pytree
-    """A floating tensor narrower than `dtype`, widened; anything else as it is."""
-    narrower = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if narrower and value.dtype.itemsize < dtype.itemsize else value
+def _recast_input(value: Any, *, dtype: torch.dtype | None) -> Any:  # noqa: ANN401 - a leaf of any pytree
+    """A floating tensor in the dtype the average reads; anything else as it is."""
+    return value.to(_target_dtype(value, dtype)) if isinstance(value, Tensor) else value
 
 
 def _restore_precision(ema: EMAWrapper, incompatible_keys: object) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from momentum_distill._checks import (
+    check_device,
     check_floating,
     check_names,
     check_number,
@@ -96,6 +97,7 @@ class MomentumFusionFactors(WideModule):
         check_names("features", features, self.modalities)
         for name in self.modalities:
             check_floating(f"features[{name!r}]", features[name], shape=("N", "d"))
+            check_device(f"features[{name!r}]", features[name], self.weight.device, like="the factors")
         rows = features[self.modalities[0]].shape[0]
         factors = straight_through(self.average, self.weight).unbind()
         weighted = {}

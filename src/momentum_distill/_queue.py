@@ -112,8 +112,11 @@ class ClassQueue(WideModule):
         self.num_classes = num_classes
         self.balanced = balanced
         self.normalize = normalize
+        self.dtype = dtype
         self.group = group
         self.validate = validate
+
+        self.register_load_state_dict_post_hook(_restore_dtype)  # type: ignore[no-untyped-call]
 
         # A ring per class (one ring in all unless balanced): where it starts, how long it is, how many samples it was
         # ever given. The next slot is `first_slot + count % share`, on the device: no host knows how many rows of a
@@ -234,9 +237,11 @@ class ClassQueue(WideModule):
             `(Q,)`, labels -1 where empty.
 
         Raises:
-            TypeError: If `padded` is not a bool.
+            TypeError: If `stream` is not a string, or `padded` not a bool.
             ValueError: If there is no such stream.
         """
+        if not isinstance(stream, str):
+            wrong_type("stream", "a name", describe(stream))
         if stream not in self.dims:
             wrong_value("stream", f"one of {sorted(self.dims)}", describe(stream))
         check_bool("padded", padded)
@@ -281,6 +286,14 @@ class ClassQueue(WideModule):
             f"size={self.size}, dims={self.dims}, num_classes={self.num_classes}, "
             f"balanced={self.balanced}, normalize={self.normalize}, group={self.group!r}"
         )
+
+
+def _restore_dtype(queue: ClassQueue, incompatible_keys: object) -> None:
+    """Give the rows their dtype again: after `load_state_dict(..., assign=True)` they are the checkpoint's own."""
+    del incompatible_keys
+    for stream in queue.dims:
+        name = _buffer_name(stream)
+        setattr(queue, name, queue.get_buffer(name).to(queue.dtype))
 
 
 def _buffer_name(stream: str) -> str:

@@ -14,7 +14,7 @@ from momentum_distill._checks import (
 )
 from momentum_distill._group import Group, check_group, require_single_process
 from momentum_distill._precision import WideModule
-from momentum_distill._temperature import check_temperature, exp_in_range
+from momentum_distill._temperature import check_temperature, exp_in_range, project_
 from momentum_distill.functional import (
     Normalize,
     Parts,
@@ -46,7 +46,8 @@ class SupConDistillLoss(WideModule):
     Args:
         temperature: $\tau$ at the start, inside `temperature_range`. Paper: 0.1 to 0.9.
         learnable_temperature: Learn $\tau$ (as in the paper), or keep it fixed.
-        temperature_range: Smallest and largest $\tau$; a learned one stays inside and does not get stuck at a border.
+        temperature_range: Smallest and largest $\tau$. A learned one that an optimizer step took outside is brought
+            back to the border, in place, at the next call.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         positives: `"outside"`, `"inside"` or `"inside_per_positive"`: how Eq. 8, 9 and 22 are read.
         reduction: `"mean"`, `"sum"` or `"none"`.
@@ -115,9 +116,9 @@ class SupConDistillLoss(WideModule):
         """The temperature in use, inside its range: detached, float64, shape (), on the CPU (the host waits)."""
         if self.log_temperature_ratio is None:
             return torch.tensor(self.initial_temperature, dtype=torch.float64)
-        low, high = self.temperature_range
-        ratio = self.log_temperature_ratio.detach().cpu().double()  # some devices have no float64
-        return exp_in_range(ratio, self.initial_temperature, low, high)
+        ratio = self.log_temperature_ratio.detach().cpu().to(torch.float64, copy=True)  # not all devices have it
+        project_(ratio, self.initial_temperature, *self.temperature_range)
+        return exp_in_range(ratio, self.initial_temperature, *self.temperature_range)
 
     @override
     def forward(
@@ -199,6 +200,7 @@ class SupConDistillLoss(WideModule):
         """The temperature with its gradient, in float64 where the features are."""
         if self.log_temperature_ratio is None:
             return self.initial_temperature
+        project_(self.log_temperature_ratio, self.initial_temperature, *self.temperature_range)
         wide = any(getattr(feature, "dtype", None) == torch.float64 for feature in features)
         ratio = self.log_temperature_ratio.to(torch.float64) if wide else self.log_temperature_ratio
         return exp_in_range(ratio, self.initial_temperature, *self.temperature_range)

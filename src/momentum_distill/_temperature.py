@@ -4,7 +4,7 @@ The parameter is $r$, the logarithm of the ratio to the initial value $\tau_0$: 
 $\tau_0$ in every precision, equal steps change it by equal factors, and weight decay pulls towards $\tau_0$.
 """
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
@@ -27,38 +27,21 @@ def check_temperature(temperature: float, temperature_range: object) -> tuple[fl
     return low, high
 
 
-class _ExpInRange(torch.autograd.Function):
-    """See :func:`exp_in_range`."""
+@torch.no_grad()
+def project_(log_ratio: Tensor, initial: float, low: float, high: float) -> None:
+    """Bring $r$ back, in place, to where the temperature is inside its range.
 
-    @staticmethod
-    def forward(log_ratio: Tensor, initial: float, low: float, high: float) -> Tensor:
-        return (initial * log_ratio.exp()).clamp(low, high)
-
-    @staticmethod
-    def setup_context(
-        ctx: Any,  # noqa: ANN401 - torch's context object has no public type
-        inputs: tuple[Tensor, float, float, float],
-        output: Tensor,
-    ) -> None:
-        _, _, ctx.low, ctx.high = inputs
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
-        (temperature,) = ctx.saved_tensors
-        outward = ((temperature <= ctx.low) & (grad > 0)) | ((temperature >= ctx.high) & (grad < 0))
-        return torch.where(outward, 0.0, grad * temperature), None, None, None
+    A clamp of the value alone has no gradient outside the range, so a parameter that overshot a border once would never
+    come back. Projected, it sits on the border with its gradient alive.
+    """
+    log_ratio.clamp_(math.log(low / initial), math.log(high / initial))
 
 
 def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> Tensor:
-    r"""$\mathrm{clamp}(\tau_0 e^{r}, low, high)$ that does not get stuck at a border.
-
-    A plain clamp has no gradient outside its range, so a parameter that overshot the border once would never come
-    back. Here the gradient $\partial\tau/\partial r = \tau$ is dropped only where a descent step would push further
-    out.
+    r"""$\tau_0 e^{r}$ of a projected $r$.
 
     Args:
-        log_ratio: $r$, shape `()`.
+        log_ratio: $r$, shape `()`, after :func:`project_`.
         initial: $\tau_0$, inside the range.
         low: Smallest temperature.
         high: Largest temperature.
@@ -66,5 +49,6 @@ def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> 
     Returns:
         The temperature, shape `()`, in the dtype of `log_ratio`.
     """
-    temperature: Tensor = _ExpInRange.apply(log_ratio, initial, low, high)  # type: ignore[no-untyped-call]
-    return temperature
+    temperature = initial * log_ratio.exp()
+    # On a border the product may round to just outside; the correction is a constant, so the gradient stays.
+    return temperature + (temperature.clamp(low, high) - temperature).detach()

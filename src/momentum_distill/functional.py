@@ -79,7 +79,7 @@ class SupConTerms(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def l2_normalize(x: Tensor, *, eps: float = 1e-6) -> Tensor:
+def l2_normalize(x: Tensor, *, eps: float | None = None) -> Tensor:
     r"""Rows divided by their Euclidean length, with a bounded gradient.
 
     $$\bar x = x / \lVert x \rVert_2$$
@@ -90,7 +90,8 @@ def l2_normalize(x: Tensor, *, eps: float = 1e-6) -> Tensor:
 
     Args:
         x: Features, shape `(N, d)`, floating.
-        eps: Smallest largest-magnitude of a row that has a direction.
+        eps: Smallest largest-magnitude of a row that has a direction. Default: 1e-6; 1e-3 for a float16 `x`, whose
+            gradient would overflow below.
 
     Returns:
         Unit rows (or zero rows), shape `(N, d)`, in float32 or wider.
@@ -106,11 +107,17 @@ def l2_normalize(x: Tensor, *, eps: float = 1e-6) -> Tensor:
                 [0.0000, 0.0000]])
     """
     check_floating("x", x, shape=("N", "d"))
-    check_number("eps", eps, low=0.0, open_low=True)
-    return _normalize_rows(x.to(_sum_dtype(x)), eps)
+    if eps is not None:
+        check_number("eps", eps, low=0.0, open_low=True)
+    return _normalize_rows(x.to(_sum_dtype(x)), _shortest(x) if eps is None else eps)
 
 
-def _normalize_rows(x: Tensor, eps: float = 1e-6) -> Tensor:
+def _shortest(x: Tensor) -> float:
+    """Rows of `x` below this have no direction: the gradient of theirs would leave the range of the dtype."""
+    return 1e-3 if x.dtype == torch.float16 else 1e-6
+
+
+def _normalize_rows(x: Tensor, eps: float) -> Tensor:
     """:func:`l2_normalize` without checks."""
     if x.shape[1] == 0:
         return x
@@ -153,10 +160,12 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
     check_normalize(normalize)
     dtype = _sum_dtype(query, keys)
     with _full_precision(query):
-        query, keys = query.to(dtype), keys.to(dtype)
-        query = _normalize_rows(query) if normalize else query
-        keys = _normalize_rows(keys) if normalize is True else keys
-        return query @ keys.T / temperature
+        query_rows, key_rows = query.to(dtype), keys.to(dtype)
+        if normalize:
+            query_rows = _normalize_rows(query_rows, _shortest(query))
+        if normalize is True:
+            key_rows = _normalize_rows(key_rows, _shortest(keys))
+        return query_rows @ key_rows.T / temperature
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -336,6 +345,9 @@ def supcon_distill_terms(
 
     momentum_tensors = momentum_parts if momentum_query is None else (momentum_query, *momentum_parts)
     dtype = _sum_dtype(query, *keys, *momentum_tensors)
+    # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
+    query_labels = query_labels.to(torch.int64)
+    key_labels = tuple(part.to(torch.int64) for part in key_labels)
     present = query_labels != ignore_index  # (N,)
     labels = torch.cat(key_labels)  # (Q,)
     key_present = labels != ignore_index  # (Q,)
@@ -378,7 +390,7 @@ def supcon_distill_terms(
             distill = distill / row_count.clamp(min=1)
         total = supervised
         if momentum_query is not None:
-            total = (1 - alpha) * supervised + alpha * distill
+            total = _blend(supervised, distill, alpha)
     return SupConTerms(total, supervised, distill, row_count, positive_rows)
 
 
@@ -397,13 +409,16 @@ def _present_logits(
     Zeroing the features, not only the logits, matters: the backward pass multiplies them, and 0 * NaN is NaN. It also
     leaves nothing in the graph that a later write into a queue could spoil.
     """
-    query = torch.where(present[:, None], query.to(dtype), 0.0)
-    query = (_normalize_rows(query) if normalize else query) / temperature
+    query_rows = torch.where(present[:, None], query.to(dtype), 0.0)
+    if normalize:
+        query_rows = _normalize_rows(query_rows, _shortest(query))
+    query_rows = query_rows / temperature
     logits = []
     for part, labels in zip(keys, key_labels, strict=True):
-        part = torch.where((labels != ignore_index)[:, None], part.to(dtype), 0.0)
-        part = _normalize_rows(part) if normalize is True else part
-        logits.append(query @ part.T)
+        key_rows = torch.where((labels != ignore_index)[:, None], part.to(dtype), 0.0)
+        if normalize is True:
+            key_rows = _normalize_rows(key_rows, _shortest(part))
+        logits.append(query_rows @ key_rows.T)
     return torch.cat(logits, dim=1)
 
 
@@ -494,6 +509,8 @@ def response_distill_loss(
     """
     check_choice("task", task, TASKS)
     check_floating("student", student, shape=("N",) if task == "regression" else ("N", "C"))
+    if task == "classification":
+        _check_has_classes("student", student)
     others = [("teacher", teacher)] + ([] if momentum is None else [("momentum", momentum)])
     for name, other in others:
         check_floating(name, other, shape=tuple(student.shape))
@@ -507,7 +524,7 @@ def response_distill_loss(
     if validate:
         check_finite("student", student, mask)
         for name, other in others:
-            check_finite(name, other.clamp(min=-1.0), mask)  # -inf is a legal logit of a teacher
+            check_finite(name, other if task == "regression" else _teacher_logits(other), mask)
 
     dtype = _sum_dtype(student, *(other for _, other in others))
     distance = _absolute_error if task == "regression" else _soft_cross_entropy
@@ -518,7 +535,7 @@ def response_distill_loss(
         rows = distance(teacher * scale, student)
         if momentum is not None:
             momentum = _keep_rows(momentum.detach().to(dtype), mask)
-            rows = (1 - alpha) * rows + alpha * distance(momentum * scale, student)
+            rows = _blend(rows, distance(momentum * scale, student), alpha)
         return _reduce_rows(rows / scale**2, mask, reduction)
 
 
@@ -630,6 +647,7 @@ def hard_sample_fusion_loss(
     like = "student_scores" if scores is not None else "student_logits"
     if logits is not None:
         check_shape("student_logits", logits[0], (rows, logits[0].shape[1]))
+        _check_has_classes("student_logits", logits[0])
         check_device("student_logits", logits[0], first.device, like=like)
     if targets is not None:
         check_floating("targets", targets, shape=(rows,))
@@ -637,6 +655,7 @@ def hard_sample_fusion_loss(
     if labels is not None:
         check_labels("labels", labels, shape=(rows,))
         check_device("labels", labels, first.device, like=like)
+        labels = labels.to(torch.int64)
     mask = _row_mask(mask, first, like=like)
     if labels is not None:
         mask = mask & (labels != ignore_index)
@@ -711,6 +730,9 @@ def ema_update(average: Sequence[Tensor], online: Sequence[Tensor], *, decay: fl
         [tensor([0.2500, 0.2500])]
     """
     check_number("decay", decay, low=0.0, high=1.0)
+    for name, tensors in (("average", average), ("online", online)):
+        if not isinstance(tensors, list | tuple):
+            wrong_type(name, "a list or tuple of tensors", describe(tensors))
     if len(average) != len(online):
         wrong_value("online", f"{len(average)} tensors as average", f"{len(online)}")
     for index, (old, new) in enumerate(zip(average, online, strict=True)):
@@ -798,11 +820,24 @@ def _parts(name: str, value: Parts) -> tuple[Tensor, ...]:
     return tuple(value)
 
 
+def _blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
+    """(1 - alpha) first + alpha second, in the dtype of `first`."""
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(first.dtype)
+    return (1 - alpha) * first + alpha * second
+
+
 def _named(name: str, parts: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
     """Each part with the name that error messages use."""
     if len(parts) == 1:
         return [(name, parts[0])]
     return [(f"{name}[{index}]", part) for index, part in enumerate(parts)]
+
+
+def _check_has_classes(name: str, logits: Tensor) -> None:
+    """At least one column: the softmax of nothing is nothing."""
+    if logits.shape[1] == 0:
+        wrong_value(name, "at least one class", f"shape {tuple(logits.shape)}")
 
 
 def _row_mask(mask: Tensor | None, like_tensor: Tensor, *, like: str) -> Tensor:
@@ -879,6 +914,11 @@ def _validate_contrast(
                 wrong_value(name, "unit rows with normalize='query'", f"a length of {lengths[wrong][0]:.3g}")
 
 
+def _teacher_logits(logits: Tensor) -> Tensor:
+    """The logits of a teacher as far as they must be finite: minus infinity, probability 0, is legal."""
+    return logits.detach().clamp(min=0.0)
+
+
 def _validate_fusion(
     scores: tuple[Tensor, Tensor] | None,
     logits: tuple[Tensor, Tensor] | None,
@@ -890,7 +930,7 @@ def _validate_fusion(
     for name, pair in (("scores", scores), ("logits", logits)):
         if pair is not None:
             check_finite(f"student_{name}", pair[0], mask)
-            check_finite(f"fused_{name}", pair[1], mask)
+            check_finite(f"fused_{name}", _teacher_logits(pair[1]) if name == "logits" else pair[1], mask)
     if targets is not None:
         check_finite("targets", targets, mask)
     if labels is not None and logits is not None:
