@@ -300,58 +300,26 @@ def supcon_distill_terms(
         >>> int(terms.rows), int(terms.rows_with_positive)
         (3, 2)
     """
-    check_floating("query", query, shape=("N", "d"))
-    rows, width = query.shape
-    check_labels("query_labels", query_labels, shape=(rows,))
-    check_device("query_labels", query_labels, query.device, like="query")
-    keys = _parts("keys", keys)
-    for name, part in _named("keys", keys):
-        check_floating(name, part, shape=("Q", width))
-        check_device(name, part, query.device, like="query")
-    key_labels = _parts("key_labels", key_labels)
-    if len(key_labels) != len(keys):
-        wrong_value("key_labels", f"{len(keys)} parts as keys", f"{len(key_labels)}")
-    for (name, part), key_part in zip(_named("key_labels", key_labels), keys, strict=True):
-        check_labels(name, part, shape=(key_part.shape[0],))
-        check_device(name, part, query.device, like="query")
-    if (momentum_query is None) != (momentum_keys is None):
-        missing = "momentum_query" if momentum_query is None else "momentum_keys"
-        wrong_value(missing, "both momentum inputs or neither", "None beside the other")
-    check_scalar("temperature", temperature, low=0.0, open_low=True)
-    if momentum_temperature is not None:
-        check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
-    check_scalar("alpha", alpha, low=0.0, high=1.0)
-    check_choice("positives", positives, POSITIVES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_normalize(normalize)
-    check_int("ignore_index", ignore_index)
-    check_bool("validate", validate)
-    momentum_parts: tuple[Tensor, ...] = ()
-    if momentum_query is not None and momentum_keys is not None:
-        check_floating("momentum_query", momentum_query, shape=(rows, width))
-        check_device("momentum_query", momentum_query, query.device, like="query")
-        momentum_parts = _parts("momentum_keys", momentum_keys)
-        if len(momentum_parts) != len(keys):
-            wrong_value("momentum_keys", f"{len(keys)} parts as keys", f"{len(momentum_parts)}")
-        for (name, part), key_part in zip(_named("momentum_keys", momentum_parts), keys, strict=True):
-            check_floating(name, part, shape=tuple(key_part.shape))
-            check_device(name, part, query.device, like="query")
+    _check_choices(temperature, momentum_temperature, alpha, positives, reduction, normalize, ignore_index, validate)
+    keys, key_labels, momentum_keys = _check_features(
+        query, keys, query_labels, key_labels, momentum_query, momentum_keys
+    )
     if validate:
         _validate_contrast(query, keys, query_labels, key_labels, normalize, ignore_index)
         if momentum_query is not None:
-            check_finite("momentum_query", momentum_query, query_labels != ignore_index)
-            for (name, part), labels in zip(_named("momentum_keys", momentum_parts), key_labels, strict=True):
-                check_finite(name, part, labels != ignore_index)
+            # The momentum rows stand for the same samples.
+            _validate_contrast(
+                momentum_query, momentum_keys, query_labels, key_labels, normalize, ignore_index, "momentum_"
+            )
 
-    momentum_tensors = momentum_parts if momentum_query is None else (momentum_query, *momentum_parts)
-    dtype = _sum_dtype(query, *keys, *momentum_tensors)
+    dtype = _sum_dtype(query, *keys, *momentum_keys, *(() if momentum_query is None else (momentum_query,)))
     # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
     query_labels = query_labels.to(torch.int64)
     key_labels = tuple(part.to(torch.int64) for part in key_labels)
     present = query_labels != ignore_index  # (N,)
     labels = torch.cat(key_labels)  # (Q,)
     key_present = labels != ignore_index  # (Q,)
-    positive = (query_labels[:, None] == labels) & (labels >= 0) & key_present  # (N, Q)
+    positive = (query_labels[:, None] == labels) & (labels >= 0)  # (N, Q)
     positive_count = positive.sum(dim=1)  # K_i, (N,)
     has_positive = (positive_count > 0) & present
 
@@ -367,7 +335,7 @@ def supcon_distill_terms(
                     momentum_temperature = temperature
                 momentum_logits = _present_logits(
                     momentum_query,
-                    momentum_parts,
+                    momentum_keys,
                     present,
                     key_labels,
                     momentum_temperature,
@@ -376,9 +344,7 @@ def supcon_distill_terms(
                     dtype,
                 )
                 momentum_lse = _logsumexp(momentum_logits, key_present.expand_as(logits))
-                targets = (momentum_logits - momentum_lse[:, None]).exp()  # U, (N, Q)
-                targets = torch.where(key_present, targets, 0.0)
-            distill = _kl_rows(targets, momentum_logits, momentum_lse, logits, lse)
+            distill = _kl_rows(momentum_logits, momentum_lse, logits, lse)
         # Rows left out are zero vectors by now, so their terms are finite and this drops them for good.
         supervised = torch.where(present, supervised, 0.0)
         distill = torch.where(present, distill, 0.0)
@@ -445,8 +411,12 @@ def _supervised_rows(
     return torch.where(positive_count > 0, rows, lse * 0)
 
 
-def _kl_rows(targets: Tensor, momentum_logits: Tensor, momentum_lse: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
-    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(s'_{ij} - s_{ij}) - lse'_i + lse_i$, shape `(N,)`, Eq. 11."""
+def _kl_rows(momentum_logits: Tensor, momentum_lse: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
+    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(s'_{ij} - s_{ij}) - lse'_i + lse_i$, shape `(N,)`, Eq. 11.
+
+    Keys that are left out have the logit 0 on both sides and drop out of the sum.
+    """
+    targets = (momentum_logits - momentum_lse[:, None]).exp()  # U, (N, Q)
     return (targets * (momentum_logits - logits)).sum(dim=1) - momentum_lse + lse
 
 
@@ -892,6 +862,66 @@ def _complete_part(
     return student_value, fused_value
 
 
+def _check_choices(
+    temperature: float | Tensor,
+    momentum_temperature: float | Tensor | None,
+    alpha: float | Tensor,
+    positives: Positives,
+    reduction: Reduction,
+    normalize: Normalize,
+    ignore_index: int,
+    validate: bool,
+) -> None:
+    """The hyperparameters of the contrastive loss."""
+    check_scalar("temperature", temperature, low=0.0, open_low=True)
+    if momentum_temperature is not None:
+        check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
+    check_scalar("alpha", alpha, low=0.0, high=1.0)
+    check_choice("positives", positives, POSITIVES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_normalize(normalize)
+    check_int("ignore_index", ignore_index)
+    check_bool("validate", validate)
+
+
+def _check_features(
+    query: Tensor,
+    keys: Parts,
+    query_labels: Tensor,
+    key_labels: Parts,
+    momentum_query: Tensor | None,
+    momentum_keys: Parts | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The tensors of the contrastive loss; returns keys, their labels and the momentum keys as tuples of parts."""
+    check_floating("query", query, shape=("N", "d"))
+    rows, width = query.shape
+    check_labels("query_labels", query_labels, shape=(rows,))
+    check_device("query_labels", query_labels, query.device, like="query")
+    keys, key_labels = _parts("keys", keys), _parts("key_labels", key_labels)
+    for name, part in _named("keys", keys):
+        check_floating(name, part, shape=("Q", width))
+        check_device(name, part, query.device, like="query")
+    if len(key_labels) != len(keys):
+        wrong_value("key_labels", f"{len(keys)} parts as keys", f"{len(key_labels)}")
+    for (name, part), key_part in zip(_named("key_labels", key_labels), keys, strict=True):
+        check_labels(name, part, shape=(key_part.shape[0],))
+        check_device(name, part, query.device, like="query")
+    if (momentum_query is None) != (momentum_keys is None):
+        missing = "momentum_query" if momentum_query is None else "momentum_keys"
+        wrong_value(missing, "both momentum inputs or neither", "None beside the other")
+    if momentum_query is None or momentum_keys is None:
+        return keys, key_labels, ()
+    check_floating("momentum_query", momentum_query, shape=(rows, width))
+    check_device("momentum_query", momentum_query, query.device, like="query")
+    momentum_keys = _parts("momentum_keys", momentum_keys)
+    if len(momentum_keys) != len(keys):
+        wrong_value("momentum_keys", f"{len(keys)} parts as keys", f"{len(momentum_keys)}")
+    for (name, part), key_part in zip(_named("momentum_keys", momentum_keys), keys, strict=True):
+        check_floating(name, part, shape=tuple(key_part.shape))
+        check_device(name, part, query.device, like="query")
+    return keys, key_labels, momentum_keys
+
+
 def _validate_contrast(
     query: Tensor,
     keys: tuple[Tensor, ...],
@@ -899,12 +929,15 @@ def _validate_contrast(
     key_labels: tuple[Tensor, ...],
     normalize: Normalize,
     ignore_index: int,
+    prefix: str = "",
 ) -> None:
-    """Value checks of the contrastive loss."""
+    """Value checks of the contrastive loss; `prefix` stands before the names of the features."""
     lowest = min(UNLABELLED, ignore_index)
     check_values("query_labels", query_labels, low=lowest)
-    check_finite("query", query, query_labels != ignore_index)
-    for (name, part), (label_name, labels) in zip(_named("keys", keys), _named("key_labels", key_labels), strict=True):
+    check_finite(f"{prefix}query", query, query_labels != ignore_index)
+    for (name, part), (label_name, labels) in zip(
+        _named(f"{prefix}keys", keys), _named("key_labels", key_labels), strict=True
+    ):
         check_values(label_name, labels, low=lowest)
         check_finite(name, part, labels != ignore_index)
         if normalize == "query":
