@@ -1,6 +1,7 @@
-"""State that stays in 32 bits or more when the model around it is cast to 16."""
+"""What stays in 32 bits or more when the model around it is cast to 16, or runs under autocast."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -11,6 +12,14 @@ from typing_extensions import override
 def is_16_bit(dtype: torch.dtype) -> bool:
     """A floating dtype too narrow to accumulate in: float16, bfloat16 and the 8-bit floats."""
     return dtype.is_floating_point and dtype.itemsize < 4
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast off for the device of `tensor`: a bfloat16 matrix product would round the logits."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device_type=device, enabled=False)
 
 
 class WideModule(nn.Module):

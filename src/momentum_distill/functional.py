@@ -7,12 +7,12 @@ and Python numbers are checked unless `validate=True`.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from momentum_distill import _streaming
 from momentum_distill._checks import (
     REDUCTIONS,
     check_bool,
@@ -31,6 +31,8 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
+from momentum_distill._precision import full_precision
+from momentum_distill._streaming import Keys, Prepare, Rows, Statistics, shortest
 
 __all__ = [
     "SupConTerms",
@@ -109,12 +111,7 @@ def l2_normalize(x: Tensor, *, eps: float | None = None) -> Tensor:
     check_floating("x", x, shape=("N", "d"))
     if eps is not None:
         check_number("eps", eps, low=0.0, open_low=True)
-    return _normalize_rows(x.to(_sum_dtype(x)), _shortest(x) if eps is None else eps)
-
-
-def _shortest(x: Tensor) -> float:
-    """Rows of `x` below this have no direction: the gradient of theirs would leave the range of the dtype."""
-    return 1e-3 if x.dtype == torch.float16 else 1e-6
+    return _normalize_rows(x.to(_sum_dtype(x)), shortest(x) if eps is None else eps)
 
 
 def _normalize_rows(x: Tensor, eps: float) -> Tensor:
@@ -159,12 +156,12 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
     check_scalar("temperature", temperature, low=0.0, open_low=True)
     check_normalize(normalize)
     dtype = _sum_dtype(query, keys)
-    with _full_precision(query):
+    with full_precision(query):
         query_rows, key_rows = query.to(dtype), keys.to(dtype)
         if normalize:
-            query_rows = _normalize_rows(query_rows, _shortest(query))
+            query_rows = _normalize_rows(query_rows, shortest(query))
         if normalize is True:
-            key_rows = _normalize_rows(key_rows, _shortest(keys))
+            key_rows = _normalize_rows(key_rows, shortest(keys))
         return query_rows @ key_rows.T / temperature
 
 
@@ -312,43 +309,33 @@ def supcon_distill_terms(
                 momentum_query, momentum_keys, query_labels, key_labels, normalize, ignore_index, "momentum_"
             )
 
-    dtype = _sum_dtype(query, *keys, *momentum_keys, *(() if momentum_query is None else (momentum_query,)))
     # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
     query_labels = query_labels.to(torch.int64)
     key_labels = tuple(part.to(torch.int64) for part in key_labels)
     present = query_labels != ignore_index  # (N,)
-    labels = torch.cat(key_labels)  # (Q,)
-    key_present = labels != ignore_index  # (Q,)
-    positive = (query_labels[:, None] == labels) & (labels >= 0)  # (N, Q)
-    positive_count = positive.sum(dim=1)  # K_i, (N,)
-    has_positive = (positive_count > 0) & present
-
-    with _full_precision(query):
-        logits = _present_logits(query, keys, present, key_labels, temperature, normalize, ignore_index, dtype)
-        lse = _logsumexp(logits, key_present.expand_as(logits))
-        supervised = _supervised_rows(logits, lse, positive, positive_count, positives)
-        if momentum_query is None:
-            distill = torch.zeros_like(lse)
+    dtype = _sum_dtype(query, *keys, *momentum_keys, *(() if momentum_query is None else (momentum_query,)))
+    prepare_keys = Prepare(dtype, normalize is True)
+    problem = _Problem(
+        momentum_query,
+        temperature if momentum_temperature is None else momentum_temperature,
+        [
+            Keys(part, momentum_keys[index] if momentum_keys else None, labels, labels != ignore_index, prepare_keys)
+            for index, (part, labels) in enumerate(zip(keys, key_labels, strict=True))
+        ],
+        query_labels,
+        present,
+        Prepare(dtype, bool(normalize)),
+        positives,
+    )
+    with full_precision(query):
+        if torch.compiler.is_compiling():
+            supervised, distill, positive_count = _dense_rows(problem, query, temperature)
         else:
-            with torch.no_grad():
-                if momentum_temperature is None:
-                    momentum_temperature = temperature
-                momentum_logits = _present_logits(
-                    momentum_query,
-                    momentum_keys,
-                    present,
-                    key_labels,
-                    momentum_temperature,
-                    normalize,
-                    ignore_index,
-                    dtype,
-                )
-                momentum_lse = _logsumexp(momentum_logits, key_present.expand_as(logits))
-            distill = _kl_rows(momentum_logits, momentum_lse, logits, lse)
-        # Rows left out are zero vectors by now, so their terms are finite and this drops them for good.
-        supervised = torch.where(present, supervised, 0.0)
-        distill = torch.where(present, distill, 0.0)
-        row_count, positive_rows = present.sum(), has_positive.sum()
+            learned = temperature if isinstance(temperature, Tensor) else None
+            supervised, distill, positive_count = _ContrastRows.apply(  # type: ignore[no-untyped-call]
+                problem, temperature, query, learned, *keys
+            )
+        row_count, positive_rows = present.sum(), ((positive_count > 0) & present).sum()
         if reduction != "none":
             supervised, distill = supervised.sum(), distill.sum()
         if reduction == "mean":
@@ -360,64 +347,226 @@ def supcon_distill_terms(
     return SupConTerms(total, supervised, distill, row_count, positive_rows)
 
 
-def _present_logits(
-    query: Tensor,
-    keys: tuple[Tensor, ...],
-    present: Tensor,
-    key_labels: tuple[Tensor, ...],
-    temperature: float | Tensor,
-    normalize: Normalize,
-    ignore_index: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Logits (N, Q) of all key parts; rows and keys that are left out are zero vectors, whatever they held.
+class _Problem(NamedTuple):
+    """All that a contrastive loss is computed from but its query, temperature and the keys' gradients."""
 
-    Zeroing the features, not only the logits, matters: the backward pass multiplies them, and 0 * NaN is NaN. It also
-    leaves nothing in the graph that a later write into a queue could spoil.
+    momentum_query: Tensor | None  # (N, d), raw
+    momentum_temperature: float | Tensor
+    keys: list[Keys]
+    query_labels: Tensor  # (N,) int64
+    present: Tensor  # (N,) bool
+    prepare: Prepare  # of the queries
+    positives: Positives
+
+    @property
+    def inside(self) -> bool:
+        """Whether the sum over the positive keys stands inside the logarithm."""
+        return self.positives != "outside"
+
+
+def _supervised_rows(rows: Rows, statistics: Statistics, positive_count: Tensor, positives: Positives) -> Tensor:
+    r"""$\mathcal S_i$ of :func:`supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
+    lse = _zero_without_keys(statistics.lse)
+    count = positive_count.clamp(min=1)
+    if positives == "outside":
+        supervised = lse - (rows.query * statistics.class_sums[rows.classes]).sum(dim=1) / count
+    else:
+        supervised = lse - _zero_without_keys(statistics.positive_lse)
+        if positives == "inside_per_positive":
+            supervised = supervised / count
+    return torch.where(positive_count > 0, supervised, lse * 0)
+
+
+def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
+    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(s'_{ij} - s_{ij}) - lse'_i + lse_i$, shape `(N,)`, Eq. 11."""
+    lse = _zero_without_keys(statistics.lse)
+    if rows.momentum is None:
+        return torch.zeros_like(lse)
+    mean_logit = (rows.query * statistics.momentum_mean_key).sum(dim=1)
+    return (statistics.momentum_mean_logit - mean_logit) - (_zero_without_keys(statistics.momentum_lse) - lse)
+
+
+def _zero_without_keys(lse: Tensor) -> Tensor:
+    """0 for the log-sum-exp of nothing, connected to the graph."""
+    return torch.where(lse == -torch.inf, 0.0, lse)
+
+
+class _ContrastRows(torch.autograd.Function):
+    r"""$\mathcal S_i$, $\mathrm{KL}(U_i\Vert V_i)$ and $K_i$, each `(N,)`; the forward pass knows the gradients.
+
+    With $O_i = \sum_j V_{ij} k_j$, $O^m_i = \sum_j U_{ij} k_j$ and $\kappa_i$ the mean of the positive keys,
+
+    $$\frac{\partial\mathcal S_i}{\partial (q_i/\tau)} = O_i - \kappa_i, \qquad
+      \frac{\partial\,\mathrm{KL}_i}{\partial (q_i/\tau)} = O_i - O^m_i$$
+
+    where inside the logarithm $\kappa_i$ is the mean weighted by the softmax over the positive keys.
     """
-    query_rows = torch.where(present[:, None], query.to(dtype), 0.0)
-    if normalize:
-        query_rows = _normalize_rows(query_rows, _shortest(query))
-    query_rows = query_rows / temperature
-    logits = []
-    for part, labels in zip(keys, key_labels, strict=True):
-        key_rows = torch.where((labels != ignore_index)[:, None], part.to(dtype), 0.0)
-        if normalize is True:
-            key_rows = _normalize_rows(key_rows, _shortest(part))
-        logits.append(query_rows @ key_rows.T)
-    return torch.cat(logits, dim=1)
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's context object has no public type
+        problem: _Problem,
+        temperature: float | Tensor,
+        query: Tensor,
+        learned: Tensor | None,
+        *online: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        del learned, online  # they stand in `temperature` and `problem`, and here so that autograd sees them
+        everyone = query.device.type == "cpu" and bool(problem.present.all())
+        absent = None if everyone else ~problem.present
+
+        def ready(raw: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            # Zeros for rows that are left out, whatever they held: NaN times a weight of zero would be NaN.
+            unit, lengths = problem.prepare(raw if absent is None else raw.masked_fill(absent[:, None], 0.0))
+            return unit / tau, unit, lengths
+
+        queries, unit, lengths = ready(query, temperature)
+        momentum = None
+        if problem.momentum_query is not None:
+            momentum = ready(problem.momentum_query, problem.momentum_temperature)[0]
+        rows = Rows(queries, momentum, *_classes(problem.query_labels))
+        statistics, means = _streaming.attend(rows, problem.keys, inside=problem.inside)
+
+        positive_count = statistics.class_counts[rows.classes]
+        supervised = _supervised_rows(rows, statistics, positive_count, problem.positives)
+        distill = _kl_rows(rows, statistics)
+        count = positive_count.clamp(min=1)[:, None]
+        if problem.inside:
+            pull = means.lse - means.positive_lse
+            pull = pull / count if problem.positives == "inside_per_positive" else pull
+        else:
+            pull = means.lse - statistics.class_sums[rows.classes] / count
+        without = positive_count == 0 if absent is None else (positive_count == 0) | absent
+        pull.masked_fill_(without[:, None], 0.0)
+        push = pull if momentum is None else means.lse - statistics.momentum_mean_key
+        if absent is not None:
+            supervised.masked_fill_(absent, 0.0)
+            distill.masked_fill_(absent, 0.0)
+            push = push.masked_fill(absent[:, None], 0.0)
+
+        ctx.problem, ctx.temperature, ctx.absent, ctx.without = problem, temperature, absent, without
+        ctx.rows, ctx.statistics, ctx.count = rows, statistics, count[:, 0]
+        ctx.unit, ctx.lengths, ctx.pull, ctx.push = unit, lengths, pull, push
+        ctx.dtypes = [query.dtype, *(part.online.dtype for part in problem.keys)]
+        ctx.mark_non_differentiable(positive_count)
+        return supervised, distill, positive_count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor, _: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        with full_precision(grad_supervised):  # backward() may be called under autocast
+            problem, rows = ctx.problem, ctx.rows
+            grad = grad_supervised[:, None] * ctx.pull
+            if rows.momentum is not None:
+                grad = grad + grad_distill[:, None] * ctx.push
+            grad_temperature = grad_query = None
+            if ctx.needs_input_grad[3]:
+                grad_temperature = -((rows.query * grad).sum() / ctx.temperature).to(ctx.temperature.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_query = problem.prepare.backward(ctx.unit, ctx.lengths, grad / ctx.temperature)
+                if ctx.absent is not None:
+                    grad_query = grad_query.masked_fill(ctx.absent[:, None], 0.0)
+                grad_query = grad_query.to(ctx.dtypes[0])
+            grads_keys: list[Tensor | None] = [None] * len(problem.keys)
+            if any(ctx.needs_input_grad[4:]):
+                grads = _grad_statistics(ctx, grad_supervised, grad_distill)
+                for index, part in enumerate(problem.keys):
+                    if ctx.needs_input_grad[4 + index]:
+                        whole = _streaming.grad_keys(part, rows, ctx.statistics, grads, inside=problem.inside)
+                        grads_keys[index] = whole.to(ctx.dtypes[1 + index])
+        return None, None, grad_query, grad_temperature, *grads_keys
+
+
+def _grad_statistics(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> Statistics:  # noqa: ANN401
+    """Gradients for the statistics that depend on the keys; the fields of the others are empty."""
+    rows, problem = ctx.rows, ctx.problem
+    grad_supervised = grad_supervised.masked_fill(ctx.without, 0.0)
+    if problem.positives != "inside":
+        per_positive = grad_supervised / ctx.count
+    if problem.positives == "inside_per_positive":
+        grad_supervised = per_positive
+    if ctx.absent is not None:
+        grad_distill = grad_distill.masked_fill(ctx.absent, 0.0)
+    nothing = grad_supervised[:0]
+    class_sums = ctx.statistics.class_sums
+    if not problem.inside:
+        class_sums = torch.zeros_like(class_sums).index_add_(0, rows.classes, -per_positive[:, None] * rows.query)
+    return Statistics(
+        lse=grad_supervised if rows.momentum is None else grad_supervised + grad_distill,
+        positive_lse=-grad_supervised,
+        momentum_mean_key=-grad_distill[:, None] * rows.query,
+        class_sums=class_sums,
+        class_counts=nothing,
+        momentum_lse=nothing,
+        momentum_mean_logit=nothing,
+    )
+
+
+def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels in order (N,), and where each stands first among them (N,)."""
+    ordered = labels.sort().values
+    return ordered, torch.searchsorted(ordered, labels.contiguous())
+
+
+def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`_ContrastRows` returns, through the N×Q matrices and plain autograd.
+
+    `torch.compile` fuses this; it cannot see into the tiles of the other.
+    """
+
+    def ready(raw: Tensor, present: Tensor, prepare: Prepare) -> Tensor:
+        rows = torch.where(present[:, None], raw.to(prepare.dtype), 0.0)
+        return _normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
+
+    present = torch.cat([part.present for part in problem.keys])
+    online = torch.cat([ready(part.online, part.present, part.prepare) for part in problem.keys])
+    queries = ready(query, problem.present, problem.prepare) / temperature
+    ordered, classes = _classes(problem.query_labels)
+    key_classes = torch.cat([_streaming.class_of(part.labels, ordered, ~part.present) for part in problem.keys])
+    logits = queries @ online.T  # (N, Q)
+    everyone = present.expand_as(logits)
+    momentum = None
+    momentum_lse = mean_logit = queries.new_zeros(0)
+    mean_key = queries.new_zeros(0, queries.shape[1])
+    if problem.momentum_query is not None:
+        with torch.no_grad():
+            momentum = ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
+            momentum_keys = torch.cat(
+                [
+                    ready(part.online if part.momentum is None else part.momentum, part.present, part.prepare)
+                    for part in problem.keys
+                ]
+            )
+            scores = momentum @ momentum_keys.T
+            momentum_lse = _logsumexp(scores, everyone)
+            targets = (scores - _zero_without_keys(momentum_lse)[:, None]).exp()  # U, (N, Q)
+            targets = torch.where(present, targets, 0.0)
+            mean_logit = (targets * scores).sum(dim=1)
+        mean_key = targets @ online
+    counts = classes.new_zeros(len(classes) + 1).index_add(0, key_classes, torch.ones_like(key_classes))
+    statistics = Statistics(
+        lse=_logsumexp(logits, everyone),
+        positive_lse=_logsumexp(logits, classes[:, None] == key_classes) if problem.inside else queries.new_zeros(0),
+        momentum_mean_key=mean_key,
+        class_sums=queries.new_zeros(len(classes) + 1, queries.shape[1]).index_add(0, key_classes, online),
+        class_counts=counts,
+        momentum_lse=momentum_lse,
+        momentum_mean_logit=mean_logit,
+    )
+    rows = Rows(queries, momentum, ordered, classes)
+    positive_count = counts[classes]
+    supervised = _supervised_rows(rows, statistics, positive_count, problem.positives)
+    kept = [torch.where(problem.present, row, 0.0) for row in (supervised, _kl_rows(rows, statistics))]
+    return kept[0], kept[1], positive_count
 
 
 def _logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """Log-sum-exp over the keys that `mask` (N, Q) keeps, 0 in a row that keeps none; finite gradients either way."""
+    """Log-sum-exp over the keys that `mask` (N, Q) keeps, -inf where it keeps none; the gradient is finite."""
     if logits.shape[1] == 0:
-        return logits.sum(dim=1)  # zeros, connected to the graph
+        return logits.sum(dim=1) - torch.inf
     some = mask.any(dim=1, keepdim=True)
     masked = torch.where(some, logits.masked_fill(~mask, -torch.inf), logits * 0)
-    return torch.where(some[:, 0], masked.logsumexp(dim=1), logits.sum(dim=1) * 0)
-
-
-def _supervised_rows(
-    logits: Tensor, lse: Tensor, positive: Tensor, positive_count: Tensor, positives: Positives
-) -> Tensor:
-    r"""$\mathcal S_i$ of :func:`supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
-    count = positive_count.clamp(min=1)
-    if positives == "outside":
-        rows = lse - torch.where(positive, logits, 0.0).sum(dim=1) / count
-    else:
-        rows = lse - _logsumexp(logits, positive)
-        if positives == "inside_per_positive":
-            rows = rows / count
-    return torch.where(positive_count > 0, rows, lse * 0)
-
-
-def _kl_rows(momentum_logits: Tensor, momentum_lse: Tensor, logits: Tensor, lse: Tensor) -> Tensor:
-    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(s'_{ij} - s_{ij}) - lse'_i + lse_i$, shape `(N,)`, Eq. 11.
-
-    Keys that are left out have the logit 0 on both sides and drop out of the sum.
-    """
-    targets = (momentum_logits - momentum_lse[:, None]).exp()  # U, (N, Q)
-    return (targets * (momentum_logits - logits)).sum(dim=1) - momentum_lse + lse
+    return torch.where(some[:, 0], masked.logsumexp(dim=1), -torch.inf)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -499,7 +648,7 @@ def response_distill_loss(
     dtype = _sum_dtype(student, *(other for _, other in others))
     distance = _absolute_error if task == "regression" else _soft_cross_entropy
     scale = 1.0 if task == "regression" else 1.0 / temperature
-    with _full_precision(student):
+    with full_precision(student):
         student = _keep_rows(student.to(dtype), mask) * scale
         teacher = _keep_rows((teacher.detach() if detach_teacher else teacher).to(dtype), mask)
         rows = distance(teacher * scale, student)
@@ -634,7 +783,7 @@ def hard_sample_fusion_loss(
 
     tensors = [*(scores or ()), *(logits or ()), *(() if targets is None else (targets,))]
     dtype = _sum_dtype(*tensors)
-    with _full_precision(first):
+    with full_precision(first):
         total = torch.zeros(rows, dtype=dtype, device=first.device)
         if scores is not None:
             student, fused = (_keep_rows(part.to(dtype), mask) for part in scores)
@@ -769,14 +918,6 @@ def check_normalize(normalize: object) -> None:
 def _sum_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 if anything is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Autocast off for the device of `tensor`: a bfloat16 matrix product would round the logits."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device_type=device, enabled=False)
 
 
 def _parts(name: str, value: Parts) -> tuple[Tensor, ...]:

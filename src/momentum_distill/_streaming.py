@@ -1,0 +1,315 @@
+r"""The contrastive loss as attention: what the loss needs of all keys, without an N×Q matrix.
+
+With $s_{ij} = q_i^\top k_j / \tau$ and $V_i = \mathrm{softmax}_j(s_{ij})$ the loss needs only
+$\mathrm{lse}_i = \log\sum_j e^{s_{ij}}$ and the sum of the keys of each class, and its gradient for the query only
+$\sum_j V_{ij} k_j$: what attention returns whose values are its keys. The same holds for the momentum targets $U_i$. So
+the keys are read once, tile by tile, the gradient for the queries is ready after the forward pass, and nothing of size
+N×Q ever exists.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_SCORES = 2**18
+"""Scores held at a time: larger tiles fall out of the cache, smaller ones make the matrix products inefficient."""
+MIN_TILE, MAX_TILE = 256, 8192
+"""Fewest and most keys in a tile."""
+
+SAFE_SUM = (1e-30, 1e30)
+"""A sum of plain exponentials in this range lost nothing to underflow or overflow."""
+
+
+class Prepare(NamedTuple):
+    """Makes raw rows ready to be multiplied, and takes the gradient back to the raw ones."""
+
+    dtype: torch.dtype  # to sum in
+    normalize: bool  # to unit length
+
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows (B, d), and the lengths (B, 1) they were divided by."""
+        rows = raw.to(self.dtype)
+        if not self.normalize:
+            return rows, None
+        lengths = row_lengths(rows, shortest(raw))
+        return rows / lengths, lengths
+
+    def backward(self, rows: Tensor, lengths: Tensor | None, grad: Tensor) -> Tensor:
+        r"""$(g - \bar x\,(\bar x^\top g)) / \lVert x\rVert$ for the gradient $g$ of unit rows $\bar x$."""
+        if lengths is None:
+            return grad
+        return (grad - rows * (rows * grad).sum(dim=1, keepdim=True)) / lengths
+
+
+def shortest(raw: Tensor) -> float:
+    """Rows in which no magnitude reaches this have no direction: their gradient would leave the range of the dtype."""
+    return 1e-3 if raw.dtype == torch.float16 else 1e-6
+
+
+def row_lengths(rows: Tensor, eps: float) -> Tensor:
+    """Euclidean lengths (B, 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if lengths.numel() and lengths.device.type == "cpu":
+        low, high = lengths.aminmax()
+        # The largest magnitude is at least the length over the root of the width; squares up to there do not overflow.
+        if low >= eps * rows.shape[1] ** 0.5 and high < 1e15:
+            return lengths
+    largest = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else lengths
+    scaled = largest * torch.linalg.vector_norm(rows / torch.where(largest == 0, 1.0, largest), dim=1, keepdim=True)
+    return torch.where(largest < eps, torch.inf, scaled)
+
+
+class Keys(NamedTuple):
+    """One part of the keys, and of those that the momentum model gives for the same samples."""
+
+    online: Tensor  # (Q, d), raw
+    momentum: Tensor | None  # (Q, d), raw; the same object as `online` where they are the same keys
+    labels: Tensor  # (Q,) int64
+    present: Tensor  # (Q,) bool; what an absent row holds does not matter
+    prepare: Prepare
+
+
+class Rows(NamedTuple):
+    """The rows of a batch."""
+
+    query: Tensor  # (N, d), prepared and divided by the temperature
+    momentum: Tensor | None  # (N, d): the same of the momentum model
+    sorted_labels: Tensor  # (N,) int64: the labels in order; where a label stands first is the index of its class
+    classes: Tensor  # (N,) int64: the index of each row's class
+
+
+class Statistics(NamedTuple):
+    """Sums over the keys that are present. Without one, an lse is -inf and a mean 0. Not asked for: empty."""
+
+    lse: Tensor  # (N,)
+    positive_lse: Tensor  # (N,): over the positive keys
+    momentum_mean_key: Tensor  # (N, d): sum_j U_ij k_j
+    class_sums: Tensor  # (N + 1, d): the sum of the keys of each class, by index among the sorted labels of the queries
+    class_counts: Tensor  # (N + 1,) int64; the last is that of no query's class
+    momentum_lse: Tensor  # (N,)
+    momentum_mean_logit: Tensor  # (N,): sum_j U_ij s'_ij
+
+
+class Gradients(NamedTuple):
+    """What the forward pass already knows of the gradients for the queries."""
+
+    lse: Tensor  # (N, d): sum_j V_ij k_j
+    positive_lse: Tensor  # (N, d): the same over the positive keys
+
+
+class _Sums:
+    """Sums of exponentials (N,), and of exponentials times keys (N, d), all relative to e^shift."""
+
+    def __init__(self, rows: int, like: Tensor, *, online: bool) -> None:
+        self.total = like.new_zeros(rows)
+        self.keys = like.new_zeros(rows, like.shape[1])
+        self.logits = like.new_zeros(rows)
+        self.shift = like.new_full((rows,), -torch.inf) if online else None
+
+    def exponentials(self, logits: Tensor) -> Tensor:
+        """Logits (N, B) to exponentials, in place; with a running shift, the sums so far follow it."""
+        if self.shift is None:
+            return logits.exp_()
+        shift = torch.maximum(self.shift, logits.amax(dim=1))
+        finite = torch.where(shift == -torch.inf, 0.0, shift)  # -inf - -inf is NaN
+        shrink = (self.shift - finite).exp_()
+        self.total *= shrink
+        self.logits *= shrink
+        self.keys *= shrink[:, None]
+        self.shift = shift
+        return logits.sub_(finite[:, None]).exp_()
+
+    def add(self, weights: Tensor, keys: Tensor) -> None:
+        """Take in the exponentials (N, B) of some keys (B, d)."""
+        self.total += weights.sum(dim=1)
+        self.keys.addmm_(weights, keys)
+
+    def lse(self) -> Tensor:
+        """(N,)."""
+        log = self.total.log()
+        return log if self.shift is None else torch.where(self.total == 0, log, log + self.shift)
+
+    def mean(self, sums: Tensor) -> Tensor:
+        """Weighted sums (N,) or (N, d) to means, 0 where there was no key."""
+        total = torch.where(self.total == 0, 1.0, self.total)
+        return sums / (total if sums.ndim == 1 else total[:, None])
+
+    def is_exact(self) -> bool:
+        """Whether going without a shift cost no precision. Waits for the device."""
+        low, high = SAFE_SUM
+        return bool(((self.total > low) & (self.total < high)).all())
+
+
+def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, Gradients]:
+    """The statistics, by plain torch operations on any device.
+
+    Args:
+        rows: The queries.
+        keys: The parts of the keys.
+        inside: Whether the positive keys want an lse of their own; else the sums by class are made.
+
+    Returns:
+        The statistics, and the gradients of the two lse's for the queries.
+    """
+    if rows.query.device.type == "cpu":
+        # Moderate logits need no running shift, which costs two passes over each tile. Whether they were is known
+        # afterwards; asking costs nothing here, while it would make an accelerator wait.
+        result = _run(rows, keys, inside=inside, online=False)
+        if result is not None:
+            return result
+    result = _run(rows, keys, inside=inside, online=True)
+    assert result is not None
+    return result
+
+
+def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[Statistics, Gradients] | None:
+    """One pass over the keys; None if it should have been an `online` one, with a running shift."""
+    query, momentum_query = rows.query, rows.momentum
+    count, width = query.shape
+    student = _Sums(count, query, online=online)
+    teacher = _Sums(0 if momentum_query is None else count, query, online=online)
+    positive = _Sums(count if inside else 0, query, online=True)  # a row may have no positive key
+    class_sums = query.new_zeros(0 if inside else count + 1, width)
+    class_counts = rows.classes.new_zeros(count + 1)
+
+    # One product serves queries and momentum queries where they meet the same keys.
+    same_keys = momentum_query is not None and all(part.momentum is part.online for part in keys)
+    stacked = torch.cat([query, momentum_query]) if same_keys and momentum_query is not None else query
+    size = tile_size(stacked.shape[0])
+    longest = min(size, max(part.online.shape[0] for part in keys))
+    buffer = query.new_empty(stacked.shape[0] * longest)
+    scores_buffer = query.new_empty(0 if same_keys else teacher.total.shape[0] * longest)
+
+    for part in keys:
+        for tile_keys, tile_momentum, labels, absent in _tiles(part, size):
+            tile = tile_keys.shape[0]
+            classes = class_of(labels, rows.sorted_labels, absent)
+            class_counts.index_add_(0, classes, torch.ones_like(classes))
+            logits = buffer[: stacked.shape[0] * tile].view(stacked.shape[0], tile)
+            torch.mm(stacked, tile_keys.T, out=logits)
+            if absent is not None:
+                logits.masked_fill_(absent, -torch.inf)
+            if inside:
+                others = rows.classes[:, None] != classes
+                positive.add(positive.exponentials(logits[:count].masked_fill(others, -torch.inf)), tile_keys)
+            else:
+                # By tile first: a long plain sum of float32 loses digits.
+                class_sums += torch.zeros_like(class_sums).index_add_(0, classes, tile_keys)
+            student.add(student.exponentials(logits[:count]), tile_keys)
+            if momentum_query is None:
+                continue
+            if same_keys:
+                teacher.add(teacher.exponentials(logits[count:]), tile_keys)
+                continue
+            scores = scores_buffer[: count * tile].view(count, tile)
+            torch.mm(momentum_query, tile_momentum.T, out=scores)
+            weights = logits.copy_(scores)
+            if absent is not None:
+                weights.masked_fill_(absent, -torch.inf)
+            weights = teacher.exponentials(weights)
+            teacher.add(weights, tile_keys)
+            teacher.logits += torch.linalg.vecdot(weights, scores)
+
+    if not online and not (student.is_exact() and teacher.is_exact()):
+        return None
+    if same_keys and momentum_query is not None:
+        teacher.logits = torch.linalg.vecdot(momentum_query, teacher.keys)  # sum_j U_ij q'_i.k_j
+    statistics = Statistics(
+        lse=student.lse(),
+        positive_lse=positive.lse(),
+        momentum_mean_key=teacher.mean(teacher.keys),
+        class_sums=class_sums,
+        class_counts=class_counts,
+        momentum_lse=teacher.lse(),
+        momentum_mean_logit=teacher.mean(teacher.logits),
+    )
+    return statistics, Gradients(student.mean(student.keys), positive.mean(positive.keys))
+
+
+def tile_size(rows: int) -> int:
+    """How many keys make a tile for so many queries."""
+    return min(max(TILE_SCORES // max(rows, 1), MIN_TILE), MAX_TILE)
+
+
+def class_of(labels: Tensor, sorted_labels: Tensor, absent: Tensor | None) -> Tensor:
+    """Where each label (B,) stands first among the sorted labels of the N queries; N for a key that is no one's."""
+    count = sorted_labels.shape[0]
+    if count == 0:
+        return torch.zeros_like(labels)
+    first = torch.searchsorted(sorted_labels, labels.contiguous())
+    found = (sorted_labels[first.clamp(max=count - 1)] == labels) & (labels >= 0)
+    if absent is not None:
+        found &= ~absent
+    return torch.where(found, first, count)
+
+
+def _tiles(part: Keys, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Online keys (B, d), momentum keys (B, d), labels (B,) and which keys to mask (B,), `size` keys at a time.
+
+    On the CPU absent keys are taken out: nothing is left to mask. An accelerator is not asked how many there are; their
+    rows become zeros, for a NaN times a weight of zero would be NaN.
+    """
+    momentum = part.online if part.momentum is None else part.momentum
+    on_cpu = part.online.device.type == "cpu"
+    everywhere = on_cpu and bool(part.present.all())
+    for start in range(0, part.online.shape[0], size):
+        chosen: slice | Tensor = slice(start, start + size)
+        absent = None
+        if not everywhere:
+            present = part.present[chosen]
+            if on_cpu:
+                chosen = present.nonzero()[:, 0] + start
+                if len(chosen) == 0:
+                    continue
+            else:
+                absent = ~present
+        online = part.online[chosen]
+        other = online if momentum is part.online else momentum[chosen]
+        if absent is not None:
+            online = online.masked_fill(absent[:, None], 0.0)
+            other = other.masked_fill(absent[:, None], 0.0)
+        rows = part.prepare(online)[0]
+        yield rows, rows if momentum is part.online else part.prepare(other)[0], part.labels[chosen], absent
+
+
+def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: Statistics, *, inside: bool) -> Tensor:
+    r"""Gradient (Q, d) for the raw online keys of a part, tile by tile, in the dtype to sum in.
+
+    $$\frac{\partial}{\partial k_j} = \sum_i (g_i V_{ij} + g^+_i P_{ij})\,q_i + \sum_i U_{ij}\, G_i + G^{class}_{c_j}$$
+
+    Args:
+        part: The keys.
+        rows: The queries.
+        statistics: What :func:`attend` returned.
+        grads: Gradients for `lse` $g$, `positive_lse` $g^+$, `momentum_mean_key` $G$ and `class_sums` $G^{class}$.
+        inside: As for :func:`attend`.
+    """
+    count = rows.query.shape[0]
+    grad = torch.empty_like(part.online, dtype=rows.query.dtype)
+    for start in range(0, part.online.shape[0], tile_size(count)):
+        chosen = slice(start, start + tile_size(count))
+        absent = ~part.present[chosen]
+        keys, lengths = part.prepare(part.online[chosen].masked_fill(absent[:, None], 0.0))
+        classes = class_of(part.labels[chosen], rows.sorted_labels, absent)
+        logits = (rows.query @ keys.T).masked_fill(absent, -torch.inf)
+        weights = _softmax(logits, statistics.lse) * grads.lse[:, None]
+        if inside:
+            others = rows.classes[:, None] != classes
+            positive = _softmax(logits.masked_fill(others, -torch.inf), statistics.positive_lse)
+            weights += positive * grads.positive_lse[:, None]
+        tile = weights.T @ rows.query
+        if not inside:
+            tile += grads.class_sums[classes]
+        if rows.momentum is not None and part.momentum is not None:
+            momentum = part.prepare(part.momentum[chosen].masked_fill(absent[:, None], 0.0))[0]
+            scores = (rows.momentum @ momentum.T).masked_fill(absent, -torch.inf)
+            tile += _softmax(scores, statistics.momentum_lse).T @ grads.momentum_mean_key
+        grad[chosen] = part.prepare.backward(keys, lengths, tile).masked_fill(absent[:, None], 0.0)
+    return grad
+
+
+def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
+    """Probabilities of logits (N, B) whose row has this lse (N,); 0 in a row without keys."""
+    return (logits - torch.where(lse == -torch.inf, 0.0, lse)[:, None]).exp()
