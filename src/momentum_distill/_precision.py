@@ -17,7 +17,7 @@ def is_16_bit(dtype: torch.dtype) -> bool:
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off for the device of `tensor`: a bfloat16 matrix product would round the logits."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device_type=device, enabled=False)
 

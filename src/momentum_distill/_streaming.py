@@ -52,7 +52,7 @@ def row_lengths(rows: Tensor, eps: float) -> Tensor:
     """Euclidean lengths (B, 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if lengths.numel() and lengths.device.type == "cpu":
-        low, high = lengths.aminmax()
+        low, high = (bound.item() for bound in lengths.aminmax())
         # The largest magnitude is at least the length over the root of the width; squares up to there do not overflow.
         if low >= eps * rows.shape[1] ** 0.5 and high < 1e15:
             return lengths
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Sums over the keys that are present. Without one, an lse is -inf and a mean 0. Not asked for: empty."""
+    """Sums over the keys that are present; without one, an lse and a mean are 0. What was not asked for is empty."""
 
     lse: Tensor  # (N,)
     positive_lse: Tensor  # (N,): over the positive keys
@@ -108,10 +108,10 @@ class _Sums:
         self.logits = like.new_zeros(rows)
         self.shift = like.new_full((rows,), -torch.inf) if online else None
 
-    def exponentials(self, logits: Tensor) -> Tensor:
-        """Logits (N, B) to exponentials, in place; with a running shift, the sums so far follow it."""
+    def exponentials(self, logits: Tensor, out: Tensor) -> Tensor:
+        """Exponentials of logits (N, B) in `out`; with a running shift, the sums so far follow it."""
         if self.shift is None:
-            return logits.exp_()
+            return torch.exp(logits, out=out)
         shift = torch.maximum(self.shift, logits.amax(dim=1))
         finite = torch.where(shift == -torch.inf, 0.0, shift)  # -inf - -inf is NaN
         shrink = (self.shift - finite).exp_()
@@ -119,27 +119,28 @@ class _Sums:
         self.logits *= shrink
         self.keys *= shrink[:, None]
         self.shift = shift
-        return logits.sub_(finite[:, None]).exp_()
+        return torch.sub(logits, finite[:, None], out=out).exp_()
 
     def add(self, weights: Tensor, keys: Tensor) -> None:
         """Take in the exponentials (N, B) of some keys (B, d)."""
         self.total += weights.sum(dim=1)
         self.keys.addmm_(weights, keys)
 
-    def lse(self) -> Tensor:
-        """(N,)."""
-        log = self.total.log()
-        return log if self.shift is None else torch.where(self.total == 0, log, log + self.shift)
-
-    def mean(self, sums: Tensor) -> Tensor:
-        """Weighted sums (N,) or (N, d) to means, 0 where there was no key."""
-        total = torch.where(self.total == 0, 1.0, self.total)
-        return sums / (total if sums.ndim == 1 else total[:, None])
-
     def is_exact(self) -> bool:
         """Whether going without a shift cost no precision. Waits for the device."""
-        low, high = SAFE_SUM
-        return bool(((self.total > low) & (self.total < high)).all())
+        if not self.total.numel():
+            return True
+        low, high = (bound.item() for bound in self.total.aminmax())
+        return SAFE_SUM[0] < low and high < SAFE_SUM[1]
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The lse (N,), the mean key (N, d) and the mean logit (N,); zeros where there was no key."""
+        if self.shift is None:
+            return self.total.log(), self.keys.div_(self.total[:, None]), self.logits.div_(self.total)
+        nothing = self.total == 0
+        total = torch.where(nothing, 1.0, self.total)
+        lse = torch.where(nothing, 0.0, total.log() + self.shift)
+        return lse, self.keys.div_(total[:, None]), self.logits.div_(total)
 
 
 def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, Gradients]:
@@ -170,7 +171,7 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
     count, width = query.shape
     student = _Sums(count, query, online=online)
     teacher = _Sums(0 if momentum_query is None else count, query, online=online)
-    positive = _Sums(count if inside else 0, query, online=True)  # a row may have no positive key
+    positive = _Sums(count, query, online=True) if inside else None  # a row may have no positive key
     class_sums = query.new_zeros(0 if inside else count + 1, width)
     class_counts = rows.classes.new_zeros(count + 1)
 
@@ -191,24 +192,23 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
             torch.mm(stacked, tile_keys.T, out=logits)
             if absent is not None:
                 logits.masked_fill_(absent, -torch.inf)
-            if inside:
+            if positive is not None:
                 others = rows.classes[:, None] != classes
-                positive.add(positive.exponentials(logits[:count].masked_fill(others, -torch.inf)), tile_keys)
+                masked = logits[:count].masked_fill(others, -torch.inf)
+                positive.add(positive.exponentials(masked, masked), tile_keys)
             else:
                 # By tile first: a long plain sum of float32 loses digits.
                 class_sums += torch.zeros_like(class_sums).index_add_(0, classes, tile_keys)
-            student.add(student.exponentials(logits[:count]), tile_keys)
+            student.add(student.exponentials(logits[:count], logits[:count]), tile_keys)
             if momentum_query is None:
                 continue
             if same_keys:
-                teacher.add(teacher.exponentials(logits[count:]), tile_keys)
+                teacher.add(teacher.exponentials(logits[count:], logits[count:]), tile_keys)
                 continue
             scores = scores_buffer[: count * tile].view(count, tile)
             torch.mm(momentum_query, tile_momentum.T, out=scores)
-            weights = logits.copy_(scores)
-            if absent is not None:
-                weights.masked_fill_(absent, -torch.inf)
-            weights = teacher.exponentials(weights)
+            masked = scores if absent is None else scores.masked_fill(absent, -torch.inf)
+            weights = teacher.exponentials(masked, logits)
             teacher.add(weights, tile_keys)
             teacher.logits += torch.linalg.vecdot(weights, scores)
 
@@ -216,16 +216,14 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
         return None
     if same_keys and momentum_query is not None:
         teacher.logits = torch.linalg.vecdot(momentum_query, teacher.keys)  # sum_j U_ij q'_i.k_j
+    lse, mean_key, _ = student.results()
+    momentum_lse, momentum_mean_key, momentum_mean_logit = teacher.results()
+    nothing = query[:0]
+    positive_lse, positive_mean_key, _ = (nothing[:, 0], nothing, nothing) if positive is None else positive.results()
     statistics = Statistics(
-        lse=student.lse(),
-        positive_lse=positive.lse(),
-        momentum_mean_key=teacher.mean(teacher.keys),
-        class_sums=class_sums,
-        class_counts=class_counts,
-        momentum_lse=teacher.lse(),
-        momentum_mean_logit=teacher.mean(teacher.logits),
+        lse, positive_lse, momentum_mean_key, class_sums, class_counts, momentum_lse, momentum_mean_logit
     )
-    return statistics, Gradients(student.mean(student.keys), positive.mean(positive.keys))
+    return statistics, Gradients(mean_key, positive_mean_key)
 
 
 def tile_size(rows: int) -> int:
@@ -233,13 +231,26 @@ def tile_size(rows: int) -> int:
     return min(max(TILE_SCORES // max(rows, 1), MIN_TILE), MAX_TILE)
 
 
+def sort_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels in order (N,), and where each stands first among them (N,).
+
+    Negative labels, which are no class, become one that no key has.
+    """
+    labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
+    ordered = labels.sort().values
+    return ordered, torch.searchsorted(ordered, labels)
+
+
 def class_of(labels: Tensor, sorted_labels: Tensor, absent: Tensor | None) -> Tensor:
-    """Where each label (B,) stands first among the sorted labels of the N queries; N for a key that is no one's."""
+    """Where each label (B,) stands first among the sorted labels of the N queries; N for a key that is no one's.
+
+    The sorted labels hold nothing negative, see :func:`sort_labels`.
+    """
     count = sorted_labels.shape[0]
     if count == 0:
         return torch.zeros_like(labels)
     first = torch.searchsorted(sorted_labels, labels.contiguous())
-    found = (sorted_labels[first.clamp(max=count - 1)] == labels) & (labels >= 0)
+    found = sorted_labels[first.clamp_(max=count - 1)] == labels
     if absent is not None:
         found &= ~absent
     return torch.where(found, first, count)
@@ -311,5 +322,5 @@ def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: Statistics,
 
 
 def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
-    """Probabilities of logits (N, B) whose row has this lse (N,); 0 in a row without keys."""
-    return (logits - torch.where(lse == -torch.inf, 0.0, lse)[:, None]).exp()
+    """Probabilities of logits (N, B), -inf for keys that do not count, whose row has this lse (N,)."""
+    return (logits - lse[:, None]).exp()

@@ -366,12 +366,12 @@ class _Problem(NamedTuple):
 
 def _supervised_rows(rows: Rows, statistics: Statistics, positive_count: Tensor, positives: Positives) -> Tensor:
     r"""$\mathcal S_i$ of :func:`supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
-    lse = _zero_without_keys(statistics.lse)
+    lse = statistics.lse
     count = positive_count.clamp(min=1)
     if positives == "outside":
         supervised = lse - (rows.query * statistics.class_sums[rows.classes]).sum(dim=1) / count
     else:
-        supervised = lse - _zero_without_keys(statistics.positive_lse)
+        supervised = lse - statistics.positive_lse
         if positives == "inside_per_positive":
             supervised = supervised / count
     return torch.where(positive_count > 0, supervised, lse * 0)
@@ -379,16 +379,10 @@ def _supervised_rows(rows: Rows, statistics: Statistics, positive_count: Tensor,
 
 def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
     r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(s'_{ij} - s_{ij}) - lse'_i + lse_i$, shape `(N,)`, Eq. 11."""
-    lse = _zero_without_keys(statistics.lse)
     if rows.momentum is None:
-        return torch.zeros_like(lse)
+        return torch.zeros_like(statistics.lse)
     mean_logit = (rows.query * statistics.momentum_mean_key).sum(dim=1)
-    return (statistics.momentum_mean_logit - mean_logit) - (_zero_without_keys(statistics.momentum_lse) - lse)
-
-
-def _zero_without_keys(lse: Tensor) -> Tensor:
-    """0 for the log-sum-exp of nothing, connected to the graph."""
-    return torch.where(lse == -torch.inf, 0.0, lse)
+    return (statistics.momentum_mean_logit - mean_logit) - (statistics.momentum_lse - statistics.lse)
 
 
 class _ContrastRows(torch.autograd.Function):
@@ -424,7 +418,7 @@ class _ContrastRows(torch.autograd.Function):
         momentum = None
         if problem.momentum_query is not None:
             momentum = ready(problem.momentum_query, problem.momentum_temperature)[0]
-        rows = Rows(queries, momentum, *_classes(problem.query_labels))
+        rows = Rows(queries, momentum, *_streaming.sort_labels(problem.query_labels))
         statistics, means = _streaming.attend(rows, problem.keys, inside=problem.inside)
 
         positive_count = statistics.class_counts[rows.classes]
@@ -502,12 +496,6 @@ def _grad_statistics(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) ->
     )
 
 
-def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The labels in order (N,), and where each stands first among them (N,)."""
-    ordered = labels.sort().values
-    return ordered, torch.searchsorted(ordered, labels.contiguous())
-
-
 def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What :class:`_ContrastRows` returns, through the N×Q matrices and plain autograd.
 
@@ -521,7 +509,7 @@ def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -
     present = torch.cat([part.present for part in problem.keys])
     online = torch.cat([ready(part.online, part.present, part.prepare) for part in problem.keys])
     queries = ready(query, problem.present, problem.prepare) / temperature
-    ordered, classes = _classes(problem.query_labels)
+    ordered, classes = _streaming.sort_labels(problem.query_labels)
     key_classes = torch.cat([_streaming.class_of(part.labels, ordered, ~part.present) for part in problem.keys])
     logits = queries @ online.T  # (N, Q)
     everyone = present.expand_as(logits)
@@ -539,7 +527,7 @@ def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -
             )
             scores = momentum @ momentum_keys.T
             momentum_lse = _logsumexp(scores, everyone)
-            targets = (scores - _zero_without_keys(momentum_lse)[:, None]).exp()  # U, (N, Q)
+            targets = (scores - momentum_lse[:, None]).exp()  # U, (N, Q)
             targets = torch.where(present, targets, 0.0)
             mean_logit = (targets * scores).sum(dim=1)
         mean_key = targets @ online
@@ -561,12 +549,12 @@ def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -
 
 
 def _logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """Log-sum-exp over the keys that `mask` (N, Q) keeps, -inf where it keeps none; the gradient is finite."""
+    """Log-sum-exp over the keys that `mask` (N, Q) keeps, 0 where it keeps none; the gradient is finite either way."""
     if logits.shape[1] == 0:
-        return logits.sum(dim=1) - torch.inf
+        return logits.sum(dim=1)
     some = mask.any(dim=1, keepdim=True)
     masked = torch.where(some, logits.masked_fill(~mask, -torch.inf), logits * 0)
-    return torch.where(some[:, 0], masked.logsumexp(dim=1), -torch.inf)
+    return torch.where(some[:, 0], masked.logsumexp(dim=1), 0.0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
