@@ -43,6 +43,11 @@ class Prepare(NamedTuple):
         return (grad - rows * (rows * grad).sum(dim=1, keepdim=True)) / lengths
 
 
+def may_ask(tensor: Tensor) -> bool:
+    """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for."""
+    return tensor.device.type == "cpu"
+
+
 def shortest(raw: Tensor) -> float:
     """Rows in which no magnitude reaches this have no direction: their gradient would leave the range of the dtype."""
     return 1e-3 if raw.dtype == torch.float16 else 1e-6
@@ -51,7 +56,7 @@ def shortest(raw: Tensor) -> float:
 def row_lengths(rows: Tensor, eps: float) -> Tensor:
     """Euclidean lengths (B, 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    if lengths.numel() and lengths.device.type == "cpu":
+    if lengths.numel() and may_ask(lengths):
         low, high = (bound.item() for bound in lengths.aminmax())
         # The largest magnitude is at least the length over the root of the width; squares up to there do not overflow.
         if low >= eps * rows.shape[1] ** 0.5 and high < 1e15:
@@ -154,9 +159,9 @@ def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, G
     Returns:
         The statistics, and the gradients of the two lse's for the queries.
     """
-    if rows.query.device.type == "cpu":
+    if may_ask(rows.query):
         # Moderate logits need no running shift, which costs two passes over each tile. Whether they were is known
-        # afterwards; asking costs nothing here, while it would make an accelerator wait.
+        # afterwards.
         result = _run(rows, keys, inside=inside, online=False)
         if result is not None:
             return result
@@ -259,18 +264,18 @@ def class_of(labels: Tensor, sorted_labels: Tensor, absent: Tensor | None) -> Te
 def _tiles(part: Keys, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Online keys (B, d), momentum keys (B, d), labels (B,) and which keys to mask (B,), `size` keys at a time.
 
-    On the CPU absent keys are taken out: nothing is left to mask. An accelerator is not asked how many there are; their
-    rows become zeros, for a NaN times a weight of zero would be NaN.
+    Where one may ask how many there are, absent keys are taken out, and nothing is left to mask. Else their rows become
+    zeros, for a NaN times a weight of zero would be NaN.
     """
     momentum = part.online if part.momentum is None else part.momentum
-    on_cpu = part.online.device.type == "cpu"
-    everywhere = on_cpu and bool(part.present.all())
+    asking = may_ask(part.online)
+    everywhere = asking and bool(part.present.all())
     for start in range(0, part.online.shape[0], size):
         chosen: slice | Tensor = slice(start, start + size)
         absent = None
         if not everywhere:
             present = part.present[chosen]
-            if on_cpu:
+            if asking:
                 chosen = present.nonzero()[:, 0] + start
                 if len(chosen) == 0:
                     continue

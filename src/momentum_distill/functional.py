@@ -119,10 +119,9 @@ def _normalize_rows(x: Tensor, eps: float) -> Tensor:
     if x.shape[1] == 0:
         return x
     largest = x.detach().abs().amax(dim=1, keepdim=True)
-    short = largest < eps  # False for NaN, which must stay NaN
-    scaled = torch.where(short, 0.0, x) / torch.where(short, 1.0, largest)
-    squares = scaled.square().sum(dim=1, keepdim=True)
-    return scaled * torch.where(short, 1.0, squares).rsqrt()
+    scaled = x / largest.masked_fill(largest < eps, torch.inf)  # a short row becomes zeros; NaN stays NaN
+    squares = scaled.square().sum(dim=1, keepdim=True)  # at least 1, or 0 in a row of zeros
+    return scaled * squares.clamp(min=0.5).rsqrt()
 
 
 def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor, normalize: Normalize = True) -> Tensor:
@@ -405,8 +404,9 @@ class _ContrastRows(torch.autograd.Function):
         learned: Tensor | None,
         *online: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        del learned, online  # they stand in `temperature` and `problem`, and here so that autograd sees them
-        everyone = query.device.type == "cpu" and bool(problem.present.all())
+        # `learned` and `online` stand in `temperature` and `problem` too; they are here so that autograd sees them.
+        ctx.save_for_backward(query, learned, *(part if part.requires_grad else None for part in online))
+        everyone = _streaming.may_ask(query) and bool(problem.present.all())
         absent = None if everyone else ~problem.present
 
         def ready(raw: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -446,9 +446,10 @@ class _ContrastRows(torch.autograd.Function):
         return supervised, distill, positive_count
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor, _: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         with full_precision(grad_supervised):  # backward() may be called under autocast
+            if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
+                return _dense_backward(ctx, grad_supervised, grad_distill)
             problem, rows = ctx.problem, ctx.rows
             grad = grad_supervised[:, None] * ctx.pull
             if rows.momentum is not None:
@@ -469,6 +470,27 @@ class _ContrastRows(torch.autograd.Function):
                         whole = _streaming.grad_keys(part, rows, ctx.statistics, grads, inside=problem.inside)
                         grads_keys[index] = whole.to(ctx.dtypes[1 + index])
         return None, None, grad_query, grad_temperature, *grads_keys
+
+
+def _dense_backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    """The gradients of :class:`_ContrastRows` with a graph of their own, through the dense form."""
+    inputs = ctx.saved_tensors
+    wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[2 + index]]
+    keys = [
+        part if saved is None else part._replace(online=saved)
+        for part, saved in zip(ctx.problem.keys, inputs[2:], strict=True)
+    ]
+    temperature = ctx.temperature if inputs[1] is None else inputs[1]
+    supervised, distill, _ = _dense_rows(ctx.problem._replace(keys=keys), inputs[0], temperature)
+    grads = torch.autograd.grad(
+        (supervised, distill),
+        [inputs[index] for index in wanted],
+        (grad_supervised, grad_distill),
+        create_graph=True,
+        allow_unused=True,
+    )
+    found = dict(zip(wanted, grads, strict=True))
+    return None, None, *(found.get(index) for index in range(len(inputs)))
 
 
 def _grad_statistics(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> Statistics:  # noqa: ANN401

@@ -1,0 +1,219 @@
+"""The contrastive loss in tiles: the same numbers as the N×Q matrices, and never anything as large as they."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import momentum_distill as md
+import reference
+from loss_cases import POSITIVES, assert_close, assert_gradient_close, supcon_case
+from momentum_distill import _streaming
+from momentum_distill import functional as F
+
+WAYS = ["plain sums", "running shift", "without asking the device"]
+
+
+def small_tiles(patch, way):
+    """Tiles of five keys, and which of the passes over them is taken."""
+    patch.setattr(_streaming, "MIN_TILE", 5)
+    patch.setattr(_streaming, "MAX_TILE", 5)
+    if way != "plain sums":
+        patch.setattr(_streaming, "SAFE_SUM", (1.0, 0.0))  # no sum is in this range
+    if way == "without asking the device":
+        patch.setattr(_streaming, "may_ask", lambda _: False)
+
+
+def dense_terms(case, *, temperature, alpha, positives, normalize):
+    """What `torch.compile` sees, in the dtype of the case: plain autograd through the N×Q matrices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return F.supcon_distill_terms(
+            *case.args, **case.momentum, temperature=temperature, alpha=alpha, positives=positives, normalize=normalize
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(0, 6),
+    q=st.integers(0, 23),
+    ignored=st.sampled_from([0.0, 0.4, 1.0]),
+    momentum=st.booleans(),
+    way=st.sampled_from(WAYS),
+    positives=st.sampled_from(POSITIVES),
+    normalize=st.sampled_from([True, "query", False]),
+    temperature=st.sampled_from([0.05, 0.5]),
+    split=st.integers(0, 23),
+)
+def test_tiles_give_the_values_of_the_loop_reference(
+    seed, n, q, ignored, momentum, way, positives, normalize, temperature, split
+):
+    case = supcon_case(seed, n, q, 3, ignored=ignored, unlabelled=0.2, momentum=momentum)
+    options = {"positives": positives, "normalize": normalize, "temperature": temperature, "alpha": 0.3}
+    args, momentum_args = case.reference
+    expected = reference.supcon_terms(*args, **momentum_args, **options)
+
+    def parts(x):
+        return None if x is None else (x[:split], x[split:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        small_tiles(patch, way)
+        terms = F.supcon_distill_terms(
+            case.query,
+            parts(case.keys),
+            case.query_labels,
+            parts(case.key_labels),
+            momentum_query=case.momentum_query,
+            momentum_keys=parts(case.momentum_keys),
+            **options,
+        )
+    assert_close(terms.supervised, expected.supervised)
+    assert_close(terms.distill, expected.distill)
+    assert_close(terms.total, expected.total)
+    assert int(terms.rows) == expected.rows
+    assert int(terms.rows_with_positive) == expected.rows_with_positive
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "supervised alone"])
+def test_tiles_give_the_gradients_of_the_dense_form(positives, normalize, way, momentum, dtype):
+    """Query, keys and temperature, against plain autograd in float64 on the same rounded numbers."""
+    case = supcon_case(7, 9, 23, 6, ignored=0.2, unlabelled=0.2, momentum=momentum, dtype=dtype)
+    options = {"alpha": 0.3, "positives": positives, "normalize": normalize}
+    exact = case.map(lambda x: x.double()).requires_grad()
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    expected = dense_terms(exact, temperature=tau, **options).total
+    expected.backward()
+
+    case = case.requires_grad()
+    own_tau = torch.tensor(0.5, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        small_tiles(patch, way)
+        loss = F.supcon_distill_loss(*case.args, **case.momentum, temperature=own_tau, **options)
+        loss.backward()
+    assert_close(loss, expected.detach(), dtype)
+    assert_gradient_close(case.query.grad, exact.query.grad, dtype)
+    assert_gradient_close(case.keys.grad, exact.keys.grad, dtype)
+    assert_gradient_close(own_tau.grad, tau.grad, dtype)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_the_same_keys_on_both_sides_are_read_once_and_give_the_same(positives, monkeypatch):
+    """One object for keys and momentum keys takes a shorter way than two equal ones."""
+    small_tiles(monkeypatch, "plain sums")
+    case = supcon_case(3, 8, 21, 4)
+    results = []
+    for momentum_keys in (case.keys, case.keys.clone()):
+        query, keys = case.query.clone().requires_grad_(), case.keys
+        loss = F.supcon_distill_loss(
+            query,
+            keys,
+            case.query_labels,
+            case.key_labels,
+            momentum_query=case.momentum_query,
+            momentum_keys=momentum_keys,
+            temperature=0.3,
+            positives=positives,
+        )
+        loss.backward()
+        results.append((loss.detach(), query.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = {t.untyped_storage().data_ptr(): t for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for pointer, tensor in made.items():
+            if pointer not in given:
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("normalize", [True, "query"], ids=str)
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_nothing_of_the_size_of_the_similarities_is_made(positives, normalize):
+    n, q, d = 64, 40_000, 8
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(n, d, generator=generator, requires_grad=True)
+    momentum_query = torch.randn(n, d, generator=generator)
+    keys, momentum_keys = (torch.nn.functional.normalize(torch.randn(q, d, generator=generator)) for _ in range(2))
+    labels = torch.randint(3, (n,), generator=generator), torch.randint(3, (q,), generator=generator)
+    with Largest() as largest:
+        loss = F.supcon_distill_loss(
+            query,
+            keys,
+            *labels,
+            temperature=0.5,
+            momentum_query=momentum_query,
+            momentum_keys=momentum_keys,
+            positives=positives,
+            normalize=normalize,
+        )
+        loss.backward()
+    assert largest.numel <= max(2 * _streaming.TILE_SCORES, q)  # labels and masks have q entries
+    assert largest.numel < n * q / 8
+
+
+def test_logits_too_large_for_plain_sums_are_noticed():
+    """exp(200) is no float32; the second pass, with a running shift, must be taken and be exact."""
+    case = supcon_case(4, 5, 30, 4, dtype=torch.float32)
+    exact = case.map(lambda x: x.double())
+    loss = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.005)
+    assert_close(
+        loss, dense_terms(exact, temperature=0.005, alpha=0.4, positives="outside", normalize=True).total, torch.float32
+    )
+
+
+def test_a_queue_may_be_written_between_forward_and_backward():
+    """Live views of the queue are no part of the graph."""
+    queue = md.ClassQueue(20, {"text": 4})
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(20, 4, generator=generator)
+    queue.enqueue(torch.arange(20) % 3, {"text": rows})
+    grads = []
+    for write in (False, True):
+        query = rows[:5].clone().requires_grad_()
+        keys, labels = queue.read("text", padded=True)
+        loss = md.SupConDistillLoss()(query, keys, torch.arange(5) % 3, labels)
+        if write:
+            queue.enqueue(torch.zeros(20, dtype=torch.int64), {"text": -rows})
+        loss.backward()
+        grads.append(query.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_second_derivatives_are_right(positives):
+    case = supcon_case(5, 4, 7, 3, ignored=0.2, unlabelled=0.2).requires_grad()
+    queue, queue_labels = supcon_case(6, 4, 5, 3).keys, torch.tensor([0, 1, 2, 0, -1])
+    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def loss(query, keys, temperature):
+        return F.supcon_distill_loss(
+            query,
+            (keys, queue),
+            case.query_labels,
+            (case.key_labels, queue_labels),
+            momentum_query=case.momentum_query,
+            momentum_keys=(case.momentum_keys, queue),
+            temperature=temperature,
+            momentum_temperature=0.4,
+            positives=positives,
+        )
+
+    assert torch.autograd.gradgradcheck(loss, (case.query, case.keys, tau))
