@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -197,8 +198,9 @@ def test_a_queue_may_be_written_between_forward_and_backward():
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "supervised alone"])
 @pytest.mark.parametrize("positives", POSITIVES)
-def test_second_derivatives_are_right(positives):
+def test_second_derivatives_are_right(positives, momentum):
     case = supcon_case(5, 4, 7, 3, ignored=0.2, unlabelled=0.2).requires_grad()
     queue, queue_labels = supcon_case(6, 4, 5, 3).keys, torch.tensor([0, 1, 2, 0, -1])
     tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -209,11 +211,24 @@ def test_second_derivatives_are_right(positives):
             (keys, queue),
             case.query_labels,
             (case.key_labels, queue_labels),
-            momentum_query=case.momentum_query,
-            momentum_keys=(case.momentum_keys, queue),
+            momentum_query=case.momentum_query if momentum else None,
+            momentum_keys=(case.momentum_keys, queue) if momentum else None,
             temperature=temperature,
             momentum_temperature=0.4,
             positives=positives,
         )
 
     assert torch.autograd.gradgradcheck(loss, (case.query, case.keys, tau))
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_no_value_is_read_from_tensors_that_have_none(positives):
+    """As on an accelerator: what asked for a value would raise here."""
+    loss_fn = md.SupConDistillLoss(positives=positives)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, keys = torch.randn(4, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+        labels = torch.zeros(4, dtype=torch.int64), torch.zeros(30, dtype=torch.int64)
+        loss = loss_fn(query, keys, *labels, momentum_query=query.detach(), momentum_keys=keys.detach())
+        loss.backward()
+        assert query.grad.shape == (4, 8)
+        assert keys.grad.shape == (30, 8)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TILE_SCORES = 2**18
 """Scores held at a time: larger tiles fall out of the cache, smaller ones make the matrix products inefficient."""
@@ -44,8 +44,11 @@ class Prepare(NamedTuple):
 
 
 def may_ask(tensor: Tensor) -> bool:
-    """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for."""
-    return tensor.device.type == "cpu"
+    """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for.
+
+    Tensors of another type may have no values, as those that tracing works with.
+    """
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 
 
 def shortest(raw: Tensor) -> float:

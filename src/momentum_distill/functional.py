@@ -482,12 +482,11 @@ def _dense_backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> 
     ]
     temperature = ctx.temperature if inputs[1] is None else inputs[1]
     supervised, distill, _ = _dense_rows(ctx.problem._replace(keys=keys), inputs[0], temperature)
+    outputs, upstream = [supervised], [grad_supervised]
+    if distill.requires_grad:  # not without momentum inputs
+        outputs, upstream = [supervised, distill], [grad_supervised, grad_distill]
     grads = torch.autograd.grad(
-        (supervised, distill),
-        [inputs[index] for index in wanted],
-        (grad_supervised, grad_distill),
-        create_graph=True,
-        allow_unused=True,
+        outputs, [inputs[index] for index in wanted], upstream, create_graph=True, allow_unused=True
     )
     found = dict(zip(wanted, grads, strict=True))
     return None, None, *(found.get(index) for index in range(len(inputs)))
