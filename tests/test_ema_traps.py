@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import momentum_distill as md
+from momentum_distill import _ema
 
 
 class Branches(nn.Module):
@@ -803,6 +805,17 @@ def test_a_parameter_replaced_by_one_of_another_shape_is_refused():
         ema.update(model)
 
 
+def test_data_cut_to_a_view_of_itself_under_the_same_parameter_is_refused():
+    model = Branches()
+    ema = md.EMAWrapper(model, decay=0.5)
+    ema.update(model)
+    before = values(ema.module)
+    model.last.weight.data = model.last.weight.data[:1]  # the same address; would broadcast
+    with pytest.raises(ValueError, match=r"last\.weight"):
+        ema.update(model)
+    assert values(ema.module) == before
+
+
 def test_data_replaced_by_another_shape_under_the_same_parameter_is_refused():
     model = Branches()
     fill(model, 1.0)
@@ -1068,3 +1081,213 @@ def test_a_model_without_parameters_is_legal():
     ema.update(nn.ReLU())
     assert ema.step == 1
     assert ema(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
+
+
+# ---------------------------------------------------------------------------------------------
+# What an update and a swap cost
+# ---------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Which operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("buffers", ["copy", "ema", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_later_update_makes_no_tensor(dtype, buffers):
+    model = known().to(dtype)
+    ema = md.EMAWrapper(model, decay=0.5, buffers=buffers)
+    ema.update(model)
+    with Operations() as operations:
+        ema.update(model)
+    assert set(operations.names) == {"_foreach_copy_", "_foreach_lerp_"}
+    assert len(operations.names) <= 4  # a few for all tensors, not a few for each
+
+
+def test_a_16_bit_model_needs_memory_for_its_largest_tensors_only(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)), nn.Linear(3, 20)).bfloat16()
+    whole, parts = md.EMAWrapper(model, decay=0.75), md.EMAWrapper(model, decay=0.75)
+    fill(model, 2.0)
+    whole.update(model)
+    monkeypatch.setattr(_ema, "SCRATCH", 24)
+    parts.update(model)
+    assert_same_state(clone_state(parts.module), clone_state(whole.module))
+    (group,) = parts._match(model).averages
+    assert len({scratch.untyped_storage().data_ptr() for _, _, part in group._parts for scratch in part}) == 1
+    assert group._parts[0][2][0].untyped_storage().nbytes() == 60 * 4
+    assert [[p.numel() for p in part] for part, _, _ in group._parts] == [[9, 3, 9, 3]] * 2 + [[9, 3], [60], [20]]
+
+
+def test_swap_on_cpu_sets_the_storage_of_the_model_aside():
+    model = known()
+    ema = md.EMAWrapper(model)
+    own, average = pointers(model), pointers(ema.module)
+    with ema.swap(model):
+        assert not set(pointers(model)) & {*own, *average}
+        assert pointers(ema.module) == average
+    assert pointers(model) == own
+
+
+def test_what_is_done_to_the_model_inside_swap_reaches_no_average_and_is_undone():
+    model = known()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema = md.EMAWrapper(model, decay=0.5)
+    fill(model, 3.0)
+    ema.update(model)
+    online, average, other = clone_state(model), clone_state(ema.module), known().state_dict()
+    with ema.swap(model):
+        model.running(model.last(model.first(torch.randn(4, 2)))).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.first.weight, average["first.weight"])
+        assert_same_state(clone_state(ema.module), average)
+        model.load_state_dict(other)
+        fill(model, 9.0)
+        model.running.running_mean.fill_(9.0)
+        assert_same_state(clone_state(ema.module), average)
+    assert_same_state(clone_state(model), online)
+    assert_same_state(clone_state(ema.module), average)
+
+
+def with_flat_weights(model):
+    """All parameters are views of one flat tensor, as those of an RNN that cuDNN runs."""
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    pieces = flat.split([p.numel() for p in model.parameters()])
+    for p, piece in zip(model.parameters(), pieces, strict=True):
+        p.data = piece.view_as(p)
+    return model, flat
+
+
+def test_swap_keeps_the_place_of_weights_that_share_their_storage():
+    model, flat = with_flat_weights(Branches())
+    ema = md.EMAWrapper(model, decay=0.5)
+    number_parameters(model)
+    ema.update(model, decay=0.0)
+    fill(model, 7.0)
+    places = pointers(model)
+    with ema.swap(model):
+        assert pointers(model) == places
+        assert flat.tolist() == [1.0] * 4 + [2.0] * 2 + [3.0] * 4 + [4.0] * 2
+    assert pointers(model) == places
+    assert flat.tolist() == [7.0] * 12
+
+
+def test_swap_of_parameters_tied_by_their_data_keeps_the_tie():
+    model = Branches()
+    model.last.weight.data = model.first.weight.data
+    ema = md.EMAWrapper(model, decay=0.0)
+    fill(model, 5.0)
+    with ema.swap(model), torch.no_grad():
+        model.first.weight.add_(1)
+        assert torch.equal(model.first.weight, model.last.weight)
+    assert values(model) == [5.0] * 4
+
+
+@pytest.mark.usefixtures("process_group")
+def test_swap_of_a_sharded_model():
+    from torch.distributed.fsdp import fully_shard
+
+    model, teacher = fully_shard(Branches()), fully_shard(Branches())
+    ema = md.EMAWrapper(model, teacher=teacher)
+    for p, q in zip(model.parameters(), teacher.parameters(), strict=True):
+        p.detach().to_local().fill_(1.0)
+        q.detach().to_local().fill_(2.0)
+    with ema.swap(model):
+        assert all(torch.equal(p.full_tensor(), torch.full(p.shape, 2.0)) for p in model.parameters())
+    assert all(torch.equal(p.full_tensor(), torch.full(p.shape, 1.0)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
+def test_a_graph_does_not_go_on_with_other_weights_than_it_was_made_with(inside):
+    model, x = Branches(), torch.randn(4, 2)
+    ema = md.EMAWrapper(model)
+    loss = model(x).square().sum()
+    with ema.swap(model):
+        if inside:
+            loss = model(x).square().sum()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---------------------------------------------------------------------------------------------
+# What makes a plan old
+# ---------------------------------------------------------------------------------------------
+
+
+def replace_last(model):
+    model.last = nn.Linear(2, 2)
+
+
+def exchange(model):
+    model.first.weight, model.last.weight = model.last.weight, model.first.weight
+
+
+def assign_buffers(model):
+    model.load_state_dict(known().state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("side", ["online", "average"])
+@pytest.mark.parametrize("change", [replace_last, exchange, assign_buffers, nn.Module.double])
+def test_a_change_on_either_side_is_followed(change, side):
+    model = known()
+    ema = md.EMAWrapper(model, decay=0.5)
+    ema.update(model)
+    change(model if side == "online" else ema.module)
+    number_parameters(model)
+    fill(ema.module, 0.0)
+    ema.update(model)
+    assert values(ema.module) == [0.5 * value for value in values(model)]
+    assert values(model) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize("side", ["online", "average"])
+def test_a_tensor_added_to_a_submodule_that_had_none_is_noticed(side):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    ema = md.EMAWrapper(model)
+    ema.update(model)
+    (model if side == "online" else ema.module)[1].register_buffer("late", torch.zeros(2))
+    with pytest.raises(ValueError, match="late"):
+        ema.update(model)
+
+
+@pytest.mark.parametrize("side", ["online", "average"])
+def test_a_submodule_that_goes_is_noticed(side):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = md.EMAWrapper(model)
+    ema.update(model)
+    (model if side == "online" else ema.module)[1] = None
+    with pytest.raises(ValueError, match=r"1\.(weight|bias)"):
+        ema.update(model)
+
+
+def test_a_parameter_under_another_name_is_noticed():
+    model = nn.Linear(2, 2, bias=False)
+    ema = md.EMAWrapper(model)
+    ema.update(model)
+    weight = model.weight
+    del model.weight
+    model.renamed = weight
+    with pytest.raises(ValueError, match="renamed"):
+        ema.update(model)
+
+
+def test_a_model_whose_submodule_knows_it_is_not_kept_alive():
+    model = Branches()
+    model.first.register_forward_hook(lambda *_, root=model: root.last)
+    ema = md.EMAWrapper(Branches())
+    ema.update(model)
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None

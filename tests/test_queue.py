@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import momentum_distill as md
 
@@ -742,6 +743,41 @@ def test_compiled_step_equals_eager_and_does_not_recompile_from_the_third_step_o
         assert_same_state(clone_state(queues[1]), clone_state(queues[0]))
     assert 1 <= counter.frame_count <= 2
     assert len(queues[1]) > 5
+
+
+class Results(TorchDispatchMode):
+    """Which operations run and how many elements each result has; of a write, how many the source has."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        if name == "index_copy_":
+            self.seen.append((name, args[3].numel()))
+        elif not name.endswith("_") and not func.is_view and isinstance(result, torch.Tensor):
+            self.seen.append((name, result.numel()))
+        elif not func.is_view:
+            self.seen.append((name, None))
+        return result
+
+
+@pytest.mark.parametrize("kwargs", KINDS.values(), ids=KINDS)
+def test_a_step_writes_as_much_in_a_large_queue_as_in_a_small_one(kwargs):
+    seen = []
+    for size in (20, 2000):
+        queue = make_queue(size, **kwargs)
+        with Results() as results:
+            queue.enqueue(*batch(4), valid={"a": torch.tensor([True, False, True, True])})
+            for stream in DIMS:
+                queue.read(stream, padded=True)
+        seen.append(results.seen)
+    small, large = seen
+    assert small == large
+    assert sum(name == "index_copy_" for name, _ in small) == len(DIMS) + 1
+    assert max(elements or 0 for _, elements in small) <= 4 * sum(DIMS.values())
 
 
 @pytest.fixture

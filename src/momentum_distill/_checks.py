@@ -107,6 +107,8 @@ def check_mask(name: str, value: object, *, shape: Sequence[int | str]) -> None:
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
     """Exactly these sizes; a letter stands for any size."""
+    if value.shape == shape:
+        return
     fits = value.ndim == len(shape) and all(
         isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True)
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain, starmap
+from operator import attrgetter, call, eq, getitem, is_
 from typing import Any, Literal, NoReturn, TypeAlias
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,6 @@ from momentum_distill._checks import (
     wrong_value,
 )
 from momentum_distill._precision import WideModule, is_16_bit
-from momentum_distill.functional import lerp_
 
 Decay: TypeAlias = float | Callable[[int], float]
 Buffers: TypeAlias = Literal["copy", "ema", "frozen"]
@@ -148,7 +150,7 @@ class EMAWrapper(WideModule):
         args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
         return self.module(*args, **kwargs)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def update(self, model: nn.Module, *, decay: float | None = None) -> None:
         """Move the average one step towards `model`; call it once after each optimizer step.
 
@@ -169,9 +171,10 @@ class EMAWrapper(WideModule):
             decay = self.decay(self._step) if callable(self.decay) else self.decay
         check_number("decay", decay, low=0.0, high=1.0)
         plan = self._match(model)
-        lerp_(plan.averaged, plan.averaged_online, float(decay))
-        if plan.copied:
-            torch._foreach_copy_(plan.copied, plan.copied_online)
+        for group in plan.averages:
+            group.lerp(float(decay))
+        for group in plan.copies:
+            group.copy()
         self._step += 1
 
     @torch.no_grad()
@@ -196,6 +199,13 @@ class EMAWrapper(WideModule):
 
         They come back after an exception too. `model.state_dict()` inside holds the averaged weights.
 
+        What `model` carries is a copy: the average is still there for `ema(...)`, and whatever is done to `model`
+        inside (a step of an optimizer, `load_state_dict`) does not reach it and is undone on exit. On CPU the model's
+        own storage is set aside meanwhile, which takes one copy instead of three; views of its weights made outside
+        keep showing the model's own values then. Tensors on other devices keep their place, for captured graphs and
+        flattened RNN weights, and so do tensor subclasses and tensors that share their storage: all these are copied
+        back and forth.
+
         Args:
             model: The online module.
 
@@ -208,15 +218,23 @@ class EMAWrapper(WideModule):
         if self._swapped:
             raise RuntimeError("swap: expected a call outside swap(), got one inside it")
         plan = self._match(model)
-        own = [online.detach().clone() for _, online in plan.pairs]
+        with torch.no_grad():
+            movable = _movable([online for _, online in plan.pairs])
+            own = [
+                online.detach() if moves else online.clone()
+                for (_, online), moves in zip(plan.pairs, movable, strict=True)
+            ]
+            values = [
+                torch.empty_like(online).copy_(average) if moves else average
+                for (average, online), moves in zip(plan.pairs, movable, strict=True)
+            ]
+        tensors = [online for _, online in plan.pairs]
         self._swapped = True
         try:
-            self.copy_to(model)
+            _assign(tensors, values, movable)
             yield
         finally:
-            with torch.no_grad():
-                for (_, online), value in zip(plan.pairs, own, strict=True):
-                    online.copy_(value)
+            _assign(tensors, own, movable)
             self._swapped = False
 
     @override
@@ -275,18 +293,18 @@ class EMAWrapper(WideModule):
 class _Plan:
     """Which tensor of the average goes with which of one online module, matched by name.
 
-    Walking a module tree costs more than the update itself, so the lists are made once. The online module is held
-    weakly: its tensors are kept, which hold nothing else, and a plan goes when its model does.
+    Walking two module trees and comparing names costs more than the update itself, so it is done once: `averages` and
+    `copies` list what an update does. The plan holds tensors, and of modules only weak references and the dictionaries
+    of their tensors: nothing that holds the online module, so a plan goes when its model does.
     """
 
     def __init__(self, average: nn.Module, online: nn.Module, buffers: Buffers, *, blame: str) -> None:
+        _check_initialised(blame, average)
+        _check_initialised("model", online)
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.averaged: list[Tensor] = []
-        self.averaged_online: list[Tensor] = []
-        self.copied: list[Tensor] = []
-        self.copied_online: list[Tensor] = []
         parameters = {id(parameter) for parameter in online.parameters()}
         seen: dict[int, tuple[str, Tensor]] = {}
+        averaged, copied = [], []
         for name, (old, new) in _matched(_tensors(average), _tensors(online), blame).items():
             if id(old) in seen:
                 first, tied = seen[id(old)]
@@ -299,45 +317,155 @@ class _Plan:
             self.pairs.append((old, new))
             averageable = old.is_floating_point() or old.is_complex()
             if averageable and (id(new) in parameters or buffers == "ema"):
-                self.averaged.append(old)
-                self.averaged_online.append(new)
+                averaged.append((old, new))
             elif not averageable or buffers == "copy":
-                self.copied.append(old)
-                self.copied_online.append(new)
-        self._contents = _contents(average) + _contents(online)
+                copied.append((old, new))
+        self.averages = _grouped(averaged)
+        self.copies = _grouped(copied)
+        self._contents = _Contents(average, online)
+        online_tensors = [new for _, new in self.pairs]
+        self._addressed = [new for new in online_tensors if _is_plain(new) and not new.is_meta]
+        self._others = [new for new in online_tensors if not _is_plain(new) or new.is_meta]
+        self._layout = self._find_layout()
 
     def is_current(self) -> bool:
-        """Whether both module trees still hold the very tensors and submodules this plan was made from."""
-        for reference, entries in self._contents:
-            module = reference()
-            if module is None:
-                return False
-            for kind, saved in entries:
-                held = module.__dict__[kind]
-                if len(held) != len(saved):
-                    return False
-                for name, identity in saved:
-                    if id(held.get(name)) != identity:
-                        return False
-        # `parameter.data = ...` leaves the objects as they are.
-        return all(old.shape == new.shape for old, new in self.pairs)
+        """Whether both module trees still hold the very tensors and submodules this plan was made from, as they were.
 
-
-_Entries: TypeAlias = list[tuple[str, list[tuple[str, int]]]]
-
-
-def _contents(root: nn.Module) -> list[tuple[ReferenceType[nn.Module], _Entries]]:
-    """The identity of all that each module of a tree holds. Tensors and modules alive in a plan keep their identity."""
-    return [
-        (
-            ref(module),
-            [
-                (kind, [(name, id(value)) for name, value in module.__dict__[kind].items()])
-                for kind in ("_parameters", "_buffers", "_modules")
-            ],
+        `tensor.data = ...`, which `model.to()` does too, leaves the tensor the same object: it shows in the address and
+        the number of elements, which take less time to ask for than shape, dtype and device.
+        """
+        return (
+            self._contents.are_unchanged()
+            and self._find_layout() == self._layout
+            and all(group.is_current() for group in self.averages)
         )
-        for module in root.modules()
-    ]
+
+    def _find_layout(self) -> list[object]:
+        return [
+            *map(Tensor.data_ptr, self._addressed),
+            *map(Tensor.numel, self._addressed),
+            *map(_form, self._others),
+        ]
+
+
+_form = attrgetter("shape", "dtype", "device")
+
+
+class _Group:
+    """Tensors of one dtype on one device with their online counterparts of one dtype on one device.
+
+    Grouped so, the multi-tensor kernels of an accelerator take them in one launch.
+    """
+
+    def __init__(self, average: list[Tensor], online: list[Tensor]) -> None:
+        self.average = average
+        self.online = online
+        self.kind = average[0].dtype, average[0].device
+        self.converts = self.kind != (online[0].dtype, online[0].device)
+
+    def is_current(self) -> bool:
+        """Whether the average is where it was, by its first tensor: `.to()` moves all."""
+        return (self.average[0].dtype, self.average[0].device) == self.kind
+
+    def lerp(self, decay: float) -> None:
+        """Move the average towards the online tensors."""
+        if decay == 1:
+            return
+        if decay == 0:
+            self.copy()
+        elif not self.converts:
+            torch._foreach_lerp_(self.average, self.online, weight=1 - decay)
+        else:
+            for average, online, scratch in self._parts:
+                torch._foreach_copy_(scratch, online)
+                torch._foreach_lerp_(average, scratch, weight=1 - decay)
+
+    def copy(self) -> None:
+        """Copy the online tensors into the average."""
+        torch._foreach_copy_(self.average, self.online)
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+        """Parts of at most SCRATCH elements (or one tensor), each with the same scratch memory to convert in.
+
+        A part at a time: the conversion needs no more memory than the largest tensor or SCRATCH elements.
+        """
+        parts: list[list[int]] = []
+        left = 0
+        for index, tensor in enumerate(self.average):
+            if not parts or tensor.numel() > left:
+                parts.append([])
+                left = SCRATCH
+            parts[-1].append(index)
+            left -= tensor.numel()
+        sizes = [[self.average[index].numel() for index in part] for part in parts]
+        memory = self.average[0].new_empty(max(map(sum, sizes)))
+        result = []
+        for part, numbers in zip(parts, sizes, strict=True):
+            average = [self.average[index] for index in part]
+            pieces = torch.split(memory[: sum(numbers)], numbers)
+            scratch = [piece.view_as(tensor) for piece, tensor in zip(pieces, average, strict=True)]
+            result.append((average, [self.online[index] for index in part], scratch))
+        return result
+
+
+SCRATCH = 2**22
+"""Elements converted at a time where the online model has another dtype or device than the average."""
+
+
+def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> list[_Group]:
+    """The pairs by dtype and device; what is not plain apart."""
+    groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for old, new in pairs:
+        kind = tuple((_is_plain(t) or type(t), t.dtype, t.device) for t in (old, new))
+        average, online = groups.setdefault(kind, ([], []))
+        average.append(old)
+        online.append(new)
+    return [_Group(average, online) for average, online in groups.values()]
+
+
+class _Contents:
+    """What the modules of an average and of an online module hold, compared by identity.
+
+    This runs at every update, so each comparison is one loop inside the interpreter.
+    """
+
+    def __init__(self, average: nn.Module, online: nn.Module) -> None:
+        modules = [*average.modules(), *online.modules()]
+        held = [entries for module in modules for entries in (module._parameters, module._buffers)]
+        self._empty = [entries for entries in [*held, *(module._modules for module in modules)] if not entries]
+        self._filled = [entries for entries in held if entries]
+        self._number = sum(map(len, self._filled))
+        self._places = [entries for entries in self._filled for _ in entries]
+        self._names = [name for entries in self._filled for name in entries]
+        self._tensors = [tensor for entries in self._filled for tensor in entries.values()]
+        self._average_children = [
+            (module._modules, dict(module._modules)) for module in average.modules() if module._modules
+        ]
+        # The online modules are held weakly: the dictionary of a submodule may lead back to the whole model.
+        parents = [module for module in online.modules() if module._modules]
+        children = [child for module in parents for child in module._modules.values()]
+        self._gone: list[object] = []
+        self._online_parents = [ref(module) for module in parents]
+        self._online_children = [type(None) if child is None else ref(child, self._gone.append) for child in children]
+
+    def are_unchanged(self) -> bool:
+        """Whether every module holds the very tensors and submodules it held."""
+        try:
+            submodules = map(dict.values, map(_submodules, map(call, self._online_parents)))
+            return (
+                not self._gone
+                and not any(self._empty)
+                and sum(map(len, self._filled)) == self._number
+                and all(map(is_, map(getitem, self._places, self._names), self._tensors))
+                and all(starmap(eq, self._average_children))
+                and list(chain.from_iterable(submodules)) == list(map(call, self._online_children))
+            )
+        except (AttributeError, KeyError):
+            return False
+
+
+_submodules = attrgetter("_modules")
 
 
 def _matched(average: dict[str, Tensor], online: dict[str, Tensor], blame: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -410,12 +538,46 @@ def _deepcopy(model: nn.Module) -> nn.Module:
 
 
 def _check_module(name: str, module: object) -> None:
-    """A module whose parameters all exist."""
+    """Any module."""
     if not isinstance(module, nn.Module):
         wrong_type(name, "a torch.nn.Module", describe(module))
+
+
+def _check_initialised(name: str, module: nn.Module) -> None:
+    """A module whose parameters all exist."""
     for path, parameter in module.named_parameters():
         if is_lazy(parameter):
             wrong_value(name, "initialised parameters (run a forward pass first)", f"lazy {path!r}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Neither a subclass, such as a DTensor, nor sparse."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
+def _movable(tensors: list[Tensor]) -> list[bool]:
+    """Which tensors can be given another storage: plain ones on CPU, each alone in its own."""
+    plain = [_is_plain(tensor) and tensor.device.type == "cpu" for tensor in tensors]
+    storages = [tensor.untyped_storage() if moves else None for tensor, moves in zip(tensors, plain, strict=True)]
+    users = Counter(storage.data_ptr() for storage in storages if storage is not None)
+    return [
+        storage is not None
+        and users[storage.data_ptr()] == 1
+        and storage.nbytes() == tensor.nbytes
+        and not storage.is_shared()
+        for tensor, storage in zip(tensors, storages, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _assign(tensors: list[Tensor], values: list[Tensor], movable: list[bool]) -> None:
+    """Give each tensor its value, by storage where it is movable, else by copying."""
+    for tensor, value, moves in zip(tensors, values, movable, strict=True):
+        if moves:
+            tensor.data = value
+            torch.autograd.graph.increment_version(tensor)  # a graph made before or inside must not go on with it
+        else:
+            tensor.copy_(value)
 
 
 def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

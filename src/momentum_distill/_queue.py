@@ -23,7 +23,8 @@ from momentum_distill._checks import (
 )
 from momentum_distill._group import Group, check_group, require_single_process
 from momentum_distill._precision import WideModule
-from momentum_distill.functional import UNLABELLED, l2_normalize
+from momentum_distill._streaming import shortest
+from momentum_distill.functional import UNLABELLED, normalize_rows
 
 EMPTY = -1
 """Label of a slot that holds nothing, the `ignore_index` of the losses."""
@@ -164,62 +165,63 @@ class ClassQueue(WideModule):
             NotImplementedError: If `group` stands for several ranks.
         """
         require_single_process(self.group)
-        check_labels("labels", labels, shape=("N",))
-        check_device("labels", labels, self.labels.device, like="the queue")
-        rows = labels.shape[0]
-        if not isinstance(features, Mapping):
-            wrong_type("features", "a mapping from stream to tensor", describe(features))
-        check_names("features", features, self.dims)
         valid = {} if valid is None else valid
-        if not isinstance(valid, Mapping):
-            wrong_type("valid", "a mapping from stream to bool tensor, or None", describe(valid))
-        for stream, mask in valid.items():
-            if stream not in self.dims:
-                wrong_value("valid", f"names among {sorted(self.dims)}", describe(stream))
-            check_mask(f"valid[{stream!r}]", mask, shape=(rows,))
-            check_device(f"valid[{stream!r}]", mask, self.labels.device, like="the queue")
-        for stream, width in self.dims.items():
-            name = f"features[{stream!r}]"
-            check_floating(name, features[stream], shape=(rows, width))
-            check_device(name, features[stream], self.labels.device, like="the queue")
+        self._check(labels, features, valid)
         if self.validate:
             self._validate(labels, features, valid)
+        if labels.shape[0] == 0:
+            return
 
         labels = labels.to(torch.int64)
         slots, stored, given = self._slots(labels)
-        for index, stream in enumerate(self.dims):
-            kept = stored & valid[stream] if stream in valid else stored
-            values = torch.where(kept[:, None], features[stream], 0.0)
-            values = l2_normalize(values) if self.normalize else values
-            bank = self.get_buffer(_buffer_name(stream))
-            bank.index_copy_(0, slots, values.to(bank.dtype))
-            self.labels[index].index_copy_(0, slots, torch.where(kept, labels, EMPTY))
-        self.count += given
+        kept = [stored & valid[stream] if stream in valid else stored for stream in self.dims]
+        rows = dict(features)
+        for stream, keep in zip(self.dims, kept, strict=True):
+            if stream in valid:  # whatever an invalid row holds
+                rows[stream] = torch.where(keep[:, None], features[stream], 0.0)
+        if self.normalize:
+            rows = _unit_rows(rows)
+        spare = []
+        for stream in self.dims:
+            bank = self._bank(stream)
+            bank.index_copy_(0, slots, rows[stream].to(bank.dtype))
+            spare.append(bank[self.size])
+        torch._foreach_zero_(spare)
+        keep = torch.stack(kept) if valid else stored.expand(len(kept), -1)
+        self.labels.index_copy_(1, slots, torch.where(keep, labels, EMPTY))
+        self.count.add_(given)
 
     def _slots(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where each row goes (N,), which rows are stored (N,), and how many each ring is given (groups,)."""
-        if self.balanced:
+        if not self.balanced:
+            given = labels != EMPTY
+            order = given.cumsum(dim=0)  # the how-manieth of the batch, from 1
+            total = order[-1:]
+            # Of more rows than a ring holds, the newest stay.
+            stored = given if len(labels) <= self.size else given & (order > total - self.size)
+            slots = (order + (self.count - 1)) % self.size
+        else:
             given = labels >= 0
             ring = labels.clamp(min=0)
-            member = ring[:, None] == torch.arange(len(self.share), device=labels.device)
-        else:
-            given = labels != EMPTY
-            ring = torch.zeros_like(labels)
-            member = torch.ones_like(labels, dtype=torch.bool)[:, None]
-        member = member & given[:, None]
-        order = member.cumsum(dim=0) - 1  # the how-manieth of its ring's rows in this batch, (N, groups)
-        try:
-            order = order.gather(1, ring[:, None])[:, 0]
-        except (IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"labels: expected values below num_classes={self.num_classes}, got {int(labels.max())}"
-            ) from error
-        total = member.sum(dim=0)
-        share = self.share[ring]
-        # Of more rows than a ring holds, the newest stay.
-        stored = given & (order >= total[ring] - share)
-        slots = self.first_slot[ring] + (self.count[ring] + order) % share
+            member = given[:, None] & (ring[:, None] == torch.arange(len(self.share), device=labels.device))
+            order = member.cumsum(dim=0)
+            total = order[-1]
+            try:
+                order = order.gather(1, ring[:, None])[:, 0]
+            except (IndexError, RuntimeError) as error:
+                raise ValueError(
+                    f"labels: expected values below num_classes={self.num_classes}, got {int(labels.max())}"
+                ) from error
+            share = self.share[ring]
+            stored = given & (order > total[ring] - share)
+            slots = self.first_slot[ring] + (self.count[ring] + order - 1) % share
         return torch.where(stored, slots, self.size), stored, total
+
+    def _bank(self, stream: str) -> Tensor:
+        """The rows of a stream."""
+        bank = self._buffers[_buffer_name(stream)]  # where get_buffer, which walks a path, would find it
+        assert bank is not None
+        return bank
 
     def read(self, stream: str, *, padded: bool = False) -> tuple[Tensor, Tensor]:
         """Keys and labels of one stream.
@@ -245,7 +247,7 @@ class ClassQueue(WideModule):
         if stream not in self.dims:
             wrong_value("stream", f"one of {sorted(self.dims)}", describe(stream))
         check_bool("padded", padded)
-        keys = self.get_buffer(_buffer_name(stream))[: self.size]
+        keys = self._bank(stream)[: self.size]
         labels = self.labels[self.streams.index(stream), : self.size]
         if padded:
             return keys, labels
@@ -269,7 +271,28 @@ class ClassQueue(WideModule):
         self.count.zero_()
         self.labels.fill_(EMPTY)
         for stream in self.dims:
-            self.get_buffer(_buffer_name(stream)).zero_()
+            self._bank(stream).zero_()
+
+    def _check(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
+        """Names, shapes, dtypes and devices of a batch."""
+        device = self.labels.device
+        check_labels("labels", labels, shape=("N",))
+        check_device("labels", labels, device, like="the queue")
+        if not isinstance(features, Mapping):
+            wrong_type("features", "a mapping from stream to tensor", describe(features))
+        check_names("features", features, self.dims)
+        if not isinstance(valid, Mapping):
+            wrong_type("valid", "a mapping from stream to bool tensor, or None", describe(valid))
+        rows = labels.shape[0]
+        for stream, mask in valid.items():
+            if stream not in self.dims:
+                wrong_value("valid", f"names among {sorted(self.dims)}", describe(stream))
+            check_mask(f"valid[{stream!r}]", mask, shape=(rows,))
+            check_device(f"valid[{stream!r}]", mask, device, like="the queue")
+        for stream, width in self.dims.items():
+            name = f"features[{stream!r}]"
+            check_floating(name, features[stream], shape=(rows, width))
+            check_device(name, features[stream], device, like="the queue")
 
     def _validate(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
         """Value checks."""
@@ -286,6 +309,19 @@ class ClassQueue(WideModule):
             f"size={self.size}, dims={self.dims}, num_classes={self.num_classes}, "
             f"balanced={self.balanced}, normalize={self.normalize}, group={self.group!r}"
         )
+
+
+def _unit_rows(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """L2-normalised rows of each stream; streams of one width and dtype together, in fewer and larger operations."""
+    unit: dict[str, Tensor] = {}
+    alike: dict[tuple[int, torch.dtype], list[str]] = {}
+    for stream, rows in features.items():
+        alike.setdefault((rows.shape[1], rows.dtype), []).append(stream)
+    for streams in alike.values():
+        stacked = torch.stack([features[stream] for stream in streams])
+        wide = torch.float64 if stacked.dtype == torch.float64 else torch.float32
+        unit.update(zip(streams, normalize_rows(stacked.to(wide), shortest(stacked)).unbind(), strict=True))
+    return unit
 
 
 def _restore_dtype(queue: ClassQueue, incompatible_keys: object) -> None:

@@ -111,17 +111,18 @@ def l2_normalize(x: Tensor, *, eps: float | None = None) -> Tensor:
     check_floating("x", x, shape=("N", "d"))
     if eps is not None:
         check_number("eps", eps, low=0.0, open_low=True)
-    return _normalize_rows(x.to(_sum_dtype(x)), shortest(x) if eps is None else eps)
+    return normalize_rows(x.to(_sum_dtype(x)), shortest(x) if eps is None else eps)
 
 
-def _normalize_rows(x: Tensor, eps: float) -> Tensor:
-    """:func:`l2_normalize` without checks."""
-    if x.shape[1] == 0:
+def normalize_rows(x: Tensor, eps: float) -> Tensor:
+    """:func:`l2_normalize` without checks, of the rows of any stack of matrices."""
+    if x.shape[-1] == 0:
         return x
-    largest = x.detach().abs().amax(dim=1, keepdim=True)
-    scaled = x / largest.masked_fill(largest < eps, torch.inf)  # a short row becomes zeros; NaN stays NaN
-    squares = scaled.square().sum(dim=1, keepdim=True)  # at least 1, or 0 in a row of zeros
-    return scaled * squares.clamp(min=0.5).rsqrt()
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    largest.masked_fill_(largest < eps, torch.inf)  # makes zeros of a row that is too short; NaN stays NaN
+    scaled = x / largest
+    squares = scaled.square().sum(dim=-1, keepdim=True)  # at least 1, or 0 in a row of zeros
+    return scaled * squares.clamp_(min=0.5).rsqrt_()
 
 
 def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor, normalize: Normalize = True) -> Tensor:
@@ -158,9 +159,9 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
     with full_precision(query):
         query_rows, key_rows = query.to(dtype), keys.to(dtype)
         if normalize:
-            query_rows = _normalize_rows(query_rows, shortest(query))
+            query_rows = normalize_rows(query_rows, shortest(query))
         if normalize is True:
-            key_rows = _normalize_rows(key_rows, shortest(keys))
+            key_rows = normalize_rows(key_rows, shortest(keys))
         return query_rows @ key_rows.T / temperature
 
 
@@ -525,7 +526,7 @@ def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -
 
     def ready(raw: Tensor, present: Tensor, prepare: Prepare) -> Tensor:
         rows = torch.where(present[:, None], raw.to(prepare.dtype), 0.0)
-        return _normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
+        return normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
 
     present = torch.cat([part.present for part in problem.keys])
     online = torch.cat([ready(part.online, part.present, part.prepare) for part in problem.keys])
