@@ -7,8 +7,9 @@ the keys are read once, tile by tile, the gradient for the queries is ready afte
 N×Q ever exists.
 """
 
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def shortest(raw: Tensor) -> float:
 
 def row_lengths(rows: Tensor, eps: float) -> Tensor:
     """Euclidean lengths (B, 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if lengths.numel() and may_ask(lengths):
         low, high = (bound.item() for bound in lengths.aminmax())
         # The largest magnitude is at least the length over the root of the width; squares up to there do not overflow.
@@ -152,7 +153,7 @@ class _Sums:
 
 
 def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, Gradients]:
-    """The statistics, by plain torch operations on any device.
+    """The statistics, by plain torch operations on any device or, where that is wanted, by the fused kernel.
 
     Args:
         rows: The queries.
@@ -162,6 +163,8 @@ def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, G
     Returns:
         The statistics, and the gradients of the two lse's for the queries.
     """
+    if wants_fused(rows.query):
+        return _attend_fused(rows, keys, inside=inside)
     if may_ask(rows.query):
         # Moderate logits need no running shift, which costs two passes over each tile. Whether they were is known
         # afterwards.
@@ -232,6 +235,71 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
         lse, positive_lse, momentum_mean_key, class_sums, class_counts, momentum_lse, momentum_mean_logit
     )
     return statistics, Gradients(mean_key, positive_mean_key)
+
+
+def wants_fused(query: Tensor) -> bool:
+    """Whether to use the Triton kernel: where `MOMENTUM_DISTILL_TRITON=1` asks, until it is measured on a GPU."""
+    if os.environ.get("MOMENTUM_DISTILL_TRITON") != "1" or query.dtype != torch.float32:
+        return False
+    return query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _attend_fused(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, Gradients]:
+    """:func:`attend` by the fused kernel, part by part."""
+    from momentum_distill import _triton  # takes a while to import, and is seldom wanted
+
+    count, width = rows.query.shape
+    one = rows.query.new_ones(())  # the temperature is in the queries
+    class_sums = rows.query.new_zeros(0 if inside else count + 1, width)
+    class_counts = rows.classes.new_zeros(count + 1)
+    parts = []
+    for part in keys:
+        online = part.prepare(part.online)[0] if part.prepare.normalize else part.online
+        momentum = online
+        if part.momentum is not None and part.momentum is not part.online:
+            momentum = part.prepare(part.momentum)[0] if part.prepare.normalize else part.momentum
+        classes = class_of(part.labels, rows.sorted_labels, ~part.present)
+        class_counts.index_add_(0, classes, torch.ones_like(classes))
+        if not inside:
+            class_sums.index_add_(0, classes, online.to(class_sums.dtype))  # absent keys: a row that no query reads
+        taught = rows.momentum is not None
+        parts.append(
+            _triton.attend(
+                rows.query,
+                online,
+                part.present,
+                scale=one,
+                momentum_query=rows.momentum,
+                momentum_keys=momentum if taught else None,
+                momentum_scale=one if taught else None,
+                query_labels=rows.classes if inside else None,
+                key_labels=classes if inside else None,
+            )
+        )
+
+    lse, mean_key, _ = _merged([(part.lse, part.mean_key, None) for part in parts])
+    nothing = rows.query[:0]
+    momentum_lse, momentum_mean_key, mean_logit = nothing[:, 0], nothing, nothing[:, 0]
+    if rows.momentum is not None:
+        momentum_lse, momentum_mean_key, mean_logit = _merged(
+            [(part.momentum_lse, part.momentum_mean_key, part.momentum_mean_logit) for part in parts]
+        )
+    positive_lse, positive_mean_key = nothing[:, 0], nothing
+    if inside:
+        positive_lse, positive_mean_key, _ = _merged([(p.positive_lse, p.positive_mean_key, None) for p in parts])
+    statistics = Statistics(lse, positive_lse, momentum_mean_key, class_sums, class_counts, momentum_lse, mean_logit)
+    return statistics, Gradients(mean_key, positive_mean_key)
+
+
+def _merged(parts: list[tuple[Any, Any, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Lse (N,), mean key (N, d) and mean logit (N,) over all parts from those of each; zeros where there was no key."""
+    each = torch.stack([lse for lse, _, _ in parts])  # (P, N)
+    lse = each.logsumexp(dim=0)
+    lse = torch.where(lse == -torch.inf, 0.0, lse)
+    weights = (each - lse).exp()  # the share of each part
+    mean_key = sum(weight[:, None] * mean for weight, (_, mean, _) in zip(weights, parts, strict=True))
+    mean_logit = sum(w * mean for w, (_, _, mean) in zip(weights, parts, strict=True) if mean is not None)
+    return lse, torch.as_tensor(mean_key), torch.as_tensor(mean_logit)
 
 
 def tile_size(rows: int) -> int:

@@ -1,0 +1,325 @@
+"""The fused kernel against the formulas in float64, on the GPU or in Triton's interpreter.
+
+`test_triton.py` runs this file in a process of its own: the interpreter must be chosen before Triton is imported, and
+for the whole process. By hand, from the root of the repository:
+
+    python -m pytest tests/triton_cases.py                      # on the GPU
+    TRITON_INTERPRET=1 python -m pytest tests/triton_cases.py   # without one
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+from torch.nn.functional import normalize as normalize_rows
+
+from loss_cases import RTOL, bits
+from momentum_distill import functional
+from momentum_distill._triton import KeyStatistics, attend
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ids = {"ids": lambda value: str(value).removeprefix("torch.")}
+
+# NumPy, by which the interpreter computes, speaks of every NaN and of -inf - -inf.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+
+
+def case(n=5, q=70, d=16, dtype=F32, *, seed=0, scale=1 / 0.07, momentum="different", labels=False, absent=0.0):
+    """Positional and keyword arguments of `attend`: unit rows, already rounded; absent keys hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count):
+        return normalize(torch.randn(count, d, generator=generator), dim=1).to(dtype)
+
+    query, keys, momentum_query, momentum_keys = rows(n), rows(q), rows(n), rows(q)
+    present = torch.rand(q, generator=generator) >= absent
+    keys[~present] = momentum_keys[~present] = torch.nan
+    query_labels, key_labels = (torch.randint(-2, 4, (rows,), generator=generator) for rows in (n, q))
+
+    keys = keys.to(DEVICE)
+    options = {"scale": torch.tensor(scale, device=DEVICE)}
+    if momentum != "none":
+        options["momentum_query"] = momentum_query.float().to(DEVICE)
+        options["momentum_keys"] = keys if momentum == "same" else momentum_keys.to(DEVICE)
+        options["momentum_scale"] = torch.tensor(0.6 * scale, device=DEVICE)
+    if labels:
+        options |= {"query_labels": query_labels.to(DEVICE), "key_labels": key_labels.to(DEVICE)}
+    return (query.float().to(DEVICE), keys, present.to(DEVICE) if absent else None), options
+
+
+def formulas(
+    query,
+    keys,
+    present=None,
+    *,
+    scale,
+    momentum_query=None,
+    momentum_keys=None,
+    momentum_scale=None,
+    query_labels=None,
+    key_labels=None,
+    num_splits=None,  # noqa: ARG001 - makes no difference
+):
+    """What `attend` returns, in float64 and with everything of size N x Q."""
+    count = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device) if present is None else present
+
+    def attention(q, k, mask, scale):
+        logits = q.double() @ torch.where(count[:, None], k.double(), 0.0).T * scale.double()
+        masked = logits.masked_fill(~mask, -torch.inf)
+        # Rows without a key: -inf and 0. Elsewhere a NaN stays one.
+        weights = torch.where(mask.any(1, keepdim=True), masked.softmax(dim=1), 0.0)
+        return masked.logsumexp(dim=1), weights @ values, (weights * logits).sum(dim=1)
+
+    values = torch.where(count[:, None], keys.double(), 0.0)
+    mask = count.expand(query.shape[0], -1)
+    expected = dict.fromkeys(KeyStatistics._fields)
+    expected["lse"], expected["mean_key"], _ = attention(query, keys, mask, scale)
+    if momentum_query is not None:
+        momentum = attention(momentum_query, momentum_keys, mask, momentum_scale)
+        expected.update(zip(["momentum_lse", "momentum_mean_key", "momentum_mean_logit"], momentum, strict=True))
+    if query_labels is not None:
+        positive = mask & (query_labels[:, None] == key_labels) & (key_labels >= 0)
+        expected["positive_lse"], expected["positive_mean_key"], _ = attention(query, keys, positive, scale)
+    return KeyStatistics(**expected)
+
+
+def assert_equal(actual, expected, dtype):
+    """Log-sum-exps number by number, mean keys row by row as vectors; relative, below 0.1 absolute."""
+    for name, x, y in zip(KeyStatistics._fields, actual, expected, strict=True):
+        assert (x is None) == (y is None), name
+        if x is None:
+            continue
+        assert x.shape == y.shape, name
+        x, y = x.double(), y.double()
+        assert torch.equal(x.isnan(), y.isnan()), name
+        x, y = (torch.where(a.isnan() | (a == -torch.inf), a.isnan().double() - 1, a) for a in (x, y))
+        error, size = ((x - y).abs(), y.abs()) if x.ndim == 1 else ((x - y).norm(dim=1), y.norm(dim=1))
+        bound = RTOL[dtype] * size.clamp_min(0.1)
+        assert (error <= bound).all(), f"{name}: error {error.tolist()}, bound {bound.tolist()}"
+
+
+def check(args, options, dtype=F32):
+    actual = attend(*args, **options)
+    assert_equal(actual, formulas(*args, **options), dtype)
+    return actual
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 70),
+    q=st.integers(1, 200),
+    d=st.integers(1, 40),
+    dtype=st.sampled_from([F32, BF16, F16]),
+    momentum=st.sampled_from(["none", "same", "different"]),
+    labels=st.booleans(),
+    absent=st.sampled_from([0.0, 0.3, 0.99]),
+    num_splits=st.sampled_from([None, 1, 2, 5]),
+)
+def test_every_statistic_equals_its_formula(dtype, num_splits, **sizes):
+    args, options = case(dtype=dtype, **sizes)
+    check(args, options | {"num_splits": num_splits}, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], **ids)
+@pytest.mark.parametrize("d", [1, 3, 16, 64, 100, 128, 384, 1024])
+def test_any_width(d, dtype):
+    args, options = case(2, 17, d, dtype, absent=0.2, labels=d in (16, 384))
+    check(args, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], **ids)
+def test_huge_logits(dtype):
+    args, options = case(9, 90, 24, dtype, scale=100.0, labels=True)
+    check(args, options, dtype)
+    # Far beyond what exp can hold: one key takes it all.
+    for name in ("scale", "momentum_scale"):
+        options[name] = options[name] * 1e5
+    statistics = attend(*args, **options)
+    assert all(x.isfinite().all() for x in (statistics.mean_key, statistics.lse, statistics.momentum_mean_logit))
+    torch.testing.assert_close(statistics.mean_key.norm(dim=1), torch.ones(9, device=DEVICE), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_all_keys_absent(num_splits):
+    (query, keys, _), options = case(labels=True)
+    keys = torch.full_like(keys, torch.nan)
+    options["momentum_keys"] = torch.full_like(keys, torch.inf)
+    absent = torch.zeros(keys.shape[0], dtype=torch.bool, device=DEVICE)
+    statistics = attend(query, keys, absent, **options, num_splits=num_splits)
+    for name, x in statistics._asdict().items():
+        assert (x == (-torch.inf if name.endswith("lse") else 0)).all(), name
+
+
+@pytest.mark.parametrize("only", [0, 40, 69])
+def test_one_present_key_is_its_own_mean(only):
+    (query, keys, _), options = case()
+    present = torch.zeros(keys.shape[0], dtype=torch.bool, device=DEVICE)
+    present[only] = True
+    keys[~present] = torch.nan
+    statistics = check((query, keys, present), options | {"num_splits": 3})
+    torch.testing.assert_close(statistics.mean_key, keys[only].expand(5, -1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(statistics.momentum_lse, statistics.momentum_mean_logit, rtol=1e-6, atol=0)
+
+
+def test_one_row_and_one_key():
+    check(*case(1, 1, 5, labels=True))
+
+
+@pytest.mark.parametrize(("n", "q", "d"), [(0, 9, 4), (4, 0, 4), (0, 0, 0), (3, 5, 0)])
+def test_nothing_of_something(n, q, d):
+    args, options = case(n, q, d, labels=True)
+    check(args, options)
+
+
+def test_splits_agree_with_the_whole():
+    args, options = case(6, 300, 20, labels=True, absent=0.1)
+    whole = attend(*args, **options, num_splits=1)
+    for num_splits in (2, 7, 1000):
+        assert_equal(attend(*args, **options, num_splits=num_splits), whole, F32)
+
+
+def test_equal_inputs_give_equal_bits():
+    args, options = case(labels=True)
+    once, again = (attend(*args, **options, num_splits=3) for _ in range(2))
+    assert [bits(x.cpu()) for x in once] == [bits(x.cpu()) for x in again]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], **ids)
+def test_momentum_keys_in_the_memory_of_the_keys_equal_a_copy(dtype):
+    args, options = case(dtype=dtype, momentum="same")
+    view = attend(*args, **options | {"momentum_keys": args[1].view(-1).view(args[1].shape)})
+    copy = attend(*args, **options | {"momentum_keys": args[1].clone()})
+    for x, y in zip(view[:5], copy[:5], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_a_present_key_makes_every_row_nan(value, num_splits):
+    (query, keys, _), options = case()
+    keys[50] = torch.nan
+    options["momentum_keys"][3] = value
+    present = torch.ones(70, dtype=torch.bool, device=DEVICE)
+    present[4] = False
+    for mask in (None, present):
+        statistics = attend(query, keys, mask, **options, num_splits=num_splits)
+        for name, x in statistics._asdict().items():
+            if x is not None and (value != torch.inf or not name.startswith("momentum")):
+                assert x.isnan().all(), name
+            if x is not None:
+                assert not x.isfinite().all(), name
+
+
+def test_nan_in_a_query_stays_in_its_row():
+    (query, keys, present), options = case(labels=True, absent=0.2)
+    clean = attend(query, keys, present, **options)
+    for name in ("query", "momentum_query"):
+        dirty = {"query": query.clone(), "momentum_query": options["momentum_query"].clone()}
+        dirty[name][2, 0] = torch.nan
+        statistics = attend(dirty["query"], keys, present, **options | {"momentum_query": dirty["momentum_query"]})
+        for field, x, y in zip(KeyStatistics._fields, statistics, clean, strict=True):
+            others = [0, 1, 3, 4]
+            assert torch.equal(x[others], y[others])
+            no_key = field.startswith("positive") and not clean.positive_lse[2].isfinite()
+            if field.startswith("momentum") == (name == "momentum_query") and not no_key:
+                assert x[2].isnan().all(), field
+
+
+def test_a_nan_scale_is_not_hidden():
+    args, options = case()
+    statistics = attend(*args, **options | {"scale": torch.tensor(torch.nan, device=DEVICE)})
+    assert statistics.lse.isnan().all()
+    assert statistics.mean_key.isnan().all()
+
+
+def test_labels_below_zero_are_nobodys_positive():
+    args, options = case()
+    labels = {"query_labels": torch.full((5,), -2, device=DEVICE), "key_labels": torch.full((70,), -2, device=DEVICE)}
+    statistics = attend(*args, **options, **labels)
+    assert (statistics.positive_lse == -torch.inf).all()
+    assert (statistics.positive_mean_key == 0).all()
+
+
+def test_float16_keeps_many_faint_weights():
+    # 1000 keys of weight 2e-8 each, which float16 rounds to 0.
+    keys = torch.zeros(1001, 2, dtype=F16)
+    keys[0, 0], keys[1:, 1] = 1.0, 1.0
+    query = torch.tensor([[1.0, 0.0]])
+    mean = attend(query.to(), keys.to(), None, scale=torch.tensor(17.75, device=DEVICE)).mean_key[0, 1]
+    torch.testing.assert_close(mean.item(), 1000 * 2.71828182845905**-17.75, rtol=RTOL[F16], atol=0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], **ids)
+def test_float32_queries_meet_16_bit_keys(dtype):
+    (query, keys, _), options = case(20, 200, 64, dtype)
+    query = normalize(query + 1e-3 * torch.randn_like(query), dim=1)
+    options["momentum_keys"] = options["momentum_keys"].float()  # dtypes may differ
+    check((query, keys, None), options, dtype)
+
+
+def test_rows_may_lie_apart_or_across():
+    (query, keys, _), options = case()
+    expected = attend(query, keys, None, **options)
+    apart = torch.full((70, 40), torch.nan, device=DEVICE)
+    apart[:, :16] = keys
+    across = options["momentum_keys"].T.contiguous().T
+    statistics = attend(query.T.contiguous().T, apart[:, :16], None, **options | {"momentum_keys": across})
+    assert [bits(x.cpu()) for x in statistics[:5]] == [bits(x.cpu()) for x in expected[:5]]
+
+
+def test_no_gradient_is_recorded():
+    (query, keys, _), options = case()
+    statistics = attend(query.requires_grad_(), keys, None, **options)
+    assert not any(x.requires_grad for x in statistics if x is not None)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_the_host_does_not_wait():
+    args, options = case(labels=True, absent=0.3)
+    attend(*args, **options, num_splits=3)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(*args, **options, num_splits=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("positives", ["outside", "inside", "inside_per_positive"])
+@pytest.mark.parametrize("normalize", [True, "query"], ids=str)
+@pytest.mark.parametrize("momentum", ["different", "same", "none"])
+def test_the_loss_through_the_kernel_equals_the_loss_without_it(positives, normalize, momentum, monkeypatch):
+    """The public function in two key parts, values and all gradients; some keys and rows are left out."""
+    generator = torch.Generator().manual_seed(11)
+
+    def rows(count):
+        return normalize_rows(torch.randn(count, 24, generator=generator), dim=1).to(DEVICE)
+
+    def labels(count):
+        return torch.randint(-2, 3, (count,), generator=generator).to(DEVICE)
+
+    batch, queue, momentum_batch, momentum_queue, momentum_query = rows(9), rows(70), rows(9), rows(70), rows(9)
+    query_labels, key_labels = labels(9), (labels(9), labels(70))
+    results = []
+    for wanted in ("0", "1"):
+        monkeypatch.setenv("MOMENTUM_DISTILL_TRITON", wanted)
+        query = batch.clone().requires_grad_()
+        keys = (momentum_batch.clone().requires_grad_(), queue)
+        tau = torch.tensor(0.2, device=DEVICE, requires_grad=True)
+        teacher = {}
+        if momentum != "none":
+            momentum_keys = keys if momentum == "same" else (momentum_query, momentum_queue)
+            teacher = {"momentum_query": momentum_query, "momentum_keys": momentum_keys}
+        loss = functional.supcon_distill_loss(
+            query, keys, query_labels, key_labels, temperature=tau, positives=positives, normalize=normalize, **teacher
+        )
+        loss.backward()
+        results.append((loss.detach(), query.grad, keys[0].grad, tau.grad))
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=2e-5, atol=2e-6)
+    assert any(not torch.equal(*pair) for pair in zip(*results, strict=True))  # it was another way
