@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example test check format setup clean
+.PHONY: example test check bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	$(BIN)/python examples/mtmd_mosi.py --out runs/example
@@ -14,6 +14,9 @@ check: setup  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
+
+bench: setup  ## every benchmark at small sizes, about ten minutes
+	$(BIN)/python benchmarks/run_all.py
 
 format: setup  ## what `check` wants, applied
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,257 @@
+"""EMAWrapper: one update, and swapping the averaged weights in and out, against other libraries' averages.
+
+    python benchmarks/bench_ema.py            both models, a minute; 6 GiB
+    python benchmarks/bench_ema.py --full     the same, more rounds
+
+An update reads two numbers per parameter and writes one, so the bound is three streams of four bytes at the bandwidth
+of `add_` on arrays of 128 MB, timed in the same rounds. The small model fits into the cache and can be faster than
+that. The bound of a swap is one copy of the parameters.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+import momentum_distill as md
+from common import Case, Contender, Options, Run, import_part, parse_options, run_cases, write_results
+
+DECAY = 0.995
+TRIAD_ELEMENTS = 2**25  # float32: 128 MB per array
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+
+class BertLayer(nn.Module):
+    """The sixteen tensors of a layer of BERT-base."""
+
+    def __init__(self, width: int = 768) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+
+def bert_base() -> nn.Module:
+    """Tensors like those of BERT-base: 199, with 109.5 M numbers."""
+    embeddings = [nn.Embedding(30522, 768), nn.Embedding(512, 768), nn.Embedding(2, 768), nn.LayerNorm(768)]
+    return nn.Sequential(*embeddings, nn.Sequential(*(BertLayer() for _ in range(12))), nn.Linear(768, 768))
+
+
+def sequence_pair() -> nn.Module:
+    """An audio and a vision branch of an MSA model, LSTM then Transformer: 100 tensors, 0.46 M numbers."""
+
+    def branch(width: int, hidden: int) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, batch_first=True)
+        transformer = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        heads = nn.ModuleList([nn.Linear(hidden, 128), nn.Linear(128, 1), nn.Linear(128, 3)])
+        return nn.ModuleList([nn.LSTM(width, hidden, num_layers=2), transformer, heads])
+
+    return nn.ModuleList([branch(33, 64), branch(64, 64)])
+
+
+MODELS = {"LSTM+Transformer pair": sequence_pair, "BERT-base shape": bert_base}
+
+
+@functools.lru_cache(maxsize=1)
+def online_model(model: str, device: str) -> nn.Module:
+    """The same for all contenders of a case."""
+    torch.manual_seed(0)
+    return MODELS[model]().to(device)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def count(model: str) -> int:
+    return sum(parameter.numel() for parameter in online_model(model, "cpu").parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- update
+
+
+def build_triad(model: str, device: str) -> Run:
+    del model
+    written, read = torch.ones(TRIAD_ELEMENTS, device=device), torch.ones(TRIAD_ELEMENTS, device=device)
+    return lambda: written.add_(read, alpha=1e-9)
+
+
+def share_of_triad(model: str, device: str) -> float:
+    del device
+    return count(model) / TRIAD_ELEMENTS
+
+
+def build_ours(model: str, device: str) -> Run:
+    online = online_model(model, device)
+    ema = md.EMAWrapper(online, decay=DECAY)
+    return lambda: ema.update(online)
+
+
+def build_foreach(model: str, device: str) -> Run:
+    online = online_model(model, device)
+    new, old = [p.detach() for p in online.parameters()], list(frozen_copy(online).parameters())
+    return lambda: torch._foreach_lerp_(old, new, 1 - DECAY)
+
+
+def build_flat(model: str, device: str) -> Run:
+    new = torch.cat([parameter.detach().flatten() for parameter in online_model(model, device).parameters()])
+    old = new.clone()
+    return lambda: old.lerp_(new, 1 - DECAY)
+
+
+def build_timm(version: str, model: str, device: str) -> Run:
+    module = import_part("timm.utils.model_ema", bare=("timm", "timm.utils"))
+    online = online_model(model, device)
+    ema = getattr(module, f"ModelEma{version}")(online, decay=DECAY)
+    return lambda: ema.update(online)
+
+
+def build_averaged_model(function: str, model: str, device: str) -> Run:
+    online = online_model(model, device)
+    average = {"multi_avg_fn": get_ema_multi_avg_fn(DECAY), "avg_fn": get_ema_avg_fn(DECAY)}[function]
+    ema = AveragedModel(online, **{function: average})
+    ema.update_parameters(online)  # the first one copies
+    return lambda: ema.update_parameters(online)
+
+
+def build_ema_pytorch(model: str, device: str, *, foreach: bool) -> Run:
+    from ema_pytorch import EMA
+
+    options = {"update_after_step": -1, "update_every": 1, "include_online_model": False}
+    ema = EMA(online_model(model, device), beta=DECAY, use_foreach=foreach, **options)
+    ema.update()  # the first one copies
+    return ema.update
+
+
+def build_lightly(model: str, device: str) -> Run:
+    module = import_part("lightly.models.utils", bare=("lightly.models",))
+    online = online_model(model, device)
+    average = frozen_copy(online)
+    return lambda: module.update_momentum(online, average, m=DECAY)
+
+
+def build_albef(model: str, device: str) -> Run:
+    """As ALBEF and MoCo do it: a loop that rebinds `.data`."""
+    online = online_model(model, device)
+    average = frozen_copy(online)
+
+    def run() -> None:
+        for new, old in zip(online.parameters(), average.parameters(), strict=True):
+            old.data = old.data * DECAY + new.data * (1 - DECAY)
+
+    return run
+
+
+UPDATE = (
+    Contender("three streams at the bandwidth of add_", build_triad, role="bound", scale=share_of_triad),
+    Contender("momentum-distill", build_ours, role="ours"),
+    Contender("torch._foreach_lerp_, lists cached", build_foreach, role="reference"),
+    Contender("one flat lerp_", build_flat, role="reference"),
+    Contender("timm ModelEmaV3", functools.partial(build_timm, "V3"), needs="timm"),
+    Contender("timm ModelEmaV2", functools.partial(build_timm, "V2"), needs="timm"),
+    Contender("torch AveragedModel, multi_avg_fn", functools.partial(build_averaged_model, "multi_avg_fn")),
+    Contender("torch AveragedModel, avg_fn", functools.partial(build_averaged_model, "avg_fn")),
+    Contender("ema-pytorch", functools.partial(build_ema_pytorch, foreach=False), needs="ema_pytorch"),
+    Contender("ema-pytorch, foreach", functools.partial(build_ema_pytorch, foreach=True), needs="ema_pytorch"),
+    Contender("lightly update_momentum", build_lightly, needs="lightly"),
+    Contender("ALBEF / MoCo loop", build_albef, role="reference"),
+)
+
+
+# --------------------------------------------------------------------------------------------------------- swap
+
+
+def build_memcpy(model: str, device: str) -> Run:
+    source = torch.cat([parameter.detach().flatten() for parameter in online_model(model, device).parameters()])
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def swapping(context: Callable[[], Any]) -> Run:
+    """In and out again."""
+
+    def run() -> None:
+        with context():
+            pass
+
+    return run
+
+
+def build_swap(model: str, device: str) -> Run:
+    online = online_model(model, device)
+    ema = md.EMAWrapper(online, decay=DECAY)
+    return swapping(lambda: ema.swap(online))
+
+
+@contextmanager
+def store_copy_restore(new: list[Tensor], old: list[Tensor]) -> Iterator[None]:
+    own = [parameter.clone() for parameter in new]
+    for parameter, average in zip(new, old, strict=True):
+        parameter.copy_(average)
+    yield
+    for parameter, value in zip(new, own, strict=True):
+        parameter.copy_(value)
+
+
+def build_store_copy_restore(model: str, device: str) -> Run:
+    """As torch-ema's `average_parameters` and diffusers' `store`, `copy_to`, `restore` do it."""
+    online = online_model(model, device)
+    new, old = [p.detach() for p in online.parameters()], list(frozen_copy(online).parameters())
+    return swapping(lambda: store_copy_restore(new, old))
+
+
+@contextmanager
+def exchange(new: list[Tensor], old: list[Tensor]) -> Iterator[None]:
+    exchange_once(new, old)
+    yield
+    exchange_once(new, old)
+
+
+def exchange_once(new: list[Tensor], old: list[Tensor]) -> None:
+    for parameter, average in zip(new, old, strict=True):
+        parameter.data, average.data = average.data, parameter.data
+
+
+def build_exchange(model: str, device: str) -> Run:
+    online = online_model(model, device)
+    new, old = list(online.parameters()), list(frozen_copy(online).parameters())
+    return swapping(lambda: exchange(new, old))
+
+
+SWAP = (
+    Contender("one copy of the parameters", build_memcpy, role="bound"),
+    Contender("momentum-distill swap", build_swap, role="ours"),
+    Contender("store, copy, restore (torch-ema, diffusers)", build_store_copy_restore, role="reference"),
+    Contender("exchange of .data", build_exchange, role="reference"),
+)
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def make_cases(options: Options) -> list[Case]:
+    models = list(MODELS)[:1] if options.size == "quick" else list(MODELS)
+    return [
+        Case(f"{what}, {model}, {count(model) / 1e6:.2f} M parameters", contenders, parameters)
+        for what, contenders in (("update", UPDATE), ("swap", SWAP))
+        for model in models
+        for parameters in [{"model": model, "device": options.device}]
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(__doc__ or "", arguments)
+    write_results("ema", *run_cases(make_cases(options), options), options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

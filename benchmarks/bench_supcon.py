@@ -1,0 +1,301 @@
+"""SupConDistillLoss, forward and backward, against the dense formula and the losses of other libraries.
+
+    python benchmarks/bench_supcon.py            (N, Q) up to (128, 8192), a few minutes
+    python benchmarks/bench_supcon.py --full     up to (512, 262144), and Q up to a million: an hour, 8 GiB
+
+The bound is four matrix products, tile by tile: both score matrices (online and momentum), and both weighted sums of
+keys, which is all that a loss with its query gradient needs of the keys. Each contender's loss and gradient are
+compared with the formula in float64, where it computes the same.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import Case, Contender, Options, Run, import_part, parse_options, run_cases, write_results
+from momentum_distill.functional import supcon_distill_loss
+
+TEMPERATURE, ALPHA, CLASSES, DIM = 0.07, 0.4, 3, 128
+TILE = {"cpu": 2048, "cuda": 65536}  # keys in a tile of the bound
+
+SIZES = {
+    "quick": [(4, 32)],
+    "small": [(16, 64), (64, 1024), (128, 8192)],
+    "full": [(16, 64), (64, 1024), (128, 8192), (256, 65536), (512, 262144)],
+}
+SCALING_KEYS = {
+    "quick": [32, 64],
+    "small": [2**10, 2**12, 2**14, 2**16],
+    "full": [2**10, 2**12, 2**14, 2**16, 2**18, 2**20],
+}
+SCALING_ROWS = {"quick": [4, 8], "small": [16, 64, 256], "full": [16, 64, 256, 1024]}
+
+
+class Side(NamedTuple):
+    """The inputs of one direction. Keys are unit rows, as a queue keeps them; queries are not."""
+
+    query: Tensor  # (N, d)
+    keys: Tensor  # (Q, d)
+    labels: Tensor  # (N,)
+    key_labels: Tensor  # (Q,)
+    momentum_query: Tensor  # (N, d)
+    momentum_keys: Tensor  # (Q, d)
+
+
+@functools.lru_cache(maxsize=1)
+def make_sides(rows: int, keys: int, directions: int, device: str, dtype: str) -> list[Side]:
+    """Random inputs, the same for every contender; nobody writes into them."""
+    generator = torch.Generator().manual_seed(rows + keys)
+    kind = getattr(torch, dtype)
+
+    def unit(count: int) -> Tensor:
+        return F.normalize(torch.randn(count, DIM, generator=generator), dim=1).to(device, kind)
+
+    sides = []
+    for _ in range(directions):
+        # A momentum model is a little behind its online model: close, not equal.
+        query, online = torch.randn(rows, DIM, generator=generator), unit(keys)
+        behind = F.normalize(online.float() + 0.05 * unit(keys).float(), dim=1).to(kind)
+        labels = torch.randint(CLASSES, (rows + keys,), generator=generator).to(device)
+        momentum_query = (query + 0.5 * torch.randn(rows, DIM, generator=generator)).to(device, kind)
+        query = query.to(device, kind).requires_grad_()
+        sides.append(Side(query, online, labels[:rows], labels[rows:], momentum_query, behind))
+    return sides
+
+
+def forward_and_backward(loss: Any, sides: list[Side]) -> Run:
+    """A run that returns the mean loss of the directions and the gradients of the queries."""
+
+    def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+        value = sum(loss(side) for side in sides) / len(sides)
+        return value.detach(), torch.autograd.grad(value, [side.query for side in sides])
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------- contenders
+
+
+def build_bound(**parameters: Any) -> Run:
+    sides = make_sides(**parameters)
+    rows, tile = parameters["rows"], TILE[parameters["device"]]
+    scores = sides[0].keys.new_empty(rows, min(tile, parameters["keys"]))
+    momentum_scores = torch.empty_like(scores)
+    sums = scores.new_zeros(rows, DIM)
+    momentum_sums = torch.zeros_like(sums)
+
+    @torch.no_grad()
+    def run() -> None:
+        for side in sides:
+            for start in range(0, parameters["keys"], tile):
+                keys = side.keys[start : start + tile]
+                momentum_keys = side.momentum_keys[start : start + tile]
+                part, momentum_part = scores[:, : len(keys)], momentum_scores[:, : len(keys)]
+                torch.mm(side.query, keys.T, out=part)
+                torch.mm(side.momentum_query, momentum_keys.T, out=momentum_part)
+                sums.addmm_(part, keys)
+                momentum_sums.addmm_(momentum_part, keys)
+
+    return run
+
+
+def build_ours(*, momentum: bool, **parameters: Any) -> Run:
+    def loss(side: Side) -> Tensor:
+        momentum_inputs = {"momentum_query": side.momentum_query, "momentum_keys": side.momentum_keys}
+        return supcon_distill_loss(
+            side.query,
+            side.keys,
+            side.labels,
+            side.key_labels,
+            temperature=TEMPERATURE,
+            alpha=ALPHA,
+            normalize="query",
+            **(momentum_inputs if momentum else {}),
+        )
+
+    return forward_and_backward(loss, make_sides(**parameters))
+
+
+def dense_loss(side: Side) -> Tensor:
+    """The formula as ALBEF's retrieval model has it: N×Q logits, targets and log-softmax."""
+    logits = (F.normalize(side.query, dim=1) @ side.keys.T).float() / TEMPERATURE
+    with torch.no_grad():
+        seen = (F.normalize(side.momentum_query, dim=1) @ side.momentum_keys.T).float() / TEMPERATURE
+        positive = (side.labels[:, None] == side.key_labels).float()
+        targets = ALPHA * F.softmax(seen, dim=1) + (1 - ALPHA) * positive / positive.sum(dim=1, keepdim=True)
+    return -(F.log_softmax(logits, dim=1) * targets).sum(dim=1).mean()
+
+
+def build_dense(**parameters: Any) -> Run:
+    return forward_and_backward(dense_loss, make_sides(**parameters))
+
+
+def build_compiled(**parameters: Any) -> Run:
+    torch._dynamo.reset()
+    return forward_and_backward(torch.compile(dense_loss, fullgraph=True, dynamic=False), make_sides(**parameters))
+
+
+def build_pml(**parameters: Any) -> Run:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    loss = SupConLoss(temperature=TEMPERATURE)
+    return forward_and_backward(
+        lambda side: loss(side.query, side.labels, ref_emb=side.keys, ref_labels=side.key_labels),
+        make_sides(**parameters),
+    )
+
+
+def build_pml_memory(**parameters: Any) -> Run:
+    from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
+
+    sides = make_sides(**parameters)
+    memories = {}
+    for side in sides:
+        memory = CrossBatchMemory(SupConLoss(temperature=TEMPERATURE), DIM, memory_size=parameters["keys"])
+        memory.add_to_memory(side.keys, side.key_labels, parameters["keys"])
+        memories[id(side)] = memory
+    return forward_and_backward(lambda side: memories[id(side)](side.query, side.labels), sides)
+
+
+def build_lightly(**parameters: Any) -> Run:
+    packages = ("lightly.loss", "lightly.models", "lightly.models.modules")
+    module = import_part("lightly.loss.ntx_ent_loss", bare=packages)
+    sides = make_sides(**parameters)
+    bank = (parameters["keys"], DIM)
+    losses = {id(side): module.NTXentLoss(TEMPERATURE, bank).to(parameters["device"]) for side in sides}
+    return forward_and_backward(lambda side: losses[id(side)](side.query, side.momentum_query), sides)
+
+
+BOUND = Contender("four matrix products, tiled", build_bound, role="bound")
+OURS = Contender("momentum-distill", functools.partial(build_ours, momentum=True), role="ours")
+OURS_SUPERVISED = Contender(
+    "momentum-distill, no momentum targets",
+    functools.partial(build_ours, momentum=False),
+    role="ours",
+    computes="supervised part alone",
+)
+DENSE = Contender("dense formula (ALBEF), eager", build_dense, role="reference")
+COMPILED = Contender("dense formula (ALBEF), torch.compile", build_compiled, role="reference")
+PML = Contender(
+    "pytorch-metric-learning SupConLoss",
+    build_pml,
+    computes="supervised part alone",
+    needs="pytorch_metric_learning",
+)
+PML_MEMORY = Contender(
+    "pytorch-metric-learning CrossBatchMemory",
+    build_pml_memory,
+    computes="supervised part alone, and the queue",
+    needs="pytorch_metric_learning",
+)
+LIGHTLY = Contender(
+    "lightly NTXentLoss", build_lightly, computes="one positive per row, and the queue", needs="lightly"
+)
+
+EVERYONE = (BOUND, OURS, OURS_SUPERVISED, DENSE, COMPILED, PML, PML_MEMORY, LIGHTLY)
+IN_SCALING = (BOUND, OURS, DENSE, COMPILED, PML, LIGHTLY)
+
+
+# ---------------------------------------------------------------------------------------------------- agreement
+
+
+def check_agreement(contender: Contender, parameters: dict[str, Any], value: object) -> dict[str, Any]:
+    """Loss, its error and that of the gradient, both relative to float64, where the contender computes the formula."""
+    if contender.role == "bound":
+        return {}
+    loss, gradients = value
+    row = {"loss": float(loss), "loss_error": None, "gradient_error": None}
+    if contender in (OURS, OURS_SUPERVISED, DENSE, COMPILED, PML):
+        momentum = contender not in (OURS_SUPERVISED, PML)
+        expected, cross_entropy, expected_gradients = exact(momentum, *sorted(parameters.items()))
+        # The dense formula leaves out the entropy of the momentum targets, which has no gradient.
+        expected = cross_entropy if contender in (DENSE, COMPILED) else expected
+        row["loss_error"] = abs(float(loss) - expected) / abs(expected)
+        differences = [
+            (mine.double() - theirs).norm() for mine, theirs in zip(gradients, expected_gradients, strict=True)
+        ]
+        row["gradient_error"] = float(sum(differences) / sum(theirs.norm() for theirs in expected_gradients))
+    return row
+
+
+@functools.lru_cache(maxsize=2)
+def exact(momentum: bool, *parameters: tuple[str, Any]) -> tuple[float, float, list[Tensor]]:
+    """Loss with KL, loss with cross-entropy, and gradients in float64, some rows at a time."""
+    sides = make_sides(**dict(parameters))
+    with_kl = with_cross_entropy = 0.0
+    gradients = []
+    for side in sides:
+        rows = len(side.query)
+        parts = []
+        at_a_time = max(1, 2**22 // len(side.keys))
+        keys, momentum_keys = side.keys.double(), side.momentum_keys.double()
+        for start in range(0, rows, at_a_time):
+            some = slice(start, start + at_a_time)
+            query = side.query[some].detach().double().requires_grad_()
+            log_probs = F.log_softmax(F.normalize(query, dim=1) @ keys.T / TEMPERATURE, dim=1)
+            positive = (side.labels[some, None] == side.key_labels).double()
+            loss = -(log_probs * positive).sum(dim=1) / positive.sum(dim=1)
+            entropy = torch.zeros(())
+            if momentum:
+                seen = F.normalize(side.momentum_query[some].double(), dim=1) @ momentum_keys.T / TEMPERATURE
+                targets = F.softmax(seen, dim=1)
+                entropy = -(targets * F.log_softmax(seen, dim=1)).sum()
+                loss = (1 - ALPHA) * loss - ALPHA * (targets * log_probs).sum(dim=1)
+            loss = loss.sum() / rows / len(sides)
+            parts.append(torch.autograd.grad(loss, query)[0])
+            with_cross_entropy += float(loss.detach())
+            with_kl += float(loss.detach()) - ALPHA * float(entropy) / rows / len(sides)
+        gradients.append(torch.cat(parts))
+    return with_kl, with_cross_entropy, gradients
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def make_cases(options: Options) -> list[Case]:
+    kind = options.rest.dtype
+    common = {"device": options.device, "dtype": kind}
+    sizes = [(rows, keys, directions) for directions in (1, 2) for rows, keys in SIZES[options.size]]
+    cases = [
+        Case(
+            f"loss, N={rows}, Q={keys}, {directions} direction{'s' if directions > 1 else ''}",
+            EVERYONE,
+            {"rows": rows, "keys": keys, "directions": directions, **common},
+            check_agreement,
+        )
+        for rows, keys, directions in sizes
+    ]
+    few, many = (4, 32) if options.size == "quick" else (64, 8192)
+    scaling = [("keys", few, keys) for keys in SCALING_KEYS[options.size]]
+    scaling += [("rows", rows, many) for rows in SCALING_ROWS[options.size]]
+    cases += [
+        Case(
+            f"scaling with {'Q' if along == 'keys' else 'N'}, N={rows}, Q={keys}",
+            IN_SCALING,
+            {"rows": rows, "keys": keys, "directions": 1, **common},
+            check_agreement,
+        )
+        for along, rows, keys in scaling
+    ]
+    return cases
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(
+        __doc__ or "",
+        arguments,
+        lambda parser: parser.add_argument(
+            "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all features"
+        ),
+    )
+    write_results("supcon", *run_cases(make_cases(options), options), options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

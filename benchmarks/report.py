@@ -1,0 +1,269 @@
+"""Write what was measured into docs/performance.md and docs/images/performance.png.
+
+    python benchmarks/report.py
+
+Of each block and device, the fullest run in results/ counts. Everything between the two marks of the page is replaced.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, show_seconds
+
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+BLOCKS = ("supcon", "ema", "queue", "step", "step_encoder")
+SIZES = ("quick", "small", "full")
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and line styles differ too.
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+MARKERS = ("x", "o", "s", "^", "v", "D", "P")
+STYLES = (":", "-", "--", "-.", "--", "-.", ":")
+
+Row = dict[str, Any]
+Run = dict[str, Any]  # the content of a file: metadata and results
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The fullest run of each block and device, blocks in order."""
+    best: dict[tuple[str, str], Run] = {}
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        key = run["metadata"]["block"], run["metadata"]["device"]
+        if key not in best or SIZES.index(run["metadata"]["size"]) > SIZES.index(best[key]["metadata"]["size"]):
+            best[key] = run
+    return sorted(best.values(), key=lambda run: (run["metadata"]["device"], BLOCKS.index(run["metadata"]["block"])))
+
+
+# ------------------------------------------------------------------------------------------------------- scaling
+
+
+def scaling(run: Run, along: str) -> dict[str, list[Row]]:
+    """Rows of the cases that scale with "Q" or "N", by contender, small to large."""
+    parameter = {"Q": "keys", "N": "rows"}[along]
+    series: dict[str, list[Row]] = {}
+    for row in run["results"]:
+        if row["case"].startswith(f"scaling with {along}"):
+            series.setdefault(row["contender"], []).append(row)
+    return {name: sorted(rows, key=lambda row: row["parameters"][parameter]) for name, rows in series.items()}
+
+
+def exponent(rows: list[Row], along: str, field: str) -> float | None:
+    """The power with which `field` grows, fitted to the upper half of the points (three at least), in logarithms."""
+    parameter = {"Q": "keys", "N": "rows"}[along]
+    rows = rows[-max(3, math.ceil(len(rows) / 2)) :]
+    if len(rows) < 2 or any(row[field] is None for row in rows):
+        return None
+    points = [
+        (math.log(row["parameters"][parameter]), math.log(max(row[field], 0.1 if "mib" in field else 1e-9)))
+        for row in rows
+    ]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def exponent_table(runs: Iterable[Run]) -> list[str]:
+    """Fitted exponents of time and memory, by contender."""
+    lines = []
+    for run in runs:
+        along_keys, along_rows = scaling(run, "Q"), scaling(run, "N")
+        if not along_keys:
+            continue
+        if not lines:
+            lines += ["| grows as a power of | time, Q | memory, Q | time, N | memory, N |", "|---|---|---|---|---|"]
+        for name in along_keys:
+            cells = [
+                show_number(exponent(series.get(name, []), along, field))
+                for along, series in (("Q", along_keys), ("N", along_rows))
+                for field in ("median_s", "peak_extra_mib")
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def show_number(value: float | None) -> str:
+    """Two decimals below a hundred."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+# --------------------------------------------------------------------------------------------------------- table
+
+
+def result_table(runs: Iterable[Run]) -> list[str]:
+    """One row per contender and case; the scaling cases are in the chart."""
+    lines = [
+        "| case | contender | median | IQR | x bound | extra MiB | error of loss, gradient |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        for rows in by_case(run).values():
+            case = f"{rows[0]['case']}, {kind_of_device(run)}"
+            for row in rows:
+                lines.append(result_line(case, row, ahead=row in ahead_of_ours(rows)))
+                case = ""
+    return lines
+
+
+def by_case(run: Run) -> dict[str, list[Row]]:
+    cases: dict[str, list[Row]] = {}
+    for row in run["results"]:
+        if not row["case"].startswith("scaling"):
+            cases.setdefault(row["case"], []).append(row)
+    return cases
+
+
+def full_name(row: Row) -> str:
+    return row["contender"] + (f" ({row['computes']})" if row["computes"] else "")
+
+
+def result_line(case: str, row: Row, *, ahead: bool) -> str:
+    name = full_name(row)
+    name = {"ours": f"**{name}**", "bound": f"*bound: {name}*"}.get(row["role"], name)
+    memory = row["peak_extra_mib"]
+    errors = [f"{row[field]:.0e}" for field in ("loss_error", "gradient_error") if row.get(field) is not None]
+    cells = [
+        case,
+        name + (" ▲" if ahead else ""),
+        show_seconds(row["median_s"]),
+        show_seconds(row["iqr_s"]),
+        show_number(row["ratio_to_bound"]),
+        "" if memory is None else f"{memory:.1f}",
+        ", ".join(errors),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def ahead_of_ours(rows: list[Row]) -> list[Row]:
+    """Contenders of a case with a smaller median than ours; the bound does not count."""
+    ours = next((row for row in rows if row["role"] == "ours"), None)
+    if ours is None:
+        return []
+    others = (row for row in rows if row["role"] in ("rival", "reference"))
+    return [row for row in others if row["median_s"] < ours["median_s"]]
+
+
+def losses(runs: Iterable[Run]) -> list[str]:
+    """A line for each case in which others are ahead of ours, with their share of our time."""
+    lines = []
+    for run in runs:
+        for case, rows in by_case(run).items():
+            ours = next((row for row in rows if row["role"] == "ours"), None)
+            shares = [
+                f"{full_name(row)} {row['median_s'] / ours['median_s']:.2f}" for row in ahead_of_ours(rows) if ours
+            ]
+            if shares:
+                lines.append(f"- {case}, {kind_of_device(run)}: {'; '.join(shares)}")
+    return lines or ["- nothing that was measured"]
+
+
+def kind_of_device(run: Run) -> str:
+    return run["results"][0]["parameters"]["device"].upper() if run["results"] else ""
+
+
+def provenance(runs: Iterable[Run]) -> list[str]:
+    """When, where and with what each block was measured."""
+    lines = []
+    for run in runs:
+        about = run["metadata"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+        lines.append(
+            f"- {about['block']}: {about['date'][:10]}, commit {about['commit']}, {about['device']}, "
+            f"threads: {about['threads']}, {about['clock']}, load average {about['load_average']}; {versions}"
+        )
+        reasons = {f"{entry['contender']} ({entry['reason']})" for entry in about["skipped"]}
+        lines += [f"    - skipped: {reason}" for reason in sorted(reasons)]
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------- chart
+
+
+def draw_chart(runs: list[Run], path: Path) -> None:
+    """Time and memory against Q, both axes logarithmic, a row of panels per device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (
+        ("median_s", 1000.0, "time, forward and backward (ms)"),
+        ("peak_extra_mib", 1.0, "peak extra memory (MiB)"),
+    )
+    figure, grid = plt.subplots(len(runs), 2, figsize=(12, 5.4 * len(runs)), layout="constrained", squeeze=False)
+    for run, line in zip(runs, grid, strict=True):
+        series = scaling(run, "Q")
+        about, case = run["metadata"], next(iter(series.values()))[0]["parameters"]
+        for axes, (field, factor, label) in zip(line, panels, strict=True):
+            for number, (name, rows) in enumerate(series.items()):
+                known = [row for row in rows if row[field] is not None]
+                if not known or (field == "peak_extra_mib" and rows[0]["role"] == "bound"):
+                    continue  # the buffers of the bound are made before
+                power = exponent(rows, "Q", field)
+                look = number % len(COLOURS)
+                axes.plot(
+                    [row["parameters"]["keys"] for row in known],
+                    [max(factor * row[field], 0.05) for row in known],
+                    label=name + ("" if power is None else f", $\\propto Q^{{{power:.2f}}}$"),
+                    color=COLOURS[look],
+                    marker=MARKERS[look],
+                    linestyle=STYLES[look],
+                    linewidth=2.4 if rows[0]["role"] == "ours" else 1.4,
+                )
+            axes.set(xscale="log", yscale="log", xlabel="keys Q", ylabel=label)
+            axes.grid(alpha=0.25, which="both", linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=8)
+        threads = f", threads: {about['threads']}" if case["device"] == "cpu" else ""
+        line[0].set_title(
+            f"N = {case['rows']}, d = 128, {case['dtype']}; {about['device']}{threads}", loc="left", fontsize=9
+        )
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+
+def write_report(folder: Path, page: Path) -> None:
+    """Replace what stands between the marks of the page, and the chart beside it."""
+    runs = read_runs(folder)
+    if not runs:
+        raise SystemExit(f"{folder}: expected results, got none; run benchmarks/run_all.py first")
+    with_scaling = [run for run in runs if scaling(run, "Q")]
+    lines = []
+    if with_scaling:
+        chart = page.parent / "images" / "performance.png"
+        chart.parent.mkdir(parents=True, exist_ok=True)
+        draw_chart(with_scaling, chart)
+        lines += ["![Time and memory of the contrastive loss against Q](images/performance.png)", ""]
+        lines += [*exponent_table(with_scaling), ""]
+    lines += ["## Where others are ahead", "", "Their share of our time:", "", *losses(runs), ""]
+    lines += ["## All figures", "", *result_table(runs), ""]
+    lines += ["## Measured when, where, with what", "", *provenance(runs)]
+    text = page.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page}: expected the lines {BEGIN!r} and {END!r}")
+    page.write_text(before + "\n".join([BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
+    print(f"written: {page}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files (default: results/)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write into (default: docs/performance.md)")
+    given = parser.parse_args(arguments)
+    write_report(given.results, given.page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
