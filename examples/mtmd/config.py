@@ -23,7 +23,7 @@ class Config:
     data: Path | None = setting(None, "pickle in the layout of MMSA (aligned or unaligned); none: the synthetic set")
     dataset: str | None = setting(
         None,
-        "sets the defaults of --batch-size and --queue-size; default: mosi with --data, synthetic without",
+        "sets the defaults of --epochs, --batch-size and --queue-size; default: mosi with --data, synthetic without",
         choices=("mosi", "mosei", "synthetic"),
     )
     text_encoder: str = setting(
@@ -36,7 +36,9 @@ class Config:
     out: Path = setting(Path("runs/mtmd"), "folder for results, metrics, predictions, figures and checkpoints")
 
     # Optimisation
-    epochs: int = setting(12, "most epochs; the schedule runs over this many")
+    epochs: int | None = setting(
+        None, "most epochs, over which the schedule runs; default: 12 with --data, 30 for synthetic"
+    )
     patience: int = setting(8, "epochs without a better validation MAE before a run stops; MMSA: 8")
     batch_size: int | None = setting(
         None, "samples per step; default: 64 for mosi and synthetic, 128 for mosei (paper)"
@@ -87,7 +89,8 @@ class Config:
             raise ValueError(f"data: expected a file for dataset {self.dataset!r}, got none")
         if self.data is not None and self.dataset == "synthetic":
             raise ValueError(f"data: expected none for the synthetic set, got {self.data}")
-        large = self.dataset == "mosei"
+        large, small = self.dataset == "mosei", self.dataset == "synthetic"
+        self.epochs = (30 if small else 12) if self.epochs is None else self.epochs
         self.batch_size = (128 if large else 64) if self.batch_size is None else self.batch_size
         self.queue_size = (8192 if large else 1024) if self.queue_size is None else self.queue_size
         for name in ("epochs", "patience", "batch_size", "queue_size", "width", "fused_width", "max_tokens"):

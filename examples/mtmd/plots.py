@@ -30,7 +30,7 @@ def plot_losses(steps: list[dict[str, float]], path: Path, *, title: str) -> Non
     for axes in (left, right):
         axes.set(xlabel="training step", ylabel="loss")
         axes.set_yscale("log")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
