@@ -208,6 +208,9 @@ def supcon_distill_loss(
     key adds 0 to the supervised sum and does not count in its mean; its KL term stands. With no row or no key left
     the loss is 0 and still connected to the graph. NaN in a row or key that counts makes the loss NaN.
 
+    The keys are read tile by tile and nothing of size N×Q is made, forward or backward. Two cases take the N×Q matrices
+    instead: `torch.compile`, which fuses them, and a backward pass with `create_graph=True`.
+
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.
         keys: Features $k$ to compare with, shape `(Q, d)`; or a tuple of such parts, taken as concatenated (the keys
