@@ -1,7 +1,10 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from momentum_distill import _streaming
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,3 +17,11 @@ def mosi_path() -> Path:
     if not path.is_file():
         pytest.skip("no CMU-MOSI: neither ../shared/data/mosi.pkl nor $MOMENTUM_DISTILL_MOSI")
     return path
+
+
+@pytest.fixture(scope="module", params=["matrices", "tiles"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The contrastive loss through the N×Q matrices, as it takes small problems, and tile by tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_streaming, "DENSE_SCORES", 2**62 if request.param == "matrices" else -1)
+        yield

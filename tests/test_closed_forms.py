@@ -10,6 +10,8 @@ from loss_cases import POSITIVES, assert_close, lists
 from momentum_distill import diagnostics
 from momentum_distill import functional as F
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 E = math.e
 LN2, LN3 = math.log(2.0), math.log(3.0)
 

@@ -19,6 +19,8 @@ from loss_cases import (
 )
 from momentum_distill import functional as F
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 @settings(max_examples=150, deadline=None)
 @given(

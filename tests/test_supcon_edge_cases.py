@@ -7,6 +7,8 @@ import momentum_distill as md
 from loss_cases import DTYPES, POSITIVES, assert_close, assert_gradient_close, bits, supcon_case
 from momentum_distill import functional as F
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 NAN = float("nan")
 
 

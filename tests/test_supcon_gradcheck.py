@@ -10,6 +10,8 @@ import momentum_distill as md
 from loss_cases import POSITIVES, REDUCTIONS, supcon_case
 from momentum_distill import functional as F
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)

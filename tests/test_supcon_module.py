@@ -15,6 +15,9 @@ from momentum_distill import functional as F
 LOW, HIGH = 0.01, 10.0  # the default range
 
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
+
 def aligned_case(sign=1.0):
     """Every query beside its own positive (or opposite to it): a smaller (larger) tau is better."""
     x = torch.eye(4)

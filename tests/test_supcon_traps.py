@@ -10,6 +10,8 @@ import reference
 from loss_cases import assert_close, assert_gradient_close, bits, lists, supcon_case
 from momentum_distill import functional as F
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def with_labels(case, query_labels, key_labels):
     case.query_labels = torch.tensor(query_labels)

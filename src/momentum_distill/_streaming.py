@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+DENSE_SCORES = 2**19
+"""Up to so many scores, N times Q, the loss takes the plain matrices: less work stands around them than around tiles.
+From here on the tiles are as fast or faster, and take less memory. Measured: `docs/performance.md`."""
 TILE_SCORES = 2**18
 """Scores held at a time: larger tiles fall out of the cache, smaller ones make the matrix products inefficient."""
 MIN_TILE, MAX_TILE = 256, 8192
@@ -49,7 +52,8 @@ def may_ask(tensor: Tensor) -> bool:
 
     Tensors of another type may have no values, as those that tracing works with.
     """
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+    ordinary = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+    return ordinary and not torch.compiler.is_compiling()
 
 
 def shortest(raw: Tensor) -> float:
@@ -235,6 +239,12 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
         lse, positive_lse, momentum_mean_key, class_sums, class_counts, momentum_lse, momentum_mean_logit
     )
     return statistics, Gradients(mean_key, positive_mean_key)
+
+
+def is_small(query: Tensor, keys: list[Keys]) -> bool:
+    """Whether the plain N×Q matrices are the better way to the loss of so many rows and keys."""
+    scores = query.shape[0] * sum(part.online.shape[0] for part in keys)
+    return scores <= DENSE_SCORES and not wants_fused(query)
 
 
 def wants_fused(query: Tensor) -> bool:

@@ -7,7 +7,7 @@ and Python numbers are checked unless `validate=True`.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -208,8 +208,9 @@ def supcon_distill_loss(
     key adds 0 to the supervised sum and does not count in its mean; its KL term stands. With no row or no key left
     the loss is 0 and still connected to the graph. NaN in a row or key that counts makes the loss NaN.
 
-    The keys are read tile by tile and nothing of size N×Q is made, forward or backward. Two cases take the N×Q matrices
-    instead: `torch.compile`, which fuses them, and a backward pass with `create_graph=True`.
+    From 2**19 scores (N·Q) on, the keys are read tile by tile and nothing of size N×Q is made, forward or backward. Three
+    cases take the N×Q matrices instead: fewer scores, for which that is faster; `torch.compile`, which fuses them; and a
+    backward pass with `create_graph=True`.
 
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.
@@ -329,24 +330,16 @@ def supcon_distill_terms(
         present,
         Prepare(dtype, bool(normalize)),
         positives,
+        reduction,
     )
     with full_precision(query):
         if torch.compiler.is_compiling():
-            supervised, distill, positive_count = _dense_rows(problem, query, temperature)
+            reduced = _reduce_terms(*_dense_rows(problem, query, temperature), present, reduction)
         else:
             learned = temperature if isinstance(temperature, Tensor) else None
-            supervised, distill, positive_count = _ContrastRows.apply(  # type: ignore[no-untyped-call]
-                problem, temperature, query, learned, *keys
-            )
-        row_count, positive_rows = present.sum(), ((positive_count > 0) & present).sum()
-        if reduction != "none":
-            supervised, distill = supervised.sum(), distill.sum()
-        if reduction == "mean":
-            supervised = supervised / positive_rows.clamp(min=1)
-            distill = distill / row_count.clamp(min=1)
-        total = supervised
-        if momentum_query is not None:
-            total = _blend(supervised, distill, alpha)
+            reduced = _Contrast.apply(problem, temperature, query, learned, *keys)  # type: ignore[no-untyped-call]
+        supervised, distill, row_count, positive_rows = reduced
+        total = supervised if momentum_query is None else _blend(supervised, distill, alpha)
     return SupConTerms(total, supervised, distill, row_count, positive_rows)
 
 
@@ -360,6 +353,7 @@ class _Problem(NamedTuple):
     present: Tensor  # (N,) bool
     prepare: Prepare  # of the queries
     positives: Positives
+    reduction: Reduction
 
     @property
     def inside(self) -> bool:
@@ -367,17 +361,24 @@ class _Problem(NamedTuple):
         return self.positives != "outside"
 
 
-def _supervised_rows(rows: Rows, statistics: Statistics, positive_count: Tensor, positives: Positives) -> Tensor:
-    r"""$\mathcal S_i$ of :func:`supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
-    lse = statistics.lse
-    count = positive_count.clamp(min=1)
-    if positives == "outside":
-        supervised = lse - (rows.query * statistics.class_sums[rows.classes]).sum(dim=1) / count
+def _supervised_rows(positive_log: Tensor, positive_count: Tensor, positives: Positives) -> Tensor:
+    r"""$\mathcal S_i$ of :func:`supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key.
+
+    `positive_log` is the mean of $\log V_{ij}$ over the positive keys, or the log of their sum; 0 without any.
+    """
+    supervised = -positive_log
+    if positives == "inside_per_positive":
+        supervised = supervised / positive_count.clamp(min=1)
+    return supervised
+
+
+def _positive_log(rows: Rows, statistics: Statistics, count: Tensor, *, inside: bool) -> Tensor:
+    r"""What :func:`_supervised_rows` starts from, by $\log V_{ij} = s_{ij} - \mathrm{lse}_i$."""
+    if inside:
+        positive = statistics.positive_lse
     else:
-        supervised = lse - statistics.positive_lse
-        if positives == "inside_per_positive":
-            supervised = supervised / count
-    return torch.where(positive_count > 0, supervised, lse * 0)
+        positive = (rows.query * statistics.class_sums[rows.classes]).sum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, positive - statistics.lse, statistics.lse * 0)
 
 
 def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
@@ -388,15 +389,26 @@ def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
     return (statistics.momentum_mean_logit - mean_logit) - (statistics.momentum_lse - statistics.lse)
 
 
-class _ContrastRows(torch.autograd.Function):
-    r"""$\mathcal S_i$, $\mathrm{KL}(U_i\Vert V_i)$ and $K_i$, each `(N,)`; the forward pass knows the gradients.
+def _reduce_terms(
+    supervised: Tensor, distill: Tensor, positive_count: Tensor, present: Tensor, reduction: Reduction
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both terms, `(N,)` and 0 in rows left out, reduced; how many rows count, and how many of them have positives."""
+    row_count, positive_rows = present.sum(), ((positive_count > 0) & present).sum()
+    if reduction != "none":
+        supervised, distill = supervised.sum(), distill.sum()
+    if reduction == "mean":
+        supervised, distill = supervised / positive_rows.clamp(min=1), distill / row_count.clamp(min=1)
+    return supervised, distill, row_count, positive_rows
 
-    With $O_i = \sum_j V_{ij} k_j$, $O^m_i = \sum_j U_{ij} k_j$ and $\kappa_i$ the mean of the positive keys,
 
-    $$\frac{\partial\mathcal S_i}{\partial (q_i/\tau)} = O_i - \kappa_i, \qquad
-      \frac{\partial\,\mathrm{KL}_i}{\partial (q_i/\tau)} = O_i - O^m_i$$
+class _Contrast(torch.autograd.Function):
+    r"""Both terms of the loss, reduced; the forward pass knows the gradients.
 
-    where inside the logarithm $\kappa_i$ is the mean weighted by the softmax over the positive keys.
+    $$\frac{\partial\mathcal S_i}{\partial s_{ij}} = V_{ij} - P_{ij}, \qquad
+      \frac{\partial\,\mathrm{KL}_i}{\partial s_{ij}} = V_{ij} - U_{ij}$$
+
+    with $P_{ij} = [c_j = c_i] / K_i$ or, inside the logarithm, the softmax over the positive keys. Few scores take
+    the N×Q matrices $V$, $P$ and $U$; many take the keys tile by tile, which gives $\sum_j V_{ij} k_j$ and so on.
     """
 
     @staticmethod
@@ -407,7 +419,7 @@ class _ContrastRows(torch.autograd.Function):
         query: Tensor,
         learned: Tensor | None,
         *online: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # `learned` and `online` stand in `temperature` and `problem` too; they are here so that autograd sees them.
         ctx.save_for_backward(query, learned, *(part if part.requires_grad else None for part in online))
         everyone = _streaming.may_ask(query) and bool(problem.present.all())
@@ -422,70 +434,256 @@ class _ContrastRows(torch.autograd.Function):
         momentum = None
         if problem.momentum_query is not None:
             momentum = ready(problem.momentum_query, problem.momentum_temperature)[0]
-        rows = Rows(queries, momentum, *_streaming.sort_labels(problem.query_labels))
-        statistics, means = _streaming.attend(rows, problem.keys, inside=problem.inside)
-
-        positive_count = statistics.class_counts[rows.classes]
-        supervised = _supervised_rows(rows, statistics, positive_count, problem.positives)
-        distill = _kl_rows(rows, statistics)
-        count = positive_count.clamp(min=1)[:, None]
-        if problem.inside:
-            pull = means.lse - means.positive_lse
-            pull = pull / count if problem.positives == "inside_per_positive" else pull
-        else:
-            pull = means.lse - statistics.class_sums[rows.classes] / count
-        without = positive_count == 0 if absent is None else (positive_count == 0) | absent
-        pull.masked_fill_(without[:, None], 0.0)
-        push = pull if momentum is None else means.lse - statistics.momentum_mean_key
+        way = _Matrices if _streaming.is_small(query, problem.keys) else _Tiles
+        solved = way.solve(problem, queries, momentum)
+        supervised, distill = solved.supervised, solved.distill
         if absent is not None:
-            supervised.masked_fill_(absent, 0.0)
-            distill.masked_fill_(absent, 0.0)
-            push = push.masked_fill(absent[:, None], 0.0)
+            supervised, distill = supervised.masked_fill(absent, 0.0), distill.masked_fill(absent, 0.0)
+        reduced = _reduce_terms(supervised, distill, solved.positive_count, problem.present, problem.reduction)
 
-        ctx.problem, ctx.temperature, ctx.absent, ctx.without = problem, temperature, absent, without
-        ctx.rows, ctx.statistics, ctx.count = rows, statistics, count[:, 0]
-        ctx.unit, ctx.lengths, ctx.pull, ctx.push = unit, lengths, pull, push
+        ctx.problem, ctx.temperature, ctx.absent, ctx.solved = problem, temperature, absent, solved
+        ctx.queries, ctx.unit, ctx.lengths, ctx.counts = queries, unit, lengths, reduced[2:]
         ctx.dtypes = [query.dtype, *(part.online.dtype for part in problem.keys)]
-        ctx.mark_non_differentiable(positive_count)
-        return supervised, distill, positive_count
+        ctx.mark_non_differentiable(*reduced[2:])
+        return reduced
 
     @staticmethod
-    def backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor, _: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor, *_: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
         with full_precision(grad_supervised):  # backward() may be called under autocast
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
                 return _dense_backward(ctx, grad_supervised, grad_distill)
-            problem, rows = ctx.problem, ctx.rows
-            grad = grad_supervised[:, None] * ctx.pull
-            if rows.momentum is not None:
-                grad = grad + grad_distill[:, None] * ctx.push
+            problem, solved, absent = ctx.problem, ctx.solved, ctx.absent
+            # Of each row: the reduction taken back, nothing where it did not count.
+            if problem.reduction == "mean":
+                rows, positive_rows = ctx.counts
+                grad_supervised = grad_supervised / positive_rows.clamp(min=1)
+                grad_distill = grad_distill / rows.clamp(min=1)
+            grad_supervised = torch.where(solved.positive_count > 0, grad_supervised, 0.0)
+            grad_distill = grad_distill.expand_as(grad_supervised)
+            if absent is not None:
+                grad_supervised, grad_distill = (g.masked_fill(absent, 0.0) for g in (grad_supervised, grad_distill))
+            grad_queries, grad_keys = solved.backward(problem, grad_supervised, grad_distill, ctx.needs_input_grad[4:])
             grad_temperature = grad_query = None
             if ctx.needs_input_grad[3]:
-                grad_temperature = -((rows.query * grad).sum() / ctx.temperature).to(ctx.temperature.dtype)
+                grad_temperature = -((ctx.queries * grad_queries).sum() / ctx.temperature).to(ctx.temperature.dtype)
             if ctx.needs_input_grad[2]:
-                grad_query = problem.prepare.backward(ctx.unit, ctx.lengths, grad / ctx.temperature)
-                if ctx.absent is not None:
-                    grad_query = grad_query.masked_fill(ctx.absent[:, None], 0.0)
+                grad_query = problem.prepare.backward(ctx.unit, ctx.lengths, grad_queries / ctx.temperature)
+                if absent is not None:
+                    grad_query = grad_query.masked_fill(absent[:, None], 0.0)
                 grad_query = grad_query.to(ctx.dtypes[0])
-            grads_keys: list[Tensor | None] = [None] * len(problem.keys)
-            if any(ctx.needs_input_grad[4:]):
-                grads = _grad_statistics(ctx, grad_supervised, grad_distill)
-                for index, part in enumerate(problem.keys):
-                    if ctx.needs_input_grad[4 + index]:
-                        whole = _streaming.grad_keys(part, rows, ctx.statistics, grads, inside=problem.inside)
-                        grads_keys[index] = whole.to(ctx.dtypes[1 + index])
-        return None, None, grad_query, grad_temperature, *grads_keys
+            grads = [
+                None if grad is None else grad.to(dtype) for grad, dtype in zip(grad_keys, ctx.dtypes[1:], strict=True)
+            ]
+        return None, None, grad_query, grad_temperature, *grads
+
+
+class _Tiles(NamedTuple):
+    r"""The rows of the loss through sums over the keys, made tile by tile.
+
+    With $O_i = \sum_j V_{ij} k_j$, $O^m_i = \sum_j U_{ij} k_j$ and $\kappa_i = \sum_j P_{ij} k_j$,
+
+    $$\frac{\partial\mathcal S_i}{\partial (q_i/\tau)} = O_i - \kappa_i, \qquad
+      \frac{\partial\,\mathrm{KL}_i}{\partial (q_i/\tau)} = O_i - O^m_i$$
+    """
+
+    supervised: Tensor  # (N,)
+    distill: Tensor  # (N,)
+    positive_count: Tensor  # (N,) int64
+    pull: Tensor  # (N, d): gradient of `supervised`
+    push: Tensor  # (N, d): gradient of `distill`
+    rows: Rows
+    statistics: Statistics
+
+    @classmethod
+    def solve(cls, problem: _Problem, queries: Tensor, momentum: Tensor | None) -> Self:
+        """From prepared queries (N, d), divided by the temperature."""
+        rows = Rows(queries, momentum, *_streaming.sort_labels(problem.query_labels))
+        statistics, means = _streaming.attend(rows, problem.keys, inside=problem.inside)
+        positive_count = statistics.class_counts[rows.classes]
+        positive_log = _positive_log(rows, statistics, positive_count, inside=problem.inside)
+        supervised = _supervised_rows(positive_log, positive_count, problem.positives)
+        count = positive_count.clamp(min=1)[:, None]
+        pull = means.lse - (means.positive_lse if problem.inside else statistics.class_sums[rows.classes] / count)
+        if problem.positives == "inside_per_positive":
+            pull = pull / count
+        push = pull if momentum is None else means.lse - statistics.momentum_mean_key
+        return cls(supervised, _kl_rows(rows, statistics), positive_count, pull, push, rows, statistics)
+
+    def backward(
+        self, problem: _Problem, grad_supervised: Tensor, grad_distill: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients for the queries (N, d) and for the raw keys of the parts that want one."""
+        rows, statistics = self.rows, self.statistics
+        # Not 0 * pull: of a row without positives, that may be infinite.
+        grad_queries = torch.where(self.positive_count[:, None] > 0, grad_supervised[:, None] * self.pull, 0.0)
+        if rows.momentum is not None:
+            grad_queries = torch.addcmul(grad_queries, grad_distill[:, None], self.push)
+        if not any(wanted):
+            return grad_queries, [None] * len(wanted)
+        per_positive = grad_supervised / self.positive_count.clamp(min=1)
+        if problem.positives == "inside_per_positive":
+            grad_supervised = per_positive
+        nothing = grad_supervised[:0]
+        class_sums = statistics.class_sums
+        if not problem.inside:
+            class_sums = torch.zeros_like(class_sums).index_add_(0, rows.classes, -per_positive[:, None] * rows.query)
+        grads = Statistics(
+            lse=grad_supervised if rows.momentum is None else grad_supervised + grad_distill,
+            positive_lse=-grad_supervised,
+            momentum_mean_key=-grad_distill[:, None] * rows.query,
+            class_sums=class_sums,
+            class_counts=nothing,
+            momentum_lse=nothing,
+            momentum_mean_logit=nothing,
+        )
+        return grad_queries, [
+            _streaming.grad_keys(part, rows, statistics, grads, inside=problem.inside) if want else None
+            for part, want in zip(problem.keys, wanted, strict=True)
+        ]
+
+
+class _Matrices(NamedTuple):
+    r"""The rows of the loss as they are defined, through the N×Q matrices $V$, $P$ and $U$."""
+
+    supervised: Tensor  # (N,)
+    distill: Tensor  # (N,)
+    positive_count: Tensor  # (N,)
+    v: Tensor  # (N, Q): log V until the forward pass has ended
+    positive: Tensor  # (N, Q): 1 for a positive key, else 0; inside the logarithm in the end P, their softmax
+    positive_log: Tensor  # (N,)
+    u: Tensor | None  # (N, Q)
+    absent: Tensor | None  # (Q,) bool
+    queries: Tensor  # (N, d)
+    keys: Tensor  # (Q, d)
+    lengths: list[Tensor | None]  # (Q, 1) by part: of the raw keys
+
+    @classmethod
+    def solve(cls, problem: _Problem, queries: Tensor, momentum: Tensor | None) -> Self:
+        """From prepared queries (N, d), divided by the temperature."""
+        everyone = _streaming.may_ask(queries) and all(bool(part.present.all()) for part in problem.keys)
+
+        def ready(part: Keys, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+            return part.prepare(raw if everyone else raw.masked_fill(~part.present[:, None], 0.0))
+
+        online = [ready(part, part.online) for part in problem.keys]
+        keys = momentum_keys = _joined([rows for rows, _ in online])
+        if momentum is not None and not all(part.momentum is part.online for part in problem.keys):
+            momentum_keys = _joined(
+                [ready(part, part.momentum)[0] for part in problem.keys if part.momentum is not None]
+            )
+        absent = None if everyone else ~_joined([part.present for part in problem.keys])
+        solved = cls.define(problem, queries, keys, momentum, momentum_keys, absent)
+        positive = solved.positive
+        if problem.inside:
+            log_share = solved.v - solved.positive_log[:, None]
+            positive = torch.where(positive > 0, log_share, -torch.inf).exp_()
+        solved.v.exp_()
+        return solved._replace(positive=positive, lengths=[lengths for _, lengths in online])
+
+    @classmethod
+    def define(
+        cls,
+        problem: _Problem,
+        queries: Tensor,
+        keys: Tensor,
+        momentum: Tensor | None,
+        momentum_keys: Tensor,
+        absent: Tensor | None,
+    ) -> Self:
+        r"""$\mathcal S_i$ and $\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(\log U_{ij} - \log V_{ij})$."""
+
+        def log_softmax(logits: Tensor) -> Tensor:
+            if absent is None:
+                return logits.log_softmax(dim=1)
+            return logits.masked_fill(absent, -torch.inf).log_softmax(dim=1).masked_fill(absent, 0.0)
+
+        log_v = log_softmax(queries @ keys.T)
+        labels = problem.query_labels
+        pairs = labels[:, None] == _joined([part.labels for part in problem.keys])
+        labelled = labels >= 0
+        if not (_streaming.may_ask(labels) and bool(labelled.all())):
+            pairs = pairs & labelled[:, None]
+        positive = pairs.to(log_v.dtype)
+        positive_count = positive.sum(dim=1)
+        if problem.inside:
+            positive_log = _logsumexp(log_v, pairs)
+        else:
+            positive_log = torch.linalg.vecdot(positive, log_v) / positive_count.clamp(min=1)
+        supervised = _supervised_rows(positive_log, positive_count, problem.positives)
+        if momentum is None:
+            u, distill = None, torch.zeros_like(positive_log)
+        else:
+            with torch.no_grad():
+                log_u = log_softmax(momentum @ momentum_keys.T)
+                u = log_u.exp() if absent is None else log_u.exp().masked_fill_(absent, 0.0)
+                mean_log_u = torch.linalg.vecdot(u, log_u)
+            distill = mean_log_u - torch.linalg.vecdot(u, log_v)
+        return cls(supervised, distill, positive_count, log_v, positive, positive_log, u, absent, queries, keys, [])
+
+    def backward(
+        self, problem: _Problem, grad_supervised: Tensor, grad_distill: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients for the queries (N, d) and for the raw keys of the parts that want one."""
+        pull = grad_supervised[:, None]
+        if problem.positives != "inside":
+            per_positive = pull / self.positive_count.clamp(min=1)[:, None]
+        if problem.positives == "inside_per_positive":
+            pull = per_positive
+        grad = self.v * (pull if self.u is None else pull + grad_distill[:, None])  # for the logits, (N, Q)
+        grad.addcmul_(self.positive, pull if problem.inside else per_positive, value=-1)
+        if self.u is not None:
+            grad.addcmul_(self.u, grad_distill[:, None], value=-1)
+        if self.absent is not None:
+            grad.masked_fill_(self.absent, 0.0)
+        grad_keys: list[Tensor | None] = []
+        start = 0
+        for part, lengths, want in zip(problem.keys, self.lengths, wanted, strict=True):
+            chosen = slice(start, start + part.online.shape[0])
+            start = chosen.stop
+            whole = (
+                part.prepare.backward(self.keys[chosen], lengths, grad[:, chosen].T @ self.queries) if want else None
+            )
+            grad_keys.append(whole)
+        return grad @ self.keys, grad_keys
+
+
+def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Supervised term, KL term and number of positives of each row (N,), all by plain autograd.
+
+    What `torch.compile` fuses, for it cannot see into the tiles, and what has a second derivative.
+    """
+
+    def ready(raw: Tensor, present: Tensor, prepare: Prepare) -> Tensor:
+        rows = torch.where(present[:, None], raw.to(prepare.dtype), 0.0)
+        return normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
+
+    queries = ready(query, problem.present, problem.prepare) / temperature
+    keys = momentum_keys = _joined([ready(part.online, part.present, part.prepare) for part in problem.keys])
+    momentum = None
+    if problem.momentum_query is not None:
+        with torch.no_grad():
+            momentum = ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
+            others = [part.online if part.momentum is None else part.momentum for part in problem.keys]
+            momentum_keys = _joined(
+                [ready(raw, part.present, part.prepare) for raw, part in zip(others, problem.keys, strict=True)]
+            )
+    absent = ~_joined([part.present for part in problem.keys])
+    solved = _Matrices.define(problem, queries, keys, momentum, momentum_keys, absent)
+    kept = [torch.where(problem.present, rows, 0.0) for rows in (solved.supervised, solved.distill)]
+    return kept[0], kept[1], solved.positive_count
 
 
 def _dense_backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-    """The gradients of :class:`_ContrastRows` with a graph of their own, through the dense form."""
-    inputs = ctx.saved_tensors
+    """The gradients of :class:`_Contrast` with a graph of their own."""
+    problem, inputs = ctx.problem, ctx.saved_tensors
     wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[2 + index]]
     keys = [
         part if saved is None else part._replace(online=saved)
-        for part, saved in zip(ctx.problem.keys, inputs[2:], strict=True)
+        for part, saved in zip(problem.keys, inputs[2:], strict=True)
     ]
     temperature = ctx.temperature if inputs[1] is None else inputs[1]
-    supervised, distill, _ = _dense_rows(ctx.problem._replace(keys=keys), inputs[0], temperature)
+    rows = _dense_rows(problem._replace(keys=keys), inputs[0], temperature)
+    supervised, distill, _, _ = _reduce_terms(*rows, problem.present, problem.reduction)
     outputs, upstream = [supervised], [grad_supervised]
     if distill.requires_grad:  # not without momentum inputs
         outputs, upstream = [supervised, distill], [grad_supervised, grad_distill]
@@ -496,90 +694,18 @@ def _dense_backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> 
     return None, None, *(found.get(index) for index in range(len(inputs)))
 
 
-def _grad_statistics(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> Statistics:  # noqa: ANN401
-    """Gradients for the statistics that depend on the keys; the fields of the others are empty."""
-    rows, problem = ctx.rows, ctx.problem
-    grad_supervised = grad_supervised.masked_fill(ctx.without, 0.0)
-    if problem.positives != "inside":
-        per_positive = grad_supervised / ctx.count
-    if problem.positives == "inside_per_positive":
-        grad_supervised = per_positive
-    if ctx.absent is not None:
-        grad_distill = grad_distill.masked_fill(ctx.absent, 0.0)
-    nothing = grad_supervised[:0]
-    class_sums = ctx.statistics.class_sums
-    if not problem.inside:
-        class_sums = torch.zeros_like(class_sums).index_add_(0, rows.classes, -per_positive[:, None] * rows.query)
-    return Statistics(
-        lse=grad_supervised if rows.momentum is None else grad_supervised + grad_distill,
-        positive_lse=-grad_supervised,
-        momentum_mean_key=-grad_distill[:, None] * rows.query,
-        class_sums=class_sums,
-        class_counts=nothing,
-        momentum_lse=nothing,
-        momentum_mean_logit=nothing,
-    )
-
-
-def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What :class:`_ContrastRows` returns, through the N×Q matrices and plain autograd.
-
-    `torch.compile` fuses this; it cannot see into the tiles of the other.
-    """
-
-    def ready(raw: Tensor, present: Tensor, prepare: Prepare) -> Tensor:
-        rows = torch.where(present[:, None], raw.to(prepare.dtype), 0.0)
-        return normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
-
-    present = torch.cat([part.present for part in problem.keys])
-    online = torch.cat([ready(part.online, part.present, part.prepare) for part in problem.keys])
-    queries = ready(query, problem.present, problem.prepare) / temperature
-    ordered, classes = _streaming.sort_labels(problem.query_labels)
-    key_classes = torch.cat([_streaming.class_of(part.labels, ordered, ~part.present) for part in problem.keys])
-    logits = queries @ online.T  # (N, Q)
-    everyone = present.expand_as(logits)
-    momentum = None
-    momentum_lse = mean_logit = queries.new_zeros(0)
-    mean_key = queries.new_zeros(0, queries.shape[1])
-    if problem.momentum_query is not None:
-        with torch.no_grad():
-            momentum = ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
-            momentum_keys = torch.cat(
-                [
-                    ready(part.online if part.momentum is None else part.momentum, part.present, part.prepare)
-                    for part in problem.keys
-                ]
-            )
-            scores = momentum @ momentum_keys.T
-            momentum_lse = _logsumexp(scores, everyone)
-            targets = (scores - momentum_lse[:, None]).exp()  # U, (N, Q)
-            targets = torch.where(present, targets, 0.0)
-            mean_logit = (targets * scores).sum(dim=1)
-        mean_key = targets @ online
-    counts = classes.new_zeros(len(classes) + 1).index_add(0, key_classes, torch.ones_like(key_classes))
-    statistics = Statistics(
-        lse=_logsumexp(logits, everyone),
-        positive_lse=_logsumexp(logits, classes[:, None] == key_classes) if problem.inside else queries.new_zeros(0),
-        momentum_mean_key=mean_key,
-        class_sums=queries.new_zeros(len(classes) + 1, queries.shape[1]).index_add(0, key_classes, online),
-        class_counts=counts,
-        momentum_lse=momentum_lse,
-        momentum_mean_logit=mean_logit,
-    )
-    rows = Rows(queries, momentum, ordered, classes)
-    positive_count = counts[classes]
-    supervised = _supervised_rows(rows, statistics, positive_count, problem.positives)
-    kept = [torch.where(problem.present, row, 0.0) for row in (supervised, _kl_rows(rows, statistics))]
-    return kept[0], kept[1], positive_count
-
-
 def _logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     """Log-sum-exp over the keys that `mask` (N, Q) keeps, 0 where it keeps none; the gradient is finite either way."""
     if logits.shape[1] == 0:
         return logits.sum(dim=1)
     some = mask.any(dim=1, keepdim=True)
     masked = torch.where(some, logits.masked_fill(~mask, -torch.inf), logits * 0)
-    return torch.where(some[:, 0], masked.logsumexp(dim=1), 0.0)
+    return torch.where(some[:, 0], masked.logsumexp(dim=1), masked.sum(dim=1))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
