@@ -1076,6 +1076,22 @@ def test_update_of_a_model_with_unusual_strides_and_sizes():
         torch.testing.assert_close(ema.module.get_parameter(name), p * 0.5, check_stride=False)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2,), (0,)], ids=str)
+@pytest.mark.parametrize("side", ["online", "average"])
+def test_a_tensor_replaced_by_an_equal_one_is_followed(shape, side):
+    """`==` of two tensors says nothing about whether they are the same one."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(shape))
+    ema = md.EMAWrapper(model)
+    ema.update(model)
+    module = model if side == "online" else ema.module
+    module.weight = nn.Parameter(torch.ones(shape), requires_grad=side == "online")
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    ema.update(model, decay=0.0)
+    assert torch.equal(ema.module.weight, torch.full(shape, 3.0))
+
+
 def test_a_model_without_parameters_is_legal():
     ema = md.EMAWrapper(nn.ReLU())
     ema.update(nn.ReLU())

@@ -740,9 +740,14 @@ def test_compiled_step_equals_eager_and_does_not_recompile_from_the_third_step_o
             results.append([loss.detach(), q.grad, *(p.grad.clone() for p in loss_fn.parameters())])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-        assert_same_state(clone_state(queues[1]), clone_state(queues[0]))
+        # In eager mode on the CPU ordinary rows are normalised in fewer operations, which round differently.
+        torch.testing.assert_close(clone_state(queues[1]), clone_state(queues[0]), rtol=0, atol=2e-7)
     assert 1 <= counter.frame_count <= 2
     assert len(queues[1]) > 5
+
+
+WRITES = {"index_copy_": 3, "copy_": 1}
+"""The operations that write into a bank, and which argument of them is the source."""
 
 
 class Results(TorchDispatchMode):
@@ -755,8 +760,8 @@ class Results(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
-        if name == "index_copy_":
-            self.seen.append((name, args[3].numel()))
+        if name in WRITES:
+            self.seen.append((name, args[WRITES[name]].numel()))
         elif not name.endswith("_") and not func.is_view and isinstance(result, torch.Tensor):
             self.seen.append((name, result.numel()))
         elif not func.is_view:
@@ -770,14 +775,37 @@ def test_a_step_writes_as_much_in_a_large_queue_as_in_a_small_one(kwargs):
     for size in (20, 2000):
         queue = make_queue(size, **kwargs)
         with Results() as results:
-            queue.enqueue(*batch(4), valid={"a": torch.tensor([True, False, True, True])})
+            labels, features = batch(4)
+            for ignored in (0, 1):  # a whole batch, and one with a row that is not stored
+                labels[:ignored] = -1
+                queue.enqueue(labels, features, valid={"a": torch.tensor([True, False, True, True])})
             for stream in DIMS:
                 queue.read(stream, padded=True)
         seen.append(results.seen)
     small, large = seen
     assert small == large
-    assert sum(name == "index_copy_" for name, _ in small) == len(DIMS) + 1
+    assert sum(name in WRITES for name, _ in small) == 2 * (len(DIMS) + 1)
     assert max(elements or 0 for _, elements in small) <= 4 * sum(DIMS.values())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"normalize": False}, {"dtype": torch.float16}], ids=str)
+def test_slices_write_what_an_index_writes(kwargs, monkeypatch):
+    """Batches that fit in one piece are written by slices where one may ask, all others by index."""
+    runs, unasked = make_queue(10, **kwargs), make_queue(10, **kwargs)
+    monkeypatch.setattr(unasked, "_run", lambda _: None)
+    asked, seen = runs._run, []
+    monkeypatch.setattr(runs, "_run", lambda labels: seen.append(asked(labels)) or seen[-1])
+    for seed, n in enumerate((4, 4, 4, 8, 10, 25, 8, 0, 1)):
+        labels, features = batch(n, seed)
+        labels[::3] = -2
+        if seed == 6:
+            labels[2] = -1
+        valid = {"a": torch.arange(n) % 2 == 0} if seed % 2 else None
+        for queue in (runs, unasked):
+            queue.enqueue(labels.to(torch.int32), features, valid=valid)
+        assert_same_state(clone_state(runs), clone_state(unasked))
+    # One wraps around, one ends at the end, one fills the ring, one is too large, one has a row that is not stored.
+    assert seen == [slice(0, 4), slice(4, 8), None, slice(2, 10), slice(0, 10), None, None, slice(2, 3)]
 
 
 @pytest.fixture

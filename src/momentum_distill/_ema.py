@@ -435,10 +435,18 @@ class _Contents:
         held = [entries for module in modules for entries in (module._parameters, module._buffers)]
         self._empty = [entries for entries in [*held, *(module._modules for module in modules)] if not entries]
         self._filled = [entries for entries in held if entries]
-        self._number = sum(map(len, self._filled))
-        self._places = [entries for entries in self._filled for _ in entries]
-        self._names = [name for entries in self._filled for name in entries]
-        self._tensors = [tensor for entries in self._filled for tensor in entries.values()]
+        self._before = [dict(entries) for entries in self._filled]
+        # Dictionaries compare their values by identity first, in half the time of a loop over them, then by `==`. For
+        # two tensors that is an error, which is answer enough, unless they hold a single number: it may be equal.
+        single = [
+            (entries, name, tensor)
+            for entries in self._filled
+            for name, tensor in entries.items()
+            if tensor is not None and tensor.numel() == 1
+        ]
+        self._singles = [entries for entries, _, _ in single]
+        self._names = [name for _, name, _ in single]
+        self._tensors = [tensor for _, _, tensor in single]
         self._average_children = [
             (module._modules, dict(module._modules)) for module in average.modules() if module._modules
         ]
@@ -456,12 +464,12 @@ class _Contents:
             return (
                 not self._gone
                 and not any(self._empty)
-                and sum(map(len, self._filled)) == self._number
-                and all(map(is_, map(getitem, self._places, self._names), self._tensors))
+                and all(map(is_, map(getitem, self._singles, self._names), self._tensors))
+                and self._filled == self._before
                 and all(starmap(eq, self._average_children))
                 and list(chain.from_iterable(submodules)) == list(map(call, self._online_children))
             )
-        except (AttributeError, KeyError):
+        except (AttributeError, KeyError, RuntimeError):
             return False
 
 

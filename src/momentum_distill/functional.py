@@ -208,8 +208,8 @@ def supcon_distill_loss(
     key adds 0 to the supervised sum and does not count in its mean; its KL term stands. With no row or no key left
     the loss is 0 and still connected to the graph. NaN in a row or key that counts makes the loss NaN.
 
-    From 2**19 scores (N·Q) on, the keys are read tile by tile and nothing of size N×Q is made, forward or backward. Three
-    cases take the N×Q matrices instead: fewer scores, for which that is faster; `torch.compile`, which fuses them; and a
+    More than 2**19 scores (N·Q) are made tile by tile and nothing of size N×Q is kept, forward or backward. Three cases
+    take the N×Q matrices instead: fewer scores, for which that is faster; `torch.compile`, which fuses them; and a
     backward pass with `create_graph=True`.
 
     Args:
@@ -578,7 +578,9 @@ class _Matrices(NamedTuple):
             log_share = solved.v - solved.positive_log[:, None]
             positive = torch.where(positive > 0, log_share, -torch.inf).exp_()
         solved.v.exp_()
-        return solved._replace(positive=positive, lengths=[lengths for _, lengths in online])
+        if any(keys is part.online for part in problem.keys):
+            keys = keys.clone()  # a live view of a queue may hold other keys by the time of the backward pass
+        return solved._replace(keys=keys, positive=positive, lengths=[lengths for _, lengths in online])
 
     @classmethod
     def define(
