@@ -181,8 +181,10 @@ def test_logits_too_large_for_plain_sums_are_noticed():
     )
 
 
-def test_a_queue_may_be_written_between_forward_and_backward():
+@pytest.mark.parametrize("scores", [-1, 2**20], ids=["tiles", "matrices"])
+def test_a_queue_may_be_written_between_forward_and_backward(scores, monkeypatch):
     """Live views of the queue are no part of the graph."""
+    monkeypatch.setattr(_streaming, "DENSE_SCORES", scores)
     queue = md.ClassQueue(20, {"text": 4})
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(20, 4, generator=generator)
@@ -197,6 +199,55 @@ def test_a_queue_may_be_written_between_forward_and_backward():
         loss.backward()
         grads.append(query.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("scores", [-1, 2**20], ids=["tiles", "matrices"])
+@pytest.mark.parametrize("what", ["one term", "second derivative"])
+def test_a_gradient_that_needs_keys_which_were_overwritten_is_refused(what, scores, monkeypatch):
+    monkeypatch.setattr(_streaming, "DENSE_SCORES", scores)
+    queue = md.ClassQueue(20, {"text": 4})
+    rows = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(20) % 3
+    queue.enqueue(labels, {"text": rows})
+    query = rows[:5].clone().requires_grad_()
+    keys, key_labels = queue.read("text", padded=True)
+    terms = md.SupConDistillLoss().terms(query, keys, labels[:5], key_labels)
+    one_term = terms.supervised if what == "one term" else terms.total
+    torch.autograd.grad(one_term, query, create_graph=what != "one term", retain_graph=True)
+    queue.enqueue(labels, {"text": -rows})
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.grad(one_term, query, create_graph=what != "one term")
+
+
+@pytest.mark.parametrize("scores", [-1, 2**20], ids=["tiles", "matrices"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("learned_alpha", [True, False])
+def test_gradients_of_all_terms_at_once_are_those_of_plain_autograd(scores, reduction, learned_alpha, monkeypatch):
+    """Total, both terms and a learned alpha: what is ready after the forward pass, and what is made on demand."""
+    monkeypatch.setattr(_streaming, "DENSE_SCORES", scores)
+    case = supcon_case(5, 6, 9, 3, ignored=0.2, unlabelled=0.2).requires_grad()
+    alpha = torch.tensor(0.3, dtype=torch.float64, requires_grad=True) if learned_alpha else 0.3
+    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    inputs = [case.query, case.keys, tau, *([alpha] if learned_alpha else [])]
+    generator = torch.Generator().manual_seed(0)
+    for weights in ([1, 0, 0], [0.5, 2, 0], [0, 0, 3], [1, -1, 2]):
+
+        def combined(weights=weights):
+            terms = F.supcon_distill_terms(
+                *case.args, **case.momentum, temperature=tau, alpha=alpha, reduction=reduction
+            )
+            noise = [torch.randn(terms.total.shape, generator=generator.manual_seed(1), dtype=torch.float64)] * 3
+            chosen = [(w * n * t).sum() for w, n, t in zip(weights, noise, terms[:3], strict=True) if w]
+            return sum(chosen)
+
+        grads = torch.autograd.grad(combined(), inputs, allow_unused=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            expected = torch.autograd.grad(combined(), inputs, allow_unused=True)
+        for got, want in zip(grads, expected, strict=True):
+            assert (got is None) == (want is None) or not want.any()
+            if want is not None and got is not None:
+                torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "supervised alone"])

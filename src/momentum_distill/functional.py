@@ -332,15 +332,14 @@ def supcon_distill_terms(
         positives,
         reduction,
     )
+    weights = alpha if momentum_query is not None else 0.0
     with full_precision(query):
         if torch.compiler.is_compiling():
-            reduced = _reduce_terms(*_dense_rows(problem, query, temperature), present, reduction)
-        else:
-            learned = temperature if isinstance(temperature, Tensor) else None
-            reduced = _Contrast.apply(problem, temperature, query, learned, *keys)  # type: ignore[no-untyped-call]
-        supervised, distill, row_count, positive_rows = reduced
-        total = supervised if momentum_query is None else _blend(supervised, distill, alpha)
-    return SupConTerms(total, supervised, distill, row_count, positive_rows)
+            return _reduce_terms(_dense_rows(problem, query, temperature), problem, weights)
+        needs_grad = torch.is_grad_enabled()
+        learned = [value if isinstance(value, Tensor) else None for value in (weights, temperature)]
+        terms = _Contrast.apply(problem, weights, temperature, needs_grad, *learned, query, *keys)  # type: ignore[no-untyped-call]
+    return SupConTerms(*terms)
 
 
 class _Problem(NamedTuple):
@@ -354,6 +353,13 @@ class _Problem(NamedTuple):
     prepare: Prepare  # of the queries
     positives: Positives
     reduction: Reduction
+
+    def tensors(self) -> list[Tensor]:
+        """All that is read again if the gradient cannot be made at once."""
+        momentum = [part.momentum for part in self.keys if part.momentum is not None]
+        labels = [self.query_labels, *(part.labels for part in self.keys)]
+        query = [] if self.momentum_query is None else [self.momentum_query]
+        return [*(part.online for part in self.keys), *momentum, *labels, *query]
 
     @property
     def inside(self) -> bool:
@@ -389,39 +395,117 @@ def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
     return (statistics.momentum_mean_logit - mean_logit) - (statistics.momentum_lse - statistics.lse)
 
 
-def _reduce_terms(
-    supervised: Tensor, distill: Tensor, positive_count: Tensor, present: Tensor, reduction: Reduction
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both terms, `(N,)` and 0 in rows left out, reduced; how many rows count, and how many of them have positives."""
-    row_count, positive_rows = present.sum(), ((positive_count > 0) & present).sum()
-    if reduction != "none":
+def _reduce_terms(rows: tuple[Tensor, Tensor, Tensor], problem: _Problem, alpha: float | Tensor) -> SupConTerms:
+    """Both terms and the number of positive keys, each `(N,)`, the terms 0 in rows left out: reduced, and weighted."""
+    supervised, distill, positive_count = rows
+    row_count, positive_rows = problem.present.sum(), ((positive_count > 0) & problem.present).sum()
+    if problem.reduction != "none":
         supervised, distill = supervised.sum(), distill.sum()
-    if reduction == "mean":
+    if problem.reduction == "mean":
         supervised, distill = supervised / positive_rows.clamp(min=1), distill / row_count.clamp(min=1)
-    return supervised, distill, row_count, positive_rows
+    # A copy: an autograd.Function must not return one tensor as two of its outputs.
+    total = supervised.clone() if problem.momentum_query is None else _blend(supervised, distill, alpha)
+    return SupConTerms(total, supervised, distill, row_count, positive_rows)
 
 
 class _Contrast(torch.autograd.Function):
-    r"""Both terms of the loss, reduced; the forward pass knows the gradients.
+    r"""The terms of the loss; the forward pass makes the gradient of the total as well, while all is at hand.
 
     $$\frac{\partial\mathcal S_i}{\partial s_{ij}} = V_{ij} - P_{ij}, \qquad
       \frac{\partial\,\mathrm{KL}_i}{\partial s_{ij}} = V_{ij} - U_{ij}$$
 
     with $P_{ij} = [c_j = c_i] / K_i$ or, inside the logarithm, the softmax over the positive keys. Few scores take
     the N×Q matrices $V$, $P$ and $U$; many take the keys tile by tile, which gives $\sum_j V_{ij} k_j$ and so on.
+
+    So nothing is kept but that gradient, and a queue may go on. Only who asks for that of one term alone, or for a
+    second derivative, has everything made once more, from inputs that must not have changed.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - torch's context object has no public type
         problem: _Problem,
+        alpha: float | Tensor,
         temperature: float | Tensor,
-        query: Tensor,
-        learned: Tensor | None,
-        *online: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # `learned` and `online` stand in `temperature` and `problem` too; they are here so that autograd sees them.
-        ctx.save_for_backward(query, learned, *(part if part.requires_grad else None for part in online))
+        needs_grad: bool,
+        *learned: Tensor | None,  # alpha and temperature if tensors, query, parts of the keys: for autograd to see
+    ) -> tuple[Tensor, ...]:
+        query = learned[2]
+        assert query is not None
+        solved = _Solved.of(problem, temperature, query)
+        rows = (solved.supervised, solved.distill, solved.way.positive_count)
+        terms = _reduce_terms(rows, problem, alpha)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(terms.rows, terms.rows_with_positive)
+        ctx.problem, ctx.alpha, ctx.temperature, ctx.counts = problem, alpha, temperature, terms[3:]
+        ctx.save_for_backward(*(tensor if tensor is not None and tensor.requires_grad else None for tensor in learned))
+        ctx.query = query.detach()
+        ctx.versions = [(tensor, _version(tensor)) for tensor in [query, *problem.tensors()]]
+        ctx.grads = None
+        wanted = ctx.needs_input_grad[4:]
+        # Row by row, gradients for the keys are not known before the backward pass.
+        if needs_grad and any(wanted) and not (problem.reduction == "none" and any(wanted[3:])):
+            ctx.grads = solved.gradients(problem, temperature, 1 - alpha, alpha, ctx.counts, wanted[3:])
+        ctx.difference = terms.distill - terms.supervised if wanted[0] else None
+        return tuple(terms)
+
+    @staticmethod
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        grad_total: Tensor | None,
+        grad_supervised: Tensor | None,
+        grad_distill: Tensor | None,
+        *_: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        upstream = (grad_total, grad_supervised, grad_distill)
+        if all(grad is None for grad in upstream):
+            return (None,) * len(ctx.needs_input_grad)
+        with full_precision(ctx.problem.query_labels):  # backward() may be called under autocast
+            if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
+                return _dense_backward(ctx, upstream)
+            wanted = ctx.needs_input_grad[4:]
+            if ctx.grads is not None and grad_supervised is None and grad_distill is None:
+                assert grad_total is not None
+                grads, scale = ctx.grads, grad_total
+            else:
+                _check_versions(ctx.versions)
+                alpha = ctx.alpha
+                nothing = torch.zeros((), dtype=ctx.problem.prepare.dtype, device=ctx.query.device)
+                total, supervised, distill = (nothing if grad is None else grad for grad in upstream)
+                solved = _Solved.of(ctx.problem, ctx.temperature, ctx.query)
+                weights = (supervised + (1 - alpha) * total, distill + alpha * total)
+                grads = solved.gradients(ctx.problem, ctx.temperature, *weights, ctx.counts, wanted[3:])
+                scale = torch.ones_like(nothing)
+            grad_queries, grad_temperatures, grad_keys = grads
+            grad_alpha = grad_temperature = grad_query = None
+            if wanted[0] and grad_total is not None:
+                grad_alpha = (grad_total * ctx.difference).sum().to(ctx.alpha.dtype)
+            if wanted[1]:
+                grad_temperature = (scale * grad_temperatures).sum().to(ctx.temperature.dtype)
+            if wanted[2]:
+                grad_query = (scale[:, None] if scale.ndim else scale) * grad_queries
+                grad_query = grad_query.to(ctx.query.dtype)
+            parts = [
+                None if grad is None else (scale * grad).to(part.online.dtype)
+                for grad, part in zip(grad_keys, ctx.problem.keys, strict=True)
+            ]
+        return None, None, None, None, grad_alpha, grad_temperature, grad_query, *parts
+
+
+class _Solved(NamedTuple):
+    """The rows of the loss, and what their gradient is made from."""
+
+    supervised: Tensor  # (N,), 0 in rows left out
+    distill: Tensor  # (N,), the same
+    way: "_Tiles | _Matrices"
+    queries: Tensor  # (N, d), divided by the temperature
+    unit: Tensor  # (N, d), before
+    lengths: Tensor | None  # (N, 1) that the raw queries were divided by
+    absent: Tensor | None  # (N,) bool: rows left out, if there are any
+
+    @classmethod
+    def of(cls, problem: _Problem, temperature: float | Tensor, query: Tensor) -> Self:
+        """Take the way that is best for the number of scores."""
         everyone = _streaming.may_ask(query) and bool(problem.present.all())
         absent = None if everyone else ~problem.present
 
@@ -434,47 +518,58 @@ class _Contrast(torch.autograd.Function):
         momentum = None
         if problem.momentum_query is not None:
             momentum = ready(problem.momentum_query, problem.momentum_temperature)[0]
-        way = _Matrices if _streaming.is_small(query, problem.keys) else _Tiles
-        solved = way.solve(problem, queries, momentum)
-        supervised, distill = solved.supervised, solved.distill
+        solve = _Matrices.solve if _streaming.is_small(query, problem.keys) else _Tiles.solve
+        way = solve(problem, queries, momentum)
+        supervised, distill = way.supervised, way.distill
         if absent is not None:
             supervised, distill = supervised.masked_fill(absent, 0.0), distill.masked_fill(absent, 0.0)
-        reduced = _reduce_terms(supervised, distill, solved.positive_count, problem.present, problem.reduction)
+        return cls(supervised, distill, way, queries, unit, lengths, absent)
 
-        ctx.problem, ctx.temperature, ctx.absent, ctx.solved = problem, temperature, absent, solved
-        ctx.queries, ctx.unit, ctx.lengths, ctx.counts = queries, unit, lengths, reduced[2:]
-        ctx.dtypes = [query.dtype, *(part.online.dtype for part in problem.keys)]
-        ctx.mark_non_differentiable(*reduced[2:])
-        return reduced
+    def gradients(
+        self,
+        problem: _Problem,
+        temperature: float | Tensor,
+        grad_supervised: float | Tensor,
+        grad_distill: float | Tensor,
+        counts: tuple[Tensor, Tensor],
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Gradients for the raw queries (N, d), the temperature by row (N,), and the parts of the keys `wanted`.
 
-    @staticmethod
-    def backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor, *_: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
-        with full_precision(grad_supervised):  # backward() may be called under autocast
-            if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
-                return _dense_backward(ctx, grad_supervised, grad_distill)
-            problem, solved, absent = ctx.problem, ctx.solved, ctx.absent
-            # Of each row: the reduction taken back, nothing where it did not count.
-            if problem.reduction == "mean":
-                rows, positive_rows = ctx.counts
-                grad_supervised = grad_supervised / positive_rows.clamp(min=1)
-                grad_distill = grad_distill / rows.clamp(min=1)
-            grad_supervised = torch.where(solved.positive_count > 0, grad_supervised, 0.0)
-            grad_distill = grad_distill.expand_as(grad_supervised)
-            if absent is not None:
-                grad_supervised, grad_distill = (g.masked_fill(absent, 0.0) for g in (grad_supervised, grad_distill))
-            grad_queries, grad_keys = solved.backward(problem, grad_supervised, grad_distill, ctx.needs_input_grad[4:])
-            grad_temperature = grad_query = None
-            if ctx.needs_input_grad[3]:
-                grad_temperature = -((ctx.queries * grad_queries).sum() / ctx.temperature).to(ctx.temperature.dtype)
-            if ctx.needs_input_grad[2]:
-                grad_query = problem.prepare.backward(ctx.unit, ctx.lengths, grad_queries / ctx.temperature)
-                if absent is not None:
-                    grad_query = grad_query.masked_fill(absent[:, None], 0.0)
-                grad_query = grad_query.to(ctx.dtypes[0])
-            grads = [
-                None if grad is None else grad.to(dtype) for grad, dtype in zip(grad_keys, ctx.dtypes[1:], strict=True)
-            ]
-        return None, None, grad_query, grad_temperature, *grads
+        `grad_supervised` and `grad_distill` are of the reduced terms, `counts` the rows that both were divided by.
+        """
+        zero = torch.zeros_like(self.supervised)
+        grad_supervised, grad_distill = zero + grad_supervised, zero + grad_distill
+        if problem.reduction == "mean":
+            rows, positive_rows = counts
+            grad_supervised = grad_supervised / positive_rows.clamp(min=1)
+            grad_distill = grad_distill / rows.clamp(min=1)
+        # A row without positive key has no part in the supervised term, one that is left out in none.
+        grad_supervised = torch.where(self.way.positive_count > 0, grad_supervised, 0.0)
+        if self.absent is not None:
+            grad_supervised = grad_supervised.masked_fill(self.absent, 0.0)
+            grad_distill = grad_distill.masked_fill(self.absent, 0.0)
+        grad, grad_keys = self.way.backward(problem, grad_supervised, grad_distill, wanted)
+        grad_temperatures = -(self.queries * grad).sum(dim=1) / temperature
+        grad = problem.prepare.backward(self.unit, self.lengths, grad / temperature)
+        if self.absent is not None:
+            grad = grad.masked_fill(self.absent[:, None], 0.0)
+        return grad, grad_temperatures, grad_keys
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; an inference tensor does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _check_versions(versions: list[tuple[Tensor, int]]) -> None:
+    """Refuse what autograd would refuse, had it kept these inputs itself."""
+    if any(_version(tensor) != version for tensor, version in versions):
+        raise RuntimeError(
+            "supcon_distill: keys, momentum inputs or labels were changed in place (by ClassQueue.enqueue?) before the "
+            "gradient of a single term, or a second derivative, was taken; that needs them. Call backward() first, "
+            "differentiate `total`, or read the queue without padded=True"
+        )
 
 
 class _Tiles(NamedTuple):
@@ -578,9 +673,7 @@ class _Matrices(NamedTuple):
             log_share = solved.v - solved.positive_log[:, None]
             positive = torch.where(positive > 0, log_share, -torch.inf).exp_()
         solved.v.exp_()
-        if any(keys is part.online for part in problem.keys):
-            keys = keys.clone()  # a live view of a queue may hold other keys by the time of the backward pass
-        return solved._replace(keys=keys, positive=positive, lengths=[lengths for _, lengths in online])
+        return solved._replace(positive=positive, lengths=[lengths for _, lengths in online])
 
     @classmethod
     def define(
@@ -675,25 +768,34 @@ def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -
     return kept[0], kept[1], solved.positive_count
 
 
-def _dense_backward(ctx: Any, grad_supervised: Tensor, grad_distill: Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+def _dense_backward(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """The gradients of :class:`_Contrast` with a graph of their own."""
-    problem, inputs = ctx.problem, ctx.saved_tensors
-    wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[2 + index]]
+    _check_versions(ctx.versions)
+    problem, inputs, wanted = ctx.problem, ctx.saved_tensors, ctx.needs_input_grad[4:]
+    alpha, temperature = (
+        old if new is None else new for old, new in zip((ctx.alpha, ctx.temperature), inputs[:2], strict=True)
+    )
+    query = ctx.query if inputs[2] is None else inputs[2]
     keys = [
         part if saved is None else part._replace(online=saved)
-        for part, saved in zip(problem.keys, inputs[2:], strict=True)
+        for part, saved in zip(problem.keys, inputs[3:], strict=True)
     ]
-    temperature = ctx.temperature if inputs[1] is None else inputs[1]
-    rows = _dense_rows(problem._replace(keys=keys), inputs[0], temperature)
-    supervised, distill, _, _ = _reduce_terms(*rows, problem.present, problem.reduction)
-    outputs, upstream = [supervised], [grad_supervised]
-    if distill.requires_grad:  # not without momentum inputs
-        outputs, upstream = [supervised, distill], [grad_supervised, grad_distill]
+    problem = problem._replace(keys=keys)
+    terms = _reduce_terms(_dense_rows(problem, query, temperature), problem, alpha)
+    pairs = [
+        (term, grad)
+        for term, grad in zip(terms[:3], upstream, strict=True)
+        if grad is not None and term.requires_grad  # the KL term does not without momentum inputs
+    ]
     grads = torch.autograd.grad(
-        outputs, [inputs[index] for index in wanted], upstream, create_graph=True, allow_unused=True
+        [term for term, _ in pairs],
+        [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
     )
-    found = dict(zip(wanted, grads, strict=True))
-    return None, None, *(found.get(index) for index in range(len(inputs)))
+    found = iter(grads)
+    return None, None, None, None, *(next(found) if want else None for want in wanted)
 
 
 def _logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
