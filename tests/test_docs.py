@@ -1,6 +1,7 @@
 """README and docs: their Python blocks run, their links lead somewhere, their names and options exist."""
 
-import dataclasses
+import argparse
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import momentum_distill as md
+from mtmd.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -137,9 +139,11 @@ def test_places_that_paper_map_names_exist(paper_map):
 
 @every_page
 def test_options_of_the_example_that_the_pages_name_exist(page):
-    from mtmd.config import Config
-
-    options = {"--" + entry.name.replace("_", "-") for entry in dataclasses.fields(Config)} | {"--help"}
+    options = set()
+    for command in COMMANDS.values():
+        parser = argparse.ArgumentParser()
+        getattr(importlib.import_module(command.module), command.add_arguments)(parser)
+        options |= set(re.findall(r"(?<!\S)\[?(--[a-z][a-z0-9-]*)", parser.format_help()))
     text = page.read_text(encoding="utf-8")
     # in prose, all options are the example's; in shell blocks, those on its command line
     named = re.findall(r"`(--[a-z][a-z0-9-]*)", without_code(text))

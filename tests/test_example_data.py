@@ -17,8 +17,10 @@ from mtmd.data import (
     Standardizer,
     batches,
     class_labels,
+    drop_modalities,
     from_mmsa,
     load_mmsa,
+    presence,
     tokenize,
 )
 from mtmd.safe_pickle import UnsafePickleError
@@ -487,6 +489,20 @@ def test_batch_of_missing_samples_has_one_step_of_zeros(content):
     assert batch.tokens.shape == (4, 3, 1)
     assert not batch.present["vision"].any()
     assert not batch.present["text"].any()
+
+
+def test_what_a_missing_sample_holds_reaches_no_batch(content):
+    fold = drop_modalities(read(content).folds["train"], {"audio": 0.5, "text": 0.5}, 0)
+    gone = fold.lengths["audio"] == 0
+    assert fold.features["audio"][gone].any()
+    batch = next(batches(fold, 7))
+    assert not batch.features["audio"][torch.from_numpy(gone)].any()
+    assert batch.present["text"].tolist() == (fold.lengths["text"] > 0).tolist() == presence(fold)["text"].tolist()
+
+
+def test_texts_without_a_token_are_told(content):
+    content["test"]["text_bert"][1] = 0
+    assert "test/text_bert: missing (no token) in 1 of 4 samples" in read(content).notes
 
 
 def test_text_is_present_with_tokens_or_with_features(content):

@@ -207,8 +207,8 @@ def test_teachers_get_no_gradient_from_response_and_fusion_terms(parts):
     _, model, objective = build()
     outputs = model(batch)
     momentum = {name: objective.momentum[name](*model.inputs(batch, name)) for name in STUDENTS}
-    reg, cls = objective.response_terms(outputs, momentum, batch)
-    (reg + cls + objective.fusion_term(outputs, batch)).backward()
+    terms = objective.response_terms(outputs, momentum, batch)
+    (terms["reg"] + terms["cls"] + objective.fusion_term(outputs, batch)).backward()
     assert all(p.grad is None for p in model.branches["text"].parameters())
     assert all(p.grad is None for p in model.fusion.parameters())
     assert all(p.grad is not None for p in model.branches["audio"].parameters())

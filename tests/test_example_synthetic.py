@@ -174,3 +174,15 @@ def test_pickled_it_is_an_mmsa_file(tmp_path):
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_synthetic(**options)
+
+
+def test_a_share_of_wrong_texts_reads_nothing_and_leaves_the_rest_as_it_is():
+    plain = make_synthetic(seed=4, sizes=(400, 20, 20))
+    wrong = make_synthetic(seed=4, sizes=(400, 20, 20), wrong={"text": 0.5})
+    assert make_synthetic(seed=4, sizes=(400, 20, 20), wrong={"text": 0.0}).keys() == plain.keys()
+    for key in ("regression_labels", "audio", "vision", "text_lengths"):
+        assert np.array_equal(plain["train"][key], wrong["train"][key])
+    same = (plain["train"]["text"] == wrong["train"]["text"]).all(axis=(1, 2))
+    assert 0.4 < same.mean() < 0.6
+    with pytest.raises(ValueError, match="wrong: expected a number in"):
+        make_synthetic(wrong={"text": 1.5})

@@ -1,10 +1,13 @@
 """The example as its users run it: command line, files, figures, checkpoint, real data."""
 
+import argparse
 import csv
 import dataclasses
 import importlib.util
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,14 @@ import pytest
 import torch
 
 import mtmd_mosi
-from mtmd.config import Config, parse_config
-from mtmd.data import Standardizer, batches
+from mtmd import cli, experiment, training
+from mtmd.checkpoint import load_checkpoint
+from mtmd.config import PARTS, Config, add_config_arguments, config_from
+from mtmd.data import Standardizer, batches, presence
+from mtmd.experiment import load_experiment, load_predictions
 from mtmd.metrics import msa_metrics
 from mtmd.synthetic import make_synthetic, synthetic_dataset
-from mtmd.training import load_checkpoint, predict, prepare, train
+from mtmd.training import predict, prepare, score_fold, train
 
 TINY = [
     "--epochs=2",
@@ -55,7 +61,7 @@ def test_predictions_csv_gives_the_reported_metrics_again(finished):
     results = json.loads((finished / "results.json").read_text())
     with (finished / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["seed", "split", "id", "target", "score"]
+    assert list(rows[0]) == ["seed", "split", "id", "target", "score", "text", "audio", "vision"]
     assert {row["split"] for row in rows} == {"valid", "test"}
     for run in results["runs"]:
         for split in ("valid", "test"):
@@ -63,6 +69,29 @@ def test_predictions_csv_gives_the_reported_metrics_again(finished):
             scores = np.array([float(row["score"]) for row in chosen])
             targets = np.array([float(row["target"]) for row in chosen])
             assert msa_metrics(scores, targets) == run[split]
+            for name in ("text", "audio", "vision"):  # a sample that misses the modality has no score of its branch
+                there = np.array([row[name] != "" for row in chosen])
+                assert there.all() == (name == "text")
+                scores = np.array([float(row[name]) for row in chosen if row[name]])
+                assert msa_metrics(scores, targets[there]) == run[f"{split}_unimodal"][name]
+
+
+def test_readers_find_everything_in_the_folder(finished):
+    results, predictions = load_experiment(finished), load_predictions(finished)
+    assert list(predictions) == [1, 2]
+    test = predictions[2]["test"]
+    assert np.abs(test["score"] - test["target"]).mean() == pytest.approx(results["runs"][1]["test"]["mae"], rel=1e-6)
+    assert test["id"] == synthetic_dataset().folds["test"].ids
+    assert np.isnan(test["vision"]).sum() == 47
+    with np.load(finished / "representations_seed1.npz", allow_pickle=False) as arrays:
+        assert arrays["features"].shape == arrays["initial"].shape == (300, 16)
+        assert not np.array_equal(arrays["features"], arrays["initial"])
+        assert arrays["ids"].tolist() == test["id"]
+        assert arrays["scores"].tolist() == test["target"].tolist()
+    with (finished / "steps_seed1.csv").open(newline="") as file:
+        steps = list(csv.DictReader(file))
+    assert [row["step"] for row in steps] == [str(number) for number in range(1, 21)]
+    assert set(TERMS) | {"temperature", "factor_text", "factor_audio", "factor_vision"} <= set(steps[0])
 
 
 def test_metrics_jsonl_logs_every_term_of_equation_18_each_epoch(finished):
@@ -77,6 +106,7 @@ def test_metrics_jsonl_logs_every_term_of_equation_18_each_epoch(finished):
         assert line["total"] == pytest.approx(total, rel=1e-5)
         assert line["feat"] == pytest.approx(0.6 * line["feat_shared"] + 0.4 * line["feat_specific"], rel=1e-5)
         assert math.isfinite(line["valid"]["mae"])
+        assert set(line["valid_unimodal"]) == {"text", "audio", "vision"}
 
 
 def test_figures_are_pictures_of_a_readable_size(finished):
@@ -97,6 +127,8 @@ def test_a_checkpoint_predicts_what_was_reported(finished):
     with (finished / "predictions.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["seed"] == "1" and row["split"] == "test"]
     assert [float(row["score"]) for row in rows] == scores.tolist()
+    branches = score_fold(model, fold, 64, torch.device("cpu")).unimodal
+    assert [float(row["audio"] or "nan") for row in rows] == pytest.approx(branches["audio"].tolist(), nan_ok=True)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
@@ -141,9 +173,12 @@ def test_training_learns_from_the_synthetic_set(tmp_path):
     assert results["mean"]["corr"] > 0.6
 
 
+# Command line
+
+
 def test_help_explains_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_config(["--help"], mtmd_mosi.__doc__)
+        mtmd_mosi.main(["train", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for entry in dataclasses.fields(Config):
@@ -151,18 +186,35 @@ def test_help_explains_every_setting_with_its_default(capsys):
         assert len(entry.metadata["help"]) > 15
 
 
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        mtmd_mosi.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in text
+        assert command.summary in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mtmd_mosi.main([name, "--help"])
+    assert stop.value.code == 0
+    assert cli.COMMANDS[name].summary in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mosi"], "data: expected a file"),
-        (["--epochs", "0"], "epochs: expected at least 1"),
         (["--epochs", "two"], "--epochs"),
         (["--schedule", "step"], "--schedule"),
         (["--gamma", "1"], "--gamma"),
+        (["train", "--without", "nothing"], "--without"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_command_line_ends_in_one_message(arguments, message, capsys):
+def test_a_wrong_option_ends_in_one_message(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         mtmd_mosi.main(arguments)
     assert stop.value.code == 2
@@ -172,17 +224,254 @@ def test_a_wrong_command_line_ends_in_one_message(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["tain"], "command: expected one of train, evaluate, predict"),
+        (["--dataset", "mosi"], "data: expected a file"),
+        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--drop-audio", "1.5"], "drop_audio: expected a share in [0, 1], got 1.5"),
+        (["--seeds", "1", "1"], "seeds: expected each once, got 1 1"),
+        (["--seeds"], "seeds: expected at least one"),
+        (["--modalities"], "modalities: expected at least one"),
+        (["--config", "no_such_file.toml"], "no_such_file.toml"),
         (["--data", "no_such_file.pkl"], "no_such_file.pkl"),
         (["--alpha", "1.5"], "alpha: expected a finite number in [0, 1], got 1.5"),
         (["--temperature", "0"], "temperature: expected"),
+        (["--other-lr", "1e30", "--clip", "0"], "seed 1111, epoch 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_data_or_settings_end_in_one_line(arguments, message, tmp_path, capsys):
-    assert mtmd_mosi.main([*TINY, "--out", str(tmp_path), *arguments]) == 2
-    output = " ".join(capsys.readouterr().out.split())
-    assert message in output
-    assert "Traceback" not in output
+    options = arguments if arguments[0] == "tain" else [*TINY, "--out", str(tmp_path), *arguments]
+    assert mtmd_mosi.main(options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_command_is_imported_when_it_is_chosen(monkeypatch):
+    absent = cli.Command("mtmd.no_such_module", "add_arguments", "run", "nothing")
+    monkeypatch.setitem(cli.COMMANDS, "absent", absent)
+    parsed, run = cli.parse(["--epochs", "3"], "")
+    assert (parsed.epochs, run) == (3, experiment.run)
+    with pytest.raises(ModuleNotFoundError):
+        cli.parse(["absent"], "")
+
+
+# Settings files
+
+
+def settings(*arguments):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    return config_from(parser.parse_args(arguments))
+
+
+def test_options_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text('alpha = 1\nepochs = 7\nseeds = [3, 4]\nwithout = ["cls", "reg"]\nout = "somewhere"\namp = true\n')
+    config = settings("--config", str(path), "--epochs", "5", "--no-amp")
+    assert (config.epochs, config.alpha, config.seeds, config.amp) == (5, 1.0, [3, 4], False)
+    assert isinstance(config.alpha, float)
+    assert config.out == Path("somewhere")
+    assert config.without == ["reg", "cls"]
+    assert config.batch_size == Config().batch_size
+    assert settings("--config", str(path), "--without").without == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "own.toml: unknown setting 'epoch'; near it: epochs"),
+        ("[model]\nwidth = 3", "own.toml: unknown setting 'model'"),
+        ("epochs = 2.5", "own.toml: epochs: expected a whole number, got 2.5"),
+        ("epochs = true", "own.toml: epochs: expected a whole number, got True"),
+        ("amp = 1", "own.toml: amp: expected true or false, got 1"),
+        ("alpha = 'high'", "own.toml: alpha: expected a number, got 'high'"),
+        ("seeds = 3", "own.toml: seeds: expected a list, got 3"),
+        ("schedule = 'step'", "schedule: expected one of cosine, constant, got 'step'"),
+        ("without = ['all']", "without: expected one of reg, cls"),
+        ("epochs = ", "own.toml: expected a TOML file"),
+    ],
+    ids=lambda value: value if "=" in value else "",
+)
+def test_a_wrong_settings_file_is_told_from_a_right_one(text, message, tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings("--config", str(path))
+
+
+def test_every_setting_goes_through_a_file_unchanged(tmp_path):
+    config = Config(seeds=[5, 6], without=["queue"], modalities=["audio", "text"], amp=True, epochs=4, alpha=0.3)
+    assert Config.from_json(json.loads(json.dumps(config.as_json()))) == config
+    lines = [f"{name} = {json.dumps(value)}" for name, value in config.as_json().items() if value is not None]
+    path = tmp_path / "all.toml"
+    path.write_text("\n".join(lines))
+    assert settings("--config", str(path)) == config
+
+
+@pytest.mark.parametrize(("name", "batch_size", "queue_size"), [("mosi", 64, 1024), ("mosei", 128, 8192)])
+def test_the_files_with_the_papers_settings_say_what_the_paper_says(name, batch_size, queue_size):
+    path = Path(mtmd_mosi.__file__).parent / "configs" / f"{name}.toml"
+    config = settings("--config", str(path), "--data", "file.pkl")
+    assert (config.dataset, config.batch_size, config.queue_size) == (name, batch_size, queue_size)
+    assert (config.bert_lr, config.unimodal_lr, config.other_lr) == (5e-5, 5e-3, 1e-3)
+    assert (config.schedule, config.dropout, config.layers, config.heads) == ("constant", 0.1, 3, 4)
+    assert (config.audio_hidden, config.vision_hidden, config.decay) == (32, 64, 0.995)
+    assert config.without == []
+    assert len(config.seeds) == 5
+
+
+def test_what_a_run_is_does_not_depend_on_where_and_how_far():
+    config = Config()
+    others = {"out": Path("x"), "seeds": [3], "resume": True, "device": "cpu", "save_every": 4}
+    assert dataclasses.replace(config, **others).identity() == config.identity()
+    assert dataclasses.replace(config, alpha=0.3).identity() != config.identity()
+
+
+# The loop
+
+
+SMALL = {
+    "epochs": 1,
+    "width": 8,
+    "fused_width": 8,
+    "audio_hidden": 4,
+    "vision_hidden": 4,
+    "text_hidden": 4,
+    "layers": 1,
+}
+
+
+def small_run(dataset=None, **settings):
+    dataset = dataset or synthetic_dataset(seed=5, sizes=(64, 20, 20))
+    config = Config(**{**SMALL, **settings})
+    folds, _ = prepare(dataset, config)
+    return train(config, folds, dataset.widths, 1, torch.device("cpu"))
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Without dropout, distillation and missing modalities, whose means are not those of the samples."""
+    dataset = synthetic_dataset(seed=5, sizes=(40, 20, 20), missing={"audio": 0, "vision": 0})
+    plain = {"without": ["distillation"], "dropout": 0.0, "other_lr": 1e-2}
+    large = small_run(dataset, batch_size=32, **plain)
+    # the last group holds 8 samples, in one batch
+    small = small_run(dataset, batch_size=8, accumulate=4, **plain)
+    assert len(large.steps) == len(small.steps) == 2
+    for one, other in zip(large.steps, small.steps, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    np.testing.assert_allclose(large.predictions["test"], small.predictions["test"], rtol=1e-3, atol=1e-4)
+
+
+def test_averages_and_queue_move_once_for_each_optimiser_step(monkeypatch):
+    objectives = []
+
+    class Kept(training.Objective):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            objectives.append(self)
+
+    monkeypatch.setattr(training, "Objective", Kept)
+    run = small_run(batch_size=8, accumulate=3)
+    assert len(run.steps) == 3  # of 8 batches
+    assert {ema.step for ema in objectives[0].momentum.values()} == {3}
+    assert int(objectives[0].queue.count.sum()) == 64
+
+
+def test_dropped_modalities_are_drawn_anew_each_epoch_and_again_with_the_same_seed(monkeypatch):
+    missing = []
+
+    def spying(fold, batch_size, *, generator=None, device="cpu"):
+        if generator is not None:
+            missing.append(presence(fold))
+        return batches(fold, batch_size, generator=generator, device=device)
+
+    monkeypatch.setattr(training, "batches", spying)
+    dataset = synthetic_dataset(seed=5, sizes=(400, 8, 8), missing={"audio": 0, "vision": 0})
+    for _ in range(2):
+        small_run(dataset, epochs=2, batch_size=200, drop_audio=0.3, drop_text=0.1, without=["distillation"])
+    assert [present["audio"].mean() for present in missing] == pytest.approx([0.7] * 4, abs=0.08)
+    assert [present["text"].mean() for present in missing] == pytest.approx([0.9] * 4, abs=0.05)
+    assert all(present["vision"].all() for present in missing)
+    assert not np.array_equal(missing[0]["audio"], missing[1]["audio"])
+    assert np.array_equal(missing[0]["audio"], missing[2]["audio"])
+    assert np.array_equal(missing[1]["audio"], missing[3]["audio"])
+
+
+def test_bfloat16_is_for_training_alone():
+    run, plain = small_run(amp=True), small_run()
+    assert run.steps[0]["total"] == pytest.approx(plain.steps[0]["total"], rel=0.05)
+    assert run.steps[0]["total"] != plain.steps[0]["total"]
+    assert {value.dtype for value in run.model.parameters()} == {torch.float32}
+    assert run.predictions["test"].dtype == np.float32
+
+
+def test_deterministic_mode_is_left_as_it_was_found():
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+
+    def fail_inside():
+        with training.deterministic_mode(True):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.backends.cudnn.deterministic
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic) == before
+    assert small_run(deterministic=True).steps == small_run().steps
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_model_trains_alike():
+    plain, compiled = small_run(dropout=0.0), small_run(dropout=0.0, compile=True)
+    for one, other in zip(plain.steps, compiled.steps, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_without_a_compiler_compile_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ValueError, match=r"--compile: expected a C\+\+ compiler"):
+        small_run(compile=True)
+
+
+@pytest.mark.parametrize("without", PARTS)
+def test_a_run_without_each_part_goes_through(without):
+    run = small_run(without=[without])
+    assert math.isfinite(run.metrics["test"]["mae"])
+    assert set(run.unimodal_metrics["test"]) == {"text", "audio", "vision"} - {without.removesuffix("_task")}
+
+
+def test_a_model_of_text_alone_has_one_branch():
+    run = small_run(modalities=["text"])
+    assert list(run.unimodal_predictions["test"]) == ["text"]
+    assert np.array_equal(run.unimodal_predictions["test"]["text"], run.predictions["test"])
+
+
+def test_modalities_that_the_data_has_not_are_named():
+    dataset = synthetic_dataset(sizes=(20, 10, 10))
+    folds = {
+        name: dataclasses.replace(fold, features={key: fold.features[key] for key in ("text", "audio")})
+        for name, fold in dataset.folds.items()
+    }
+    with pytest.raises(ValueError, match=r"--modalities: expected modalities of the data \(text, audio\), got vision"):
+        prepare(dataclasses.replace(dataset, folds=folds), Config())
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    for ending in ("safetensors", "json"):
+        shutil.copy(finished / f"checkpoint_seed1.{ending}", tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint_seed1.json")[2]["seed"] == 1
+    path = tmp_path / "checkpoint_seed1.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint_seed1\.safetensors: expected the file that was written"):
+        load_checkpoint(path)
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(ValueError, match=r"checkpoint_seed1\.json: expected the description of a checkpoint"):
+        load_checkpoint(path)
 
 
 def test_text_features_are_asked_for_where_the_file_has_none():

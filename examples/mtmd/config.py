@@ -1,10 +1,35 @@
-"""Every setting of a run, in one place: name, default, unit or reason. The command line is made from this."""
+"""Every setting of a run, in one place: name, default, unit or reason. Options and TOML files are made from this."""
 
 import argparse
 import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
+
+# What `without` can switch off: the rows of the paper's Table II, and all of them at once.
+PARTS = (
+    "reg",
+    "cls",
+    "feat",
+    "queue",
+    "momentum_dmd",
+    "fusion_factors",
+    "hard_attention",
+    "fusion",
+    "momentum_mfd",
+    "text_task",
+    "audio_task",
+    "vision_task",
+    "distillation",
+)
+MODALITIES = ("text", "audio", "vision")
+
+# Settings that say where and how far, not what: runs that differ in them alone are the same experiment.
+NOT_IDENTITY = ("out", "seeds", "resume", "device", "save_every")
 
 
 def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), many: bool = False) -> Any:
@@ -20,12 +45,19 @@ class Config:
     """Settings; "paper" marks those of Lin and Hu (2023), Section V-B."""
 
     # What to train on
-    data: Path | None = setting(None, "pickle in the layout of MMSA (aligned or unaligned); none: the synthetic set")
+    data: Path | None = setting(
+        None, "pickle in the layout of MMSA (aligned or unaligned) or folder in the own format; none: the synthetic set"
+    )
     dataset: str | None = setting(
         None,
         "sets the defaults of --epochs, --batch-size and --queue-size; default: mosi with --data, synthetic without",
-        choices=("mosi", "mosei", "synthetic"),
+        choices=("mosi", "mosei", "sims", "other", "synthetic"),
     )
+    synthetic_seed: int = setting(0, "seed of the synthetic set")
+    signal_text: float = setting(0.8, "synthetic set: share of the opinion's variance that text can explain")
+    signal_audio: float = setting(0.45, "synthetic set: share of the opinion's variance that audio can explain")
+    signal_vision: float = setting(0.35, "synthetic set: share of the opinion's variance that vision can explain")
+    wrong_text: float = setting(0.0, "synthetic set: share of samples whose text says nothing true (a wrong teacher)")
     text_encoder: str = setting(
         "features",
         "'features' (the file's 'text' array), or a BERT-type model of transformers, by name or local directory",
@@ -34,6 +66,10 @@ class Config:
     seeds: list[int] = setting([1111], "one run per seed; the paper reports the mean of five runs", many=True)
     device: str = setting("auto", "where to train; auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
     out: Path = setting(Path("runs/mtmd"), "folder for results, metrics, predictions, figures and checkpoints")
+    resume: bool = setting(
+        False, "go on with what --out holds: finished seeds are kept, an interrupted one goes on where it was saved"
+    )
+    save_every: int = setting(0, "optimiser steps between saves for --resume; 0: at the end of each epoch only")
 
     # Optimisation
     epochs: int | None = setting(
@@ -52,10 +88,27 @@ class Config:
         choices=("cosine", "constant"),
     )
     clip: float = setting(1.0, "largest gradient norm, 0 for no limit (paper: does not say)")
+    accumulate: int = setting(1, "batches whose gradients are averaged for one optimiser step")
+    amp: bool = setting(False, "train in bfloat16 where that is safe (autocast); evaluation stays in float32")
+    compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, or Triton on CUDA")
+    deterministic: bool = setting(False, "only operations that give the same bits each time; slower on CUDA")
+
+    # Missing modalities
+    drop_text: float = setting(0.0, "share of the training samples that lose their text, drawn anew each epoch")
+    drop_audio: float = setting(0.0, "share of the training samples that lose their audio, drawn anew each epoch")
+    drop_vision: float = setting(0.0, "share of the training samples that lose their vision, drawn anew each epoch")
 
     # Model (Section III)
+    modalities: list[str] = setting(
+        MODALITIES, "modalities of the model; 'text' alone is the text-only baseline", choices=MODALITIES, many=True
+    )
     width: int = setting(128, "common width d of the unimodal representations (paper: does not say)")
     fused_width: int = setting(128, "width d_f of the fused representation (paper: does not say)")
+    pooling: str = setting(
+        "cls",
+        "what represents a text of a BERT-type model: its first token (paper) or the mean of all",
+        choices=("cls", "mean"),
+    )
     audio_hidden: int = setting(32, "width of the audio LSTM and Transformer (paper)")
     vision_hidden: int = setting(64, "width of the vision LSTM and Transformer (paper)")
     text_hidden: int = setting(64, "width of the text LSTM and Transformer, for --text-encoder features")
@@ -81,6 +134,14 @@ class Config:
         "how Eq. 8 and 9 are read, see docs/paper_map.md",
         choices=("outside", "inside", "inside_per_positive"),
     )
+    sampling: str = setting(
+        "class",
+        "positives of the contrast: samples of the same class (paper), or the same sample alone (Table III)",
+        choices=("class", "instance"),
+    )
+    without: list[str] = setting(
+        (), "parts to switch off, the rows of Table II; distillation: all of it", choices=PARTS, many=True
+    )
 
     def __post_init__(self) -> None:
         """Fill in what depends on the dataset, and refuse what cannot be meant."""
@@ -93,11 +154,32 @@ class Config:
         self.epochs = (30 if small else 12) if self.epochs is None else self.epochs
         self.batch_size = (128 if large else 64) if self.batch_size is None else self.batch_size
         self.queue_size = (8192 if large else 1024) if self.queue_size is None else self.queue_size
-        for name in ("epochs", "patience", "batch_size", "queue_size", "width", "fused_width", "max_tokens"):
+        for name in (
+            *("epochs", "patience", "batch_size", "accumulate", "queue_size", "max_tokens"),
+            *("width", "fused_width", "audio_hidden", "vision_hidden", "text_hidden", "layers", "heads"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.seeds:
-            raise ValueError("seeds: expected at least one, got none")
+        for name in ("save_every", "clip", "synthetic_seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in [f"{kind}_{modality}" for kind in ("signal", "drop") for modality in MODALITIES]:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        for entry in dataclasses.fields(self):
+            value, allowed = getattr(self, entry.name), entry.metadata["choices"]
+            for one in value if entry.metadata["many"] else [value]:
+                if allowed and one not in allowed:
+                    raise ValueError(f"{entry.name}: expected one of {', '.join(allowed)}, got {one!r}")
+            if entry.metadata["many"] and len(set(value)) < len(value):
+                raise ValueError(f"{entry.name}: expected each once, got {' '.join(map(str, value))}")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"seeds: expected at least one, none below 0, got {self.seeds or 'none'}")
+        if not self.modalities:
+            raise ValueError("modalities: expected at least one, got none")
+        # One order, so that what means the same is the same: to a checkpoint, and to --resume.
+        self.modalities = [name for name in MODALITIES if name in self.modalities]
+        self.without = [name for name in PARTS if name in self.without]
 
     def as_json(self) -> dict[str, Any]:
         """All settings as JSON values, for results and checkpoints."""
@@ -107,40 +189,99 @@ class Config:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Config":
         """The inverse of :meth:`as_json`."""
-        paths = {name: Path(values[name]) for name in ("data", "out") if values[name] is not None}
-        return cls(**{**values, **paths})
+        return cls.from_values(values, source="configuration")
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree before results are reused or a run goes on: all but `NOT_IDENTITY`."""
+        return {name: value for name, value in self.as_json().items() if name not in NOT_IDENTITY}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], *, source: str) -> "Config":
+        """Settings by name, as TOML and JSON hold them; those that are not named keep their defaults.
+
+        Raises:
+            ValueError: If a name is unknown or a value of the wrong kind; the message begins with `source`.
+        """
+        hints = get_type_hints(cls)
+        for name in values:
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1)
+                raise ValueError(f"{source}: unknown setting {name!r}" + (f"; near it: {near[0]}" if near else ""))
+        return cls(**{name: _typed(value, hints[name], f"{source}: {name}") for name, value in values.items()})
 
 
-def parse_config(arguments: list[str] | None, description: str) -> Config:
-    """The configuration that a command line asks for; argparse ends the program on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """The value as the field's type, where nothing is lost by it."""
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return [_typed(one, get_args(hint)[0], where) for one in value]
+    if isinstance(hint, types.UnionType):  # T | None
+        if value is None:
+            return None
+        hint = get_args(hint)[0]
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
+        raise ValueError(f"{where}: expected {kind}, got {value!r}")
+    return value
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every setting as an option, and `--config` for a file of them. What is not given stays out of the namespace."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        default=argparse.SUPPRESS,
+        help="file of settings, named as here with '_' for '-'; options given beside it go before it",
     )
     hints = get_type_hints(Config)
     for entry in dataclasses.fields(Config):
         option = "--" + entry.name.replace("_", "-")
         text = entry.metadata["help"].replace("%", "%%")
         if hints[entry.name] is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=entry.default, help=text)
+            text += f" (default: {'on' if entry.default else 'off'})"
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         kinds = [kind for kind in (get_args(hints[entry.name]) or (hints[entry.name],)) if kind is not type(None)]
-        if entry.metadata["many"]:
-            default = entry.default_factory()
-            shown = " ".join(str(value) for value in default)
-        else:
-            default = shown = entry.default
-        if default is not None:
+        default = entry.default_factory() if entry.metadata["many"] else entry.default
+        if default not in (None, []):
+            shown = " ".join(str(value) for value in default) if entry.metadata["many"] else default
             text += f" (default: {shown})"
         parser.add_argument(
             option,
             type=kinds[0],
-            default=default,
+            default=argparse.SUPPRESS,
             help=text,
             choices=entry.metadata["choices"] or None,
-            nargs="+" if entry.metadata["many"] else None,
+            nargs="*" if entry.metadata["many"] else None,
             metavar=None if entry.metadata["choices"] else kinds[0].__name__.upper(),
         )
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The settings that `--config` and the options give; an option goes before the file.
+
+    Raises:
+        ValueError: If the file is not what it should be, or the settings cannot be meant.
+        OSError: If the file cannot be read.
+    """
+    given = vars(arguments)
+    path = given.get("config")
+    values = read_toml(path) if path is not None else {}
+    names = {entry.name for entry in dataclasses.fields(Config)}
+    options = {name: value for name, value in given.items() if name in names}
+    return Config.from_values({**values, **options}, source=str(path) if path is not None else "settings")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file."""
     try:
-        return Config(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        parser.error(str(error))
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: expected a TOML file, got one that cannot be read: {error}") from error

@@ -1,5 +1,7 @@
 """Multimodal sentiment data: MMSA's pickles as they are found, checked, standardised and batched.
 
+CMU-MOSI, CMU-MOSEI and CH-SIMS, aligned and unaligned. Data of another kind comes in by own_format.py.
+
     dataset = load_mmsa("mosi.pkl", name="mosi")
     standardizer = Standardizer.fit(dataset.folds["train"])
     train = standardizer.apply(dataset.folds["train"])
@@ -10,8 +12,10 @@ Nothing is repaired in silence: what is unusual about a file is counted and told
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,12 +33,21 @@ __all__ = [
     "Standardizer",
     "batches",
     "class_labels",
+    "drop_modalities",
+    "examine_mmsa",
     "from_mmsa",
     "load_mmsa",
+    "presence",
+    "read_fold",
     "tokenize",
 ]
 
 FOLDS = ("train", "valid", "test")
+MODALITIES = ("text", "audio", "vision")
+CLASSES = ("negative", "neutral", "positive")
+MOSI_RANGE = (-3.0, 3.0)  # of the scores of CMU-MOSI and CMU-MOSEI
+SIMS_RANGE = (-1.0, 1.0)  # of the scores of CH-SIMS
+UNIMODAL_LABELS = {"text": "regression_labels_T", "audio": "regression_labels_A", "vision": "regression_labels_V"}
 CHUNK = 256  # samples that are held in float64 at a time
 
 
@@ -52,6 +65,7 @@ class Fold:
     text_bert: np.ndarray | None  # (n, 3, L) int64: token ids, attention mask, segment ids
     features: dict[str, np.ndarray]  # "audio", "vision", maybe "text": (n, T, d) float32
     lengths: dict[str, np.ndarray]  # the same keys: (n,) int64, 0 = missing
+    unimodal_scores: dict[str, np.ndarray] = field(default_factory=dict)  # CH-SIMS: (n,) float32 by modality
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,6 +80,8 @@ class Dataset:
     folds: dict[str, Fold]  # "train", "valid", "test"
     notes: list[str]  # what a reader of results should know: one line each
     fingerprint: str  # SHA-256 of the file, or of the arrays where there was no file
+    score_range: tuple[float, float] = MOSI_RANGE  # between which scores lie; 0 is neutral
+    classes: tuple[str, ...] = CLASSES  # what to call scores below, at and above 0
 
     @property
     def widths(self) -> dict[str, int]:
@@ -76,8 +92,13 @@ class Dataset:
 # Reading
 
 
-def load_mmsa(path: str | os.PathLike[str], *, name: str) -> Dataset:
+def load_mmsa(path: str | os.PathLike[str], *, name: str, score_range: tuple[float, float] | None = None) -> Dataset:
     """Read a pickle in MMSA's layout, aligned or unaligned, without running anything in it.
+
+    Args:
+        path: The pickle.
+        name: What to call the dataset, say "mosi".
+        score_range: See `from_mmsa`.
 
     Raises:
         DataError: If the layout is not MMSA's. See `from_mmsa`.
@@ -85,13 +106,10 @@ def load_mmsa(path: str | os.PathLike[str], *, name: str) -> Dataset:
         OSError: If the file cannot be read.
     """
     content = safe_pickle.load(path)
-    if not isinstance(content, Mapping):
-        raise DataError(
-            f"{os.fspath(path)}: expected a dictionary of the folds {', '.join(FOLDS)}, got {type(content).__name__}"
-        )
     with open(path, "rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-    return from_mmsa(content, name=name, source=os.fspath(path), fingerprint=fingerprint)
+    source = os.fspath(path)
+    return from_mmsa(content, name=name, source=source, fingerprint=fingerprint, score_range=score_range)
 
 
 def from_mmsa(
@@ -101,6 +119,9 @@ def from_mmsa(
     source: str,
     synthetic: bool = False,
     fingerprint: str | None = None,
+    score_range: tuple[float, float] | None = None,
+    classes: tuple[str, ...] = CLASSES,
+    modalities: Sequence[str] = ("audio", "vision"),
 ) -> Dataset:
     """Check and take over content in MMSA's layout: `{"train" | "valid" | "test": {key: array}}`.
 
@@ -108,6 +129,7 @@ def from_mmsa(
     |-----------------------------------|----------------------------------------------------|
     | `id`                              | n strings                                          |
     | `regression_labels`               | (n,) or (n, 1) finite numbers                      |
+    | `regression_labels_{T,A,V}`       | (n,) or (n, 1) numbers; CH-SIMS alone has them     |
     | `audio`, `vision`                 | (n, T, d) numbers, padded with zeros at the end    |
     | `text_bert`, `text`, `raw_text`   | (n, 3, L), (n, L, d), n strings: at least one      |
     | `{audio,vision,text}_lengths`     | n integers from 0 (missing) to T; may be left out  |
@@ -123,71 +145,183 @@ def from_mmsa(
         source: Where it comes from, for error messages.
         synthetic: Whether it is made up.
         fingerprint: Identifies the data; computed from the arrays if not given.
+        score_range: Between which the scores lie. None: [-1, 1] for CH-SIMS, which is known by "sims" in
+            its name or by its labels for each modality, and [-3, 3] for anything else.
+        classes: What to call scores below, at and above 0.
+        modalities: Which of audio and vision there must be.
 
     Raises:
         DataError: At the first thing that is missing or of a wrong shape or kind.
     """
-    absent = [fold for fold in FOLDS if not isinstance(content.get(fold), Mapping)]
-    if absent:
-        raise DataError(
-            f"{source}: expected the folds {', '.join(FOLDS)}, each a dictionary; "
-            f"{absent[0]!r} is missing or something else, there is: {_names(content)}"
-        )
+    folds, notes, score_range = _read(content, None, name, source, score_range, modalities)
+    fingerprint = _fingerprint(folds) if fingerprint is None else fingerprint
+    return Dataset(name, synthetic, folds, notes, fingerprint, score_range, classes)
+
+
+def examine_mmsa(
+    content: Mapping[str, Any],
+    *,
+    source: str,
+    name: str = "",
+    score_range: tuple[float, float] | None = None,
+    modalities: Sequence[str] = ("audio", "vision"),
+) -> tuple[dict[str, Fold], list[str], list[str]]:
+    """Look at all of it where `from_mmsa` stops at the first error.
+
+    Returns:
+        The folds that could be read, the errors, and the notes that `Dataset.notes` would hold.
+    """
+    errors: list[str] = []
+    folds, notes, _ = _read(content, errors, name, source, score_range, modalities)
+    return folds, errors, notes
+
+
+def read_fold(content: Mapping[str, Any], *, source: str, modalities: Sequence[str] = ()) -> Fold:
+    """Check and take over a single fold, with the keys that `from_mmsa` describes.
+
+    Raises:
+        DataError: At the first thing that is missing or of a wrong shape or kind.
+    """
+    fold = _read_fold(content, source, "", MOSI_RANGE, modalities, [], None)
+    assert fold is not None  # or an error was raised
+    return fold
+
+
+def _read(
+    content: Any,
+    errors: list[str] | None,
+    name: str,
+    source: str,
+    score_range: tuple[float, float] | None,
+    modalities: Sequence[str],
+) -> tuple[dict[str, Fold], list[str], tuple[float, float]]:
+    """The folds, the notes, the range of scores. Errors go on the list `errors` where there is one."""
+    there = []
+    with _noting(errors):
+        if not isinstance(content, Mapping):
+            raise DataError(
+                f"{source}: expected a dictionary of the folds {', '.join(FOLDS)}, got {type(content).__name__}"
+            )
+        there = [fold for fold in FOLDS if isinstance(content.get(fold), Mapping)]
+        absent = [fold for fold in FOLDS if fold not in there]
+        if absent:
+            raise DataError(
+                f"{source}: expected the folds {', '.join(FOLDS)}, each a dictionary; "
+                f"{absent[0]!r} is missing or something else, there is: {_names(content)}"
+            )
+    if score_range is None:
+        unimodal = set(UNIMODAL_LABELS.values())
+        is_sims = "sims" in name.lower() or (there and all(unimodal <= set(content[fold]) for fold in there))
+        score_range = SIMS_RANGE if is_sims else MOSI_RANGE
     notes: list[str] = []
-    folds = {fold: _read_fold(content[fold], f"{source}: {fold}", fold, notes) for fold in FOLDS}
-    _check_folds_agree(folds, source)
-    notes += _repeated_ids(folds)
-    return Dataset(name, synthetic, folds, notes, fingerprint or _fingerprint(folds))
+    folds = {}
+    for fold in there:
+        read = _read_fold(content[fold], f"{source}: {fold}", fold, score_range, modalities, notes, errors)
+        if read is not None:
+            folds[fold] = read
+    _check_folds_agree(folds, source, errors)
+    return folds, notes + _repeated_ids(folds), score_range
 
 
-def _read_fold(content: Mapping[str, Any], where: str, fold: str, notes: list[str]) -> Fold:
-    """`where` begins error messages, `fold` begins notes."""
-    scores = _array(content, "regression_labels", where, "(n,) or (n, 1) numbers", ndims=(1, 2))
+@contextmanager
+def _noting(errors: list[str] | None) -> Iterator[None]:
+    """Around a step of reading: puts an error on the list and goes on; without a list the error goes its way."""
+    try:
+        yield
+    except DataError as error:
+        if errors is None:
+            raise
+        errors.append(str(error))
+
+
+def _read_fold(
+    content: Mapping[str, Any],
+    where: str,
+    fold: str,
+    score_range: tuple[float, float],
+    modalities: Sequence[str],
+    notes: list[str],
+    errors: list[str] | None,
+) -> Fold | None:
+    """`where` begins error messages, `fold` begins notes. None where a collected error leaves nothing to go by."""
+    scores = ids = raw_text = text_bert = None
+    with _noting(errors):
+        scores = _read_scores(content, "regression_labels", where)
+    if scores is None:
+        return None  # nobody knows how many samples there should be
+    n = len(scores)
+    with _noting(errors):
+        bad = int((~np.isfinite(scores)).sum())
+        if bad:
+            raise DataError(
+                f"{where}: regression_labels: expected finite numbers, got {bad} NaN or infinite; "
+                "leave these samples out"
+            )
+    notes += _score_notes(f"{fold}/regression_labels", scores, score_range)
+    with _noting(errors):
+        ids = _strings(content, "id", where, n)
+    with _noting(errors):
+        if not {"text_bert", "text", "raw_text"} & set(content):
+            raise DataError(f"{where}: expected at least one of text_bert, text, raw_text, there is: {_names(content)}")
+    if "raw_text" in content:
+        with _noting(errors):
+            raw_text = _strings(content, "raw_text", where, n)
+    if "text_bert" in content:
+        with _noting(errors):
+            text_bert = _read_tokens(content, where, n)
+            missing = int((~text_bert[:, 1].any(axis=1)).sum())
+            if missing:
+                notes.append(f"{fold}/text_bert: missing (no token) in {missing} of {n} samples")
+
+    features, lengths, unimodal = {}, {}, {}
+    for modality in MODALITIES:
+        if modality not in content and modality not in modalities:
+            continue
+        with _noting(errors):
+            array = _read_features(content, modality, where, n)
+            key = f"{modality}_lengths"
+            if key in content:
+                length = _read_lengths(content, key, where, n, longest=array.shape[1])
+            elif modality == "text" and text_bert is not None and text_bert.shape[2] == array.shape[1]:
+                length = text_bert[:, 1].sum(axis=1)
+            else:
+                length = _lengths_from_padding(array)
+                notes.append(f"{fold}/{modality}: no {key}; taken from the zero steps at the end")
+            notes += _feature_notes(f"{fold}/{modality}", content[modality], array, length)
+            features[modality], lengths[modality] = array, length
+    for modality, key in UNIMODAL_LABELS.items():
+        if key in content:
+            with _noting(errors):
+                unimodal[modality] = _read_scores(content, key, where, n)
+                notes += _score_notes(f"{fold}/{key}", unimodal[modality], score_range)
+    return Fold(ids or [str(row) for row in range(n)], scores, raw_text, text_bert, features, lengths, unimodal)
+
+
+def _read_scores(content: Mapping[str, Any], key: str, where: str, n: int | None = None) -> np.ndarray:
+    scores = _array(content, key, where, "(n,) or (n, 1) numbers", ndims=(1, 2))
     if scores.ndim == 2 and scores.shape[1] == 1:
         scores = scores[:, 0]
     if scores.ndim == 2 or len(scores) == 0:
-        raise DataError(f"{where}: regression_labels: expected (n,) or (n, 1) numbers, got {scores.shape}")
+        raise DataError(f"{where}: {key}: expected (n,) or (n, 1) numbers, got {scores.shape}")
+    if n is not None and len(scores) != n:
+        raise DataError(f"{where}: {key}: expected {n} numbers, got {len(scores)}")
     with np.errstate(over="ignore"):
-        scores = scores.astype(np.float32)
-    if not np.isfinite(scores).all():
-        count = int((~np.isfinite(scores)).sum())
-        raise DataError(
-            f"{where}: regression_labels: expected finite numbers, got {count} NaN or infinite; leave these samples out"
-        )
-    outside = int((np.abs(scores) > 3).sum())
+        return scores.astype(np.float32)
+
+
+def _score_notes(where: str, scores: np.ndarray, score_range: tuple[float, float]) -> list[str]:
+    notes = []
+    low, high = score_range
+    finite = scores[np.isfinite(scores)]
+    outside = int(((finite < np.float32(low)) | (finite > np.float32(high))).sum())
     if outside:
         notes.append(
-            f"{fold}/regression_labels: {outside} outside [-3, 3], from {scores.min():g} to "
-            f"{scores.max():g}; left as they are"
+            f"{where}: {outside} outside [{low:g}, {high:g}], from {finite.min():g} to {finite.max():g}; "
+            "left as they are"
         )
-
-    n = len(scores)
-    if not {"text_bert", "text", "raw_text"} & set(content):
-        raise DataError(f"{where}: expected at least one of text_bert, text, raw_text, there is: {_names(content)}")
-    text_bert = _read_tokens(content, where, n) if "text_bert" in content else None
-    features, lengths = {}, {}
-    for modality in ("text", "audio", "vision"):
-        if modality == "text" and "text" not in content:
-            continue
-        array = _read_features(content, modality, where, n)
-        key = f"{modality}_lengths"
-        if key in content:
-            length = _read_lengths(content, key, where, n, longest=array.shape[1])
-        elif modality == "text" and text_bert is not None and text_bert.shape[2] == array.shape[1]:
-            length = text_bert[:, 1].sum(axis=1)
-        else:
-            length = _lengths_from_padding(array)
-            notes.append(f"{fold}/{modality}: no {key}; taken from the zero steps at the end")
-        notes += _feature_notes(f"{fold}/{modality}", content[modality], array, length)
-        features[modality], lengths[modality] = array, length
-    return Fold(
-        ids=_strings(content, "id", where, n),
-        scores=scores,
-        raw_text=_strings(content, "raw_text", where, n) if "raw_text" in content else None,
-        text_bert=text_bert,
-        features=features,
-        lengths=lengths,
-    )
+    if len(finite) < len(scores):
+        notes.append(f"{where}: {len(scores) - len(finite)} NaN or infinite")
+    return notes
 
 
 def _read_tokens(content: Mapping[str, Any], where: str, n: int) -> np.ndarray:
@@ -302,16 +436,25 @@ def _names(content: Mapping[str, Any]) -> str:
     return ", ".join(str(key) for key in content) or "nothing"
 
 
-def _check_folds_agree(folds: dict[str, Fold], source: str) -> None:
-    train = folds["train"]
+def _check_folds_agree(folds: dict[str, Fold], source: str, errors: list[str] | None) -> None:
+    if not folds:
+        return
+    first, train = next(iter(folds.items()))
     for name, fold in folds.items():
         for key in ("raw_text", "text_bert"):
             if (getattr(fold, key) is None) != (getattr(train, key) is None):
-                raise DataError(f"{source}: {key} is in one of train and {name}, not in the other")
+                with _noting(errors):
+                    raise DataError(f"{source}: {key} is in one of {first} and {name}, not in the other")
         here = {key: array.shape[2] for key, array in fold.features.items()}
         there = {key: array.shape[2] for key, array in train.features.items()}
         if here != there:
-            raise DataError(f"{source}: {name}: expected feature widths {there}, got {here}")
+            with _noting(errors):
+                raise DataError(f"{source}: {name}: expected feature widths {there}, got {here}")
+        if set(fold.unimodal_scores) != set(train.unimodal_scores):
+            with _noting(errors):
+                raise DataError(
+                    f"{source}: labels of the modalities are in one of {first} and {name}, not in the other"
+                )
 
 
 def _repeated_ids(folds: dict[str, Fold]) -> list[str]:
@@ -320,7 +463,7 @@ def _repeated_ids(folds: dict[str, Fold]) -> list[str]:
         repeated = len(fold) - len(set(fold.ids))
         if repeated:
             notes.append(f"{name}/id: {repeated} samples share their id with another")
-    for first, second in (("train", "valid"), ("train", "test"), ("valid", "test")):
+    for first, second in itertools.combinations(folds, 2):
         shared = sorted(set(folds[first].ids) & set(folds[second].ids))
         if shared:
             notes.append(f"{first} and {second} share {len(shared)} ids, the first is {shared[0]}")
@@ -332,6 +475,7 @@ def _fingerprint(folds: dict[str, Fold]) -> str:
     for name, fold in folds.items():
         arrays = {"scores": fold.scores, "text_bert": fold.text_bert, **fold.features}
         arrays |= {f"{key}_lengths": length for key, length in fold.lengths.items()}
+        arrays |= {UNIMODAL_LABELS[key]: values for key, values in fold.unimodal_scores.items()}
         digest.update(repr((name, fold.ids, fold.raw_text)).encode(errors="backslashreplace"))
         for key, array in arrays.items():
             if array is not None:
@@ -433,6 +577,57 @@ def class_labels(scores: np.ndarray) -> np.ndarray:
     return np.sign(scores).astype(np.int64) + 1
 
 
+def presence(fold: Fold) -> dict[str, np.ndarray]:
+    """Which samples have which modality, (n,) bool; text is there as features or as tokens."""
+    return _presence(fold.lengths, fold.text_bert)
+
+
+def _presence(lengths: Mapping[str, np.ndarray], tokens: np.ndarray | None) -> dict[str, np.ndarray]:
+    present = {name: length > 0 for name, length in lengths.items()}
+    if tokens is not None:
+        attended = tokens[:, 1].any(axis=1)
+        present["text"] = present["text"] | attended if "text" in present else attended
+    return present
+
+
+def drop_modalities(fold: Fold, rates: Mapping[str, float], seed: int) -> Fold:
+    """Take modalities away from samples chosen at random: length 0, no tokens, an empty raw text.
+
+    Each sample loses each modality with that probability, independently, and may lose them all. The
+    same seed chooses the same samples; a higher rate takes more beside them, and the rate of one
+    modality has no influence on the others. The features stay where they are, shared with `fold`:
+    at length 0 nobody reads them.
+
+    Args:
+        fold: With raw text, before or after it was turned into tokens.
+        rates: Probability by name of the modality; one that is not named is kept.
+        seed: At least 0.
+
+    Raises:
+        ValueError: If a rate is not in [0, 1], or above 0 for a modality that the fold does not have.
+    """
+    there = [*fold.features]
+    if "text" not in there and (fold.text_bert is not None or fold.raw_text is not None):
+        there.insert(0, "text")
+    for name, rate in rates.items():
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rates: expected a number in [0, 1] for {name}, got {rate}")
+        if rate > 0 and name not in there:
+            raise ValueError(f"rates: expected modalities of the data ({', '.join(there)}), got {name!r}")
+    lengths, text_bert, raw_text = dict(fold.lengths), fold.text_bert, fold.raw_text
+    for number, name in enumerate(MODALITIES):
+        if not rates.get(name):
+            continue
+        gone = np.random.default_rng([seed, number]).random(len(fold)) < rates[name]
+        if name in lengths:
+            lengths[name] = np.where(gone, 0, lengths[name])
+        if name == "text" and text_bert is not None:
+            text_bert = np.where(gone[:, None, None], 0, text_bert)
+        if name == "text" and raw_text is not None:
+            raw_text = ["" if empty else text for text, empty in zip(raw_text, gone, strict=True)]
+    return replace(fold, lengths=lengths, text_bert=text_bert, raw_text=raw_text)
+
+
 def tokenize(raw_text: Sequence[str], tokenizer: Any, max_length: int) -> np.ndarray:
     """Turn texts into what `Fold.text_bert` holds, with a tokenizer of transformers.
 
@@ -508,28 +703,25 @@ def batches(
 
 
 def _make_batch(fold: Fold, rows: np.ndarray) -> Batch:
-    features, lengths, present = {}, {}, {}
+    features = {}
+    lengths = {name: length[rows] for name, length in fold.lengths.items()}
     for name, array in fold.features.items():
-        length = fold.lengths[name][rows]
-        longest = max(1, int(length.max()))
-        features[name] = torch.from_numpy(array[rows, :longest])
-        lengths[name] = torch.from_numpy(length)
-        present[name] = lengths[name] > 0
+        longest = max(1, int(lengths[name].max()))
+        values = array[rows, :longest]  # a copy
+        values[lengths[name] == 0] = 0  # what is missing is nothing, whatever the fold holds there
+        features[name] = torch.from_numpy(values)
     tokens = None
     if fold.text_bert is not None:
-        attended = fold.text_bert[rows, 1]  # (N, L)
-        used = np.flatnonzero(attended.any(axis=0))
-        longest = int(used[-1]) + 1 if len(used) else 1
-        tokens = torch.from_numpy(fold.text_bert[rows, :, :longest])
-        has_tokens = torch.from_numpy(attended.any(axis=1))
-        present["text"] = has_tokens | present["text"] if "text" in present else has_tokens
+        tokens = fold.text_bert[rows]  # (N, 3, L)
+        used = np.flatnonzero(tokens[:, 1].any(axis=0))
+        tokens = tokens[:, :, : int(used[-1]) + 1 if len(used) else 1]
     scores = fold.scores[rows]
     return Batch(
         index=torch.from_numpy(rows.astype(np.int64)),
         scores=torch.from_numpy(scores),
         labels=torch.from_numpy(class_labels(scores)),
-        tokens=tokens,
+        tokens=None if tokens is None else torch.from_numpy(np.ascontiguousarray(tokens)),
         features=features,
-        lengths=lengths,
-        present=present,
+        lengths={name: torch.from_numpy(length) for name, length in lengths.items()},
+        present={name: torch.from_numpy(there) for name, there in _presence(lengths, tokens).items()},
     )

@@ -1,13 +1,23 @@
-"""The numbers that tables on CMU-MOSI and CMU-MOSEI report, computed as MMSA computes them.
+"""The numbers that tables on CMU-MOSI, CMU-MOSEI and CH-SIMS report, computed as MMSA computes them.
 
-MMSA's `KeyEval` names them Mult_acc_7, Mult_acc_5, Has0_acc_2, Non0_acc_2, Has0_F1_score,
-Non0_F1_score, MAE and Corr and rounds to four decimals; here nothing is rounded.
+For the first two, MMSA's `KeyEval` names them Mult_acc_7, Mult_acc_5, Has0_acc_2, Non0_acc_2, Has0_F1_score,
+Non0_F1_score, MAE and Corr, for CH-SIMS Mult_acc_2, Mult_acc_3, Mult_acc_5, F1_score, MAE and Corr. It rounds to
+four decimals; here nothing is rounded.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["msa_metrics"]
+__all__ = ["metrics_for", "msa_metrics", "sims_metrics"]
+
+SIMS_BORDERS = {2: [0.0], 3: [-0.1, 0.1], 5: [-0.7, -0.1, 0.1, 0.7]}  # between classes; each belongs to the one below
+
+
+def metrics_for(score_range: tuple[float, float]) -> Callable[[ArrayLike, ArrayLike], dict[str, float]]:
+    """`sims_metrics` for scores in [-1, 1], `msa_metrics` for any others."""
+    return sims_metrics if tuple(score_range) == (-1, 1) else msa_metrics
 
 
 def msa_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
@@ -47,6 +57,44 @@ def msa_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
         "acc2_non0": _accuracy(*non0_classes),
         "f1_has0": _weighted_f1(*has0_classes),
         "f1_non0": _weighted_f1(*non0_classes),
+        "mae": float(np.abs(predictions - targets).mean()),
+        "corr": _correlation(predictions, targets),
+    }
+
+
+def sims_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]:
+    """Compare predicted with true scores in [-1, 1], as MMSA does for CH-SIMS.
+
+    Both are clipped to that range first, for all metrics. Mind that 0 is negative here.
+
+    Args:
+        predictions: Scores of any range, shape `(N,)`.
+        targets: True scores, shape `(N,)`.
+
+    Returns:
+        - `acc2`, `acc3`, `acc5`: share of samples whose class is right, with the borders 0; ±0.1; ±0.1
+          and ±0.7. A score on a border belongs to the class below.
+        - `f1`: of the two classes of `acc2`, weighted by how often each is the true one.
+        - `mae`: mean absolute error.
+        - `corr`: Pearson correlation. NaN, as in MMSA, if predictions or targets are all the same.
+
+        Accuracies and F1 are fractions.
+
+    Raises:
+        ValueError: As `msa_metrics`.
+    """
+    predictions = np.clip(_scores("predictions", predictions), -1, 1)
+    targets = np.clip(_scores("targets", targets), -1, 1)
+    if predictions.shape != targets.shape:
+        raise ValueError(f"predictions: expected shape {targets.shape}, got {predictions.shape}")
+    # The borders are float32 too, as in MMSA, so that a label of 0.1 lies on one.
+    classes = {
+        count: [np.digitize(values, np.float32(borders), right=True) for values in (predictions, targets)]
+        for count, borders in SIMS_BORDERS.items()
+    }
+    return {
+        **{f"acc{count}": _accuracy(*pair) for count, pair in classes.items()},
+        "f1": _weighted_f1(*(values.astype(bool) for values in classes[2])),
         "mae": float(np.abs(predictions - targets).mean()),
         "corr": _correlation(predictions, targets),
     }

@@ -14,105 +14,134 @@ from torch import Tensor, nn
 import momentum_distill as md
 from mtmd.config import Config
 from mtmd.data import Batch
-from mtmd.model import CLASSES, MODALITIES, MTMD, STUDENTS, TEACHER, Outputs, Prediction
+from mtmd.model import CLASSES, MTMD, STUDENTS, TEACHER, Outputs, Prediction
 
 ABSENT = -1  # the label of a row or key that is not there
 
 
 class Objective(nn.Module):
-    """The loss of a batch, and what it remembers between batches: momentum models and queue."""
+    """The loss of a batch, and what it remembers between batches: momentum models and queue.
+
+    What `--without` names (Table II) is not computed, and what only that needs is not built. A term needs its teacher
+    and at least one student: a model of text alone minimises its ground-truth loss.
+    """
 
     def __init__(self, config: Config, model: MTMD) -> None:
         super().__init__()
-        self.gammas = {
+        without = set(config.without)
+        self.modalities = model.modalities
+        self.students = tuple(name for name in STUDENTS if name in self.modalities)
+        gammas = {
             "reg": config.gamma_reg,
             "cls": config.gamma_cls,
             "feat": config.gamma_feat,
             "fusion": config.gamma_fusion,
         }
-        # Eq. 6: momentum copies of the audio and vision models, heads included.
-        self.momentum = nn.ModuleDict(
-            {name: md.EMAWrapper(model.branches[name], decay=config.decay) for name in STUDENTS}
-        )
+        taught = {"fusion"} if TEACHER not in self.modalities else set(gammas)
+        if not self.students or model.fusion is None or "distillation" in without:
+            taught = set()
+        self.gammas = {name: gamma for name, gamma in gammas.items() if name in taught - without}
+
+        self.momentum = nn.ModuleDict()
+        if "momentum_dmd" not in without and {"reg", "cls", "feat"} & set(self.gammas):
+            # Eq. 6: momentum copies of the audio and vision models, heads included.
+            for name in self.students:
+                self.momentum[name] = md.EMAWrapper(model.branches[name], decay=config.decay)
         # Section III-E.2: the latest representations of the online and the momentum models, in step.
-        streams = [*MODALITIES, *(f"{name}_momentum" for name in STUDENTS)]
-        self.queue = md.ClassQueue(
-            config.queue_size,
-            dict.fromkeys(streams, config.width),
-            num_classes=CLASSES,
-            balanced=config.balanced_queue,
-        )
+        self.queue = None
+        if "feat" in self.gammas and "queue" not in without:
+            streams = [*self.modalities, *(f"{name}_momentum" for name in self.momentum)]
+            self.queue = md.ClassQueue(
+                config.queue_size,
+                dict.fromkeys(streams, config.width),
+                num_classes=CLASSES if config.sampling == "class" else None,
+                balanced=config.balanced_queue,
+            )
+        self.by_instance = config.sampling == "instance"
         self.contrast = md.SupConDistillLoss(
             temperature=config.temperature, alpha=config.alpha, positives=config.positives
         )
         self.respond_scores = md.ResponseDistillLoss(task="regression", alpha=config.alpha)
         self.respond_classes = md.ResponseDistillLoss(task="classification", alpha=config.alpha)
-        self.teach_from_fusion = md.HardSampleFusionLoss()
+        self.teach_from_fusion = md.HardSampleFusionLoss(hard_attention="hard_attention" not in without)
+        self._since_update: list[tuple[Outputs, dict[str, Prediction], Batch]] = []
 
     def forward(self, model: MTMD, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss (Eq. 18) and its terms, by name, for the log."""
         outputs = model(batch)
-        momentum = {name: self.momentum[name](*model.inputs(batch, name)) for name in STUDENTS}
+        momentum = {name: ema(*model.inputs(batch, name)) for name, ema in self.momentum.items()}
 
-        terms = {f"gt_{name}": ground_truth_loss(outputs.unimodal[name], batch, name) for name in MODALITIES}
-        terms["gt_fused"] = ground_truth_loss(outputs.fused, batch, None)
+        terms = {f"gt_{name}": ground_truth_loss(outputs.unimodal[name], batch, name) for name in self.modalities}
+        if model.fusion is not None:
+            terms["gt_fused"] = ground_truth_loss(outputs.fused, batch, None)
         terms["gt"] = sum(terms.values())  # Eq. 17
-        terms["reg"], terms["cls"] = self.response_terms(outputs, momentum, batch)
-        terms["feat"], terms["feat_shared"], terms["feat_specific"] = self.feature_terms(outputs, momentum, batch)
-        terms["fusion"] = self.fusion_term(outputs, batch)
+        terms |= self.response_terms(outputs, momentum, batch)
+        if "feat" in self.gammas:
+            terms |= self.feature_terms(outputs, momentum, batch)
+        if "fusion" in self.gammas:
+            terms["fusion"] = self.fusion_term(outputs, batch)
         total = terms["gt"] + sum(gamma * terms[name] for name, gamma in self.gammas.items())  # Eq. 18
 
-        self._latest = (outputs, momentum, batch)
+        if self.queue is not None:
+            self._since_update.append((outputs, momentum, batch))
         return total, {"total": total.detach()} | {name: term.detach() for name, term in terms.items()}
 
-    def response_terms(self, outputs: Outputs, momentum: dict[str, Prediction], batch: Batch) -> tuple[Tensor, Tensor]:
+    def response_terms(self, outputs: Outputs, momentum: dict[str, Prediction], batch: Batch) -> dict[str, Tensor]:
         """L_reg and L_cls: the students' scores and logits follow the text's and their momentum model's (Eq. 7, 10)."""
-        teacher = outputs.unimodal[TEACHER]
-        reg = cls = torch.zeros(())
-        for name in STUDENTS:
-            student, both = outputs.unimodal[name], batch.present[name] & batch.present[TEACHER]
-            reg = reg + self.respond_scores(student.scores, teacher.scores, momentum[name].scores, mask=both)
-            cls = cls + self.respond_classes(student.logits, teacher.logits, momentum[name].logits, mask=both)
-        return reg, cls
+        losses = {"reg": ("scores", self.respond_scores), "cls": ("logits", self.respond_classes)}
+        terms = {}
+        for term, (part, loss) in losses.items():
+            if term not in self.gammas:
+                continue
+            terms[term] = sum(
+                loss(
+                    getattr(outputs.unimodal[name], part),
+                    getattr(outputs.unimodal[TEACHER], part),
+                    getattr(momentum[name], part) if name in momentum else None,
+                    mask=batch.present[name] & batch.present[TEACHER],
+                )
+                for name in self.students
+            )
+        return terms
 
-    def feature_terms(
-        self, outputs: Outputs, momentum: dict[str, Prediction], batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def feature_terms(self, outputs: Outputs, momentum: dict[str, Prediction], batch: Batch) -> dict[str, Tensor]:
         """L_feat and its modality-shared and modality-specific parts: text and student by class (Eq. 8, 9, 11)."""
         text = outputs.unimodal[TEACHER].features
-        labels = {name: torch.where(batch.present[name], batch.labels, ABSENT) for name in MODALITIES}
+        targets = self.contrast_labels(batch)
+        labels = {name: torch.where(batch.present[name], targets, ABSENT) for name in self.modalities}
 
-        def keys(stream: str, features: Tensor) -> tuple[Tensor, Tensor]:
+        def keys(stream: str, features: Tensor) -> tuple[Tensor, ...]:
             """The batch followed by the queue, as it stood before this batch."""
-            return features, self.queue.read(stream, padded=True)[0]
+            return (features,) if self.queue is None else (features, self.queue.read(stream, padded=True)[0])
 
-        def key_labels(name: str) -> tuple[Tensor, Tensor]:
-            return labels[name], self.queue.read(name, padded=True)[1]
+        def key_labels(name: str) -> tuple[Tensor, ...]:
+            here = labels[name]
+            return (here,) if self.queue is None else (here, self.queue.read(name, padded=True)[1])
 
-        sums = [torch.zeros(()), torch.zeros(()), torch.zeros(())]
-        for name in STUDENTS:
-            student, student_momentum = outputs.unimodal[name].features, momentum[name].features
+        sums = {"feat": 0.0, "feat_shared": 0.0, "feat_specific": 0.0}
+        for name in self.students:
+            student = outputs.unimodal[name].features
+            text_targets, student_targets = {}, {}
+            if name in momentum:
+                student_momentum = momentum[name].features
+                text_targets = {
+                    "momentum_query": text,
+                    "momentum_keys": keys(f"{name}_momentum", student_momentum),
+                }
+                student_targets = {"momentum_query": student_momentum, "momentum_keys": keys(TEACHER, text)}
             # Pairs: a query counts where the sample has both modalities, a key where it has its own.
             both = torch.where(batch.present[TEACHER], labels[name], ABSENT)
-            text_to_student = self.contrast.terms(
-                text,
-                keys(name, student),
-                both,
-                key_labels(name),
-                momentum_query=text,
-                momentum_keys=keys(f"{name}_momentum", student_momentum),
-            )
+            text_to_student = self.contrast.terms(text, keys(name, student), both, key_labels(name), **text_targets)
             student_to_text = self.contrast.terms(
-                student,
-                keys(TEACHER, text),
-                both,
-                key_labels(TEACHER),
-                momentum_query=student_momentum,
-                momentum_keys=keys(TEACHER, text),
+                student, keys(TEACHER, text), both, key_labels(TEACHER), **student_targets
             )
-            for index, part in enumerate(("total", "supervised", "distill")):
-                sums[index] = sums[index] + (getattr(text_to_student, part) + getattr(student_to_text, part)) / 2
-        return sums[0], sums[1], sums[2]
+            for term, part in zip(sums, ("total", "supervised", "distill"), strict=True):
+                sums[term] = sums[term] + (getattr(text_to_student, part) + getattr(student_to_text, part)) / 2
+        return sums
+
+    def contrast_labels(self, batch: Batch) -> Tensor:
+        """What makes two samples positive: their class or, for Table III, that they are the same sample."""
+        return batch.index if self.by_instance else batch.labels
 
     def fusion_term(self, outputs: Outputs, batch: Batch) -> Tensor:
         """L_fusion: the students follow the fused prediction, most on hard samples (Eq. 14-16)."""
@@ -126,24 +155,25 @@ class Objective(nn.Module):
                 labels=batch.labels,
                 mask=batch.present[name],
             )
-            for name in STUDENTS
+            for name in self.students
         )
 
     def after_step(self, model: MTMD) -> None:
-        """After the optimizer step: move the averages (Eq. 6, 12) and enqueue the batch.
+        """After the optimizer step: move the averages (Eq. 6, 12) and enqueue what was seen since the last call.
 
         Algorithm 1 updates the momentum models in the middle of a step, before their outputs are used; that is the same
         as here, at the end of the step before.
         """
-        for name in STUDENTS:
-            self.momentum[name].update(model.branches[name])
-        model.fusion.factors.update()
-        outputs, momentum, batch = self._latest
-        features = {name: outputs.unimodal[name].features for name in MODALITIES}
-        features |= {f"{name}_momentum": momentum[name].features for name in STUDENTS}
-        valid = {stream: batch.present[stream.removesuffix("_momentum")] for stream in features}
-        self.queue.enqueue(batch.labels, features, valid=valid)
-        self._latest = None
+        for name, ema in self.momentum.items():
+            ema.update(model.branches[name])
+        if model.fusion is not None and model.fusion.factors is not None:
+            model.fusion.factors.update()
+        for outputs, momentum, batch in self._since_update:
+            features = {name: outputs.unimodal[name].features for name in self.modalities}
+            features |= {f"{name}_momentum": prediction.features for name, prediction in momentum.items()}
+            valid = {stream: batch.present[stream.removesuffix("_momentum")] for stream in features}
+            self.queue.enqueue(self.contrast_labels(batch), features, valid=valid)
+        self._since_update.clear()
 
 
 def ground_truth_loss(prediction: Prediction, batch: Batch, name: str | None) -> Tensor:

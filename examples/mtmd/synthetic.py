@@ -47,6 +47,7 @@ def make_synthetic(
     sizes: tuple[int, int, int] = (600, 150, 300),
     signal: Mapping[str, float] | None = None,
     missing: Mapping[str, float] | None = None,
+    wrong: Mapping[str, float] | None = None,
     noise: float = 0.5,
 ) -> dict[str, dict[str, Any]]:
     """Make the three folds.
@@ -59,6 +60,8 @@ def make_synthetic(
             default: text 0.8, audio 0.45, vision 0.35.
         missing: Share of samples without that modality: length 0, all zeros. By default audio 0.05
             and vision 0.15; text is never missing.
+        wrong: Share of samples whose reading in that modality is of nothing: as clear as any other,
+            and drawn at random, like the text of a speaker who means something else. By default none.
         noise: Standard deviation of the noise on every feature of every step, where what is read
             has 1.
 
@@ -72,6 +75,7 @@ def make_synthetic(
     """
     signal = _shares("signal", signal, {"text": 0.8, "audio": 0.45, "vision": 0.35})
     missing = _shares("missing", missing, {"audio": 0.05, "vision": 0.15})
+    wrong = _shares("wrong", wrong, dict.fromkeys(WIDTHS, 0.0))
     if len(sizes) != 3 or min(sizes) < 1:
         raise ValueError(f"sizes: expected three numbers of at least 1, got {sizes}")
     if not 0 <= noise < np.inf:
@@ -83,6 +87,10 @@ def make_synthetic(
     for number, (fold, size) in enumerate(zip(FOLDS, sizes, strict=True), start=1):
         rng = np.random.default_rng([seed, number])  # so the size of one fold changes no other
         opinions, readings = _opinions_and_readings(rng, size, signal)
+        misled = np.random.default_rng([seed, number, 1])  # of its own: a share of 0 leaves the set as it is
+        for name, reading in readings.items():
+            chosen = misled.random(size) < wrong[name]
+            reading[chosen] = misled.normal(size=size)[chosen]
         scores = np.clip(3.3 * np.tanh(0.6 * opinions), -3, 3)
         scores = np.round(scores * 5) / 5 + 0.0  # + 0.0: no negative zero
         made: dict[str, Any] = {"id": _ids(rng, fold, size)}

@@ -1,26 +1,37 @@
-"""One run from a seed: train, choose the epoch on validation MAE, score the test fold once."""
+"""One run from a seed: train, choose the epoch on validation MAE, score the test fold once.
+
+Given a folder for its state, a run that was killed goes on from where it was saved and ends with the same bits.
+"""
 
 import copy
-import json
+import hashlib
+import importlib.util
+import itertools
 import math
+import os
+import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mtmd.checkpoint import load_state, remove_states, save_state, section
 from mtmd.config import Config
-from mtmd.data import Dataset, Fold, Standardizer, batches, tokenize
+from mtmd.data import Dataset, Fold, Standardizer, batches, drop_modalities, tokenize
 from mtmd.metrics import msa_metrics
-from mtmd.model import MTMD, TEACHER
+from mtmd.model import MTMD, TEACHER, used_modalities
 from mtmd.objective import Objective
 
 WARM_UP = 0.1  # share of the steps of a cosine schedule in which the rates rise
+
+Metrics = dict[str, float]
 
 
 @dataclass
@@ -34,13 +45,33 @@ class Run:
     epochs: list[dict[str, Any]] = field(default_factory=list)  # one record of metrics.jsonl each
     steps: list[dict[str, float]] = field(default_factory=list)  # the terms of Eq. 18 and the fusion factors
     predictions: dict[str, np.ndarray] = field(default_factory=dict)  # fused scores of valid and test
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of valid and test
+    metrics: dict[str, Metrics] = field(default_factory=dict)  # of valid and test
+    # The same of each branch, by fold and modality; scores are NaN where a sample misses the modality.
+    unimodal_predictions: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    unimodal_metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    # Fused representations of the test fold (n, d_f): "features" at the chosen epoch, "initial" before any training.
+    representations: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Scores(NamedTuple):
+    """What a model says about a fold of n samples, in its order."""
+
+    fused: np.ndarray  # (n,) float32
+    unimodal: dict[str, np.ndarray]  # by modality (n,) float32, NaN where a sample misses it
+    features: np.ndarray  # fused representations, (n, d_f) float32
 
 
 def prepare(dataset: Dataset, config: Config) -> tuple[dict[str, Fold], Standardizer]:
     """The folds as the model reads them: features standardised with training statistics, texts as tokens."""
     standardizer = Standardizer.fit(dataset.folds["train"])
     folds = {name: standardizer.apply(fold) for name, fold in dataset.folds.items()}
+    modalities = used_modalities(config)
+    for name in modalities:
+        if name != TEACHER and name not in dataset.widths:
+            there = ", ".join(dataset.widths)
+            raise ValueError(f"--modalities: expected modalities of the data ({there}), got {name}")
+    if TEACHER not in modalities:
+        return folds, standardizer
     if config.text_encoder != "features":
         folds = with_tokens(folds, config)
     elif TEACHER not in dataset.widths:
@@ -83,6 +114,21 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
     return tokenised
 
 
+@dataclass
+class Training:
+    """A run while it is under way: all that training changes."""
+
+    run: Run
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    steps_per_epoch: int
+    epoch: int = 1
+    step: int = 0  # optimiser steps made in this epoch
+    best_mae: float = math.inf
+    best_weights: dict[str, Tensor] | None = None
+
+
 def train(
     config: Config,
     folds: dict[str, Fold],
@@ -91,67 +137,179 @@ def train(
     device: torch.device,
     on_step: Callable[[dict[str, float]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    state_dir: Path | None = None,
+    on_note: Callable[[str], None] = print,
+    metrics: Callable[[np.ndarray, np.ndarray], Metrics] = msa_metrics,
 ) -> Run:
     """Train one model; its weights at the end are those of the epoch with the lowest validation MAE.
 
-    `on_step` gets the terms of Eq. 18 and the fusion factors of each step, `on_epoch` the record of each epoch.
+    Args:
+        config: The settings.
+        folds: What `prepare` made.
+        widths: Feature width of each modality.
+        seed: Of weights, order, dropout and dropped modalities.
+        device: Where to train.
+        on_step: Gets the terms of Eq. 18 and the fusion factors of each step.
+        on_epoch: Gets the record of each epoch. In a run that goes on, both get first what was restored.
+        state_dir: Where to save the state of the run, at each epoch's end and every `config.save_every` steps. With
+            `config.resume` a run goes on from what is there; without, what is there is deleted.
+        on_note: Is told, in a line, where the run goes on and which files are damaged.
+        metrics: Compares scores with targets; must give "mae", by which the epoch is chosen.
+
+    Raises:
+        FloatingPointError: If the loss or a prediction is not finite.
+        ValueError: If the state is one of other settings or data.
     """
+    with deterministic_mode(config.deterministic):
+        started = time.perf_counter()
+        training = begin(config, folds, widths, seed, device)
+        run = training.run
+        identity = {"config": config.identity(), "seed": seed, "data": fingerprint(folds) if state_dir else None}
+
+        def save() -> None:
+            if state_dir is not None:
+                run.seconds = time.perf_counter() - started
+                save_training(state_dir, training, identity, device)
+
+        if state_dir is not None and not config.resume:
+            remove_states(state_dir)
+        elif state_dir is not None and restore_training(state_dir, training, identity, device, on_note):
+            on_note(f"seed {seed} goes on in epoch {training.epoch}, after step {len(run.steps)}")
+            started -= run.seconds
+            for records, tell in ((run.steps, on_step), (run.epochs, on_epoch)):
+                for record in records if tell is not None else []:
+                    tell(record)
+
+        while training.epoch <= min(config.epochs, run.best_epoch + config.patience):
+            for record in epoch_steps(training, config, folds["train"], device):
+                if on_step is not None:
+                    on_step(record)
+                if config.save_every and len(run.steps) % config.save_every == 0:
+                    save()
+
+            scores = score_fold(run.model, folds["valid"], config.batch_size, device)
+            if not np.isfinite(scores.fused).all():
+                raise FloatingPointError(f"seed {seed}, epoch {training.epoch}: a prediction is NaN or infinite")
+            valid = metrics(scores.fused, folds["valid"].scores)
+            records = run.steps[-training.steps_per_epoch :]
+            run.epochs.append(
+                {
+                    "seed": seed,
+                    "epoch": training.epoch,
+                    "seconds": time.perf_counter() - started,
+                    **{name: float(np.mean([record[name] for record in records])) for name in records[0]},
+                    "valid": valid,
+                    "valid_unimodal": unimodal_metrics(scores, folds["valid"], metrics),
+                }
+            )
+            if on_epoch is not None:
+                on_epoch(run.epochs[-1])
+            if valid["mae"] < training.best_mae:
+                training.best_mae, run.best_epoch = valid["mae"], training.epoch
+                training.best_weights = copy.deepcopy(run.model.state_dict())
+            training.epoch, training.step = training.epoch + 1, 0
+            save()
+
+        run.model.load_state_dict(training.best_weights)
+        for name in ("valid", "test"):
+            scores = score_fold(run.model, folds[name], config.batch_size, device)
+            run.predictions[name], run.unimodal_predictions[name] = scores.fused, scores.unimodal
+            run.metrics[name] = metrics(scores.fused, folds[name].scores)
+            run.unimodal_metrics[name] = unimodal_metrics(scores, folds[name], metrics)
+        run.representations["features"] = scores.features  # of the test fold
+        run.seconds = time.perf_counter() - started
+        return run
+
+
+def begin(config: Config, folds: dict[str, Fold], widths: dict[str, int], seed: int, device: torch.device) -> Training:
+    """Model, objective, optimiser and schedule before the first step."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  the global state, for whatever uses it
     torch.manual_seed(seed)
-    shuffler = torch.Generator().manual_seed(seed)
     model = MTMD(config, widths).to(device)
     objective = Objective(config, model).to(device)
+    run = Run(seed, model)
+    run.representations["initial"] = score_fold(model, folds["test"], config.batch_size, device).features
 
     groups = model.parameter_groups(config)
-    groups.append({"params": list(objective.contrast.parameters()), "lr": config.other_lr})  # the temperature
+    learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]  # the temperature
+    if learned:
+        groups.append({"params": learned, "lr": config.other_lr})
     optimizer = torch.optim.Adam(groups)
-    steps_per_epoch = math.ceil(len(folds["train"]) / config.batch_size)
+    steps_per_epoch = math.ceil(math.ceil(len(folds["train"]) / config.batch_size) / config.accumulate)
     schedule = make_schedule(optimizer, config, steps_per_epoch * config.epochs)
+    if config.compile:
+        check_compiler(device)
+        model.compile()
+    return Training(run, objective, optimizer, schedule, steps_per_epoch)
 
-    run = Run(seed, model)
-    best_mae, best_weights = math.inf, None
-    started = time.perf_counter()
-    for epoch in range(1, config.epochs + 1):
-        model.train()
-        records = []
-        for batch in batches(folds["train"], config.batch_size, generator=shuffler, device=device):
+
+def check_compiler(device: torch.device) -> None:
+    """Say at once what torch.compile would say in the middle of a traceback."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("--compile: expected a C++ compiler (g++, clang++ or what CXX names), found none")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--compile: expected the package triton, which compiles for CUDA, found none")
+
+
+def epoch_steps(training: Training, config: Config, fold: Fold, device: torch.device) -> Iterator[dict[str, float]]:
+    """Make the steps of an epoch that are left, one for each record that is asked for.
+
+    Order and dropped modalities follow from seed and epoch, so that an epoch can be taken up in its middle.
+    """
+    run, seed = training.run, training.run.seed
+    run.model.train()
+    rates = {name: getattr(config, f"drop_{name}") for name in run.model.modalities}
+    if any(rates.values()):
+        fold = drop_modalities(fold, rates, derived_seed(seed, training.epoch, "drop"))
+    order = torch.Generator().manual_seed(derived_seed(seed, training.epoch, "order"))
+    stream = batches(fold, config.batch_size, generator=order, device=device)
+    stream = itertools.islice(stream, training.step * config.accumulate, None)
+    while group := list(itertools.islice(stream, config.accumulate)):
+        record = train_step(run.model, training.objective, training.optimizer, group, config, device)
+        training.schedule.step()
+        if not math.isfinite(record["total"]):
+            raise FloatingPointError(
+                f"seed {seed}, epoch {training.epoch}, step {len(run.steps) + 1}: expected a finite loss, got "
+                f"{record['total']}; lower learning rates or a smaller --clip may help"
+            )
+        run.steps.append(record)
+        training.step += 1
+        yield record
+
+
+def train_step(
+    model: MTMD,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    group: list,
+    config: Config,
+    device: torch.device,
+) -> dict[str, float]:
+    """One optimiser step on a group of batches, each with the weight of its samples; the mean terms."""
+    samples = sum(len(batch.index) for batch in group)
+    optimizer.zero_grad()
+    sums: dict[str, Tensor] = {}
+    for batch in group:
+        share = len(batch.index) / samples
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             loss, terms = objective(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            if config.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            schedule.step()
-            objective.after_step(model)
+        (loss * share).backward()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term.float() * share
+    if config.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    optimizer.step()
+    objective.after_step(model)
 
-            # One transfer for all terms: each one that waits for the device costs a step its head start.
-            record = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
-            record["temperature"] = objective.contrast.temperature.item()
-            record |= {f"factor_{name}": value for name, value in model.fusion.factors.factors().items()}
-            records.append(record)
-            if on_step is not None:
-                on_step(record)
-        run.steps += records
-
-        predictions = predict(model, folds["valid"], config.batch_size, device)
-        valid = msa_metrics(predictions, folds["valid"].scores)
-        means = {name: float(np.mean([record[name] for record in records])) for name in records[0]}
-        seconds = time.perf_counter() - started
-        run.epochs.append({"seed": seed, "epoch": epoch, "seconds": seconds, **means, "valid": valid})
-        if on_epoch is not None:
-            on_epoch(run.epochs[-1])
-        if valid["mae"] < best_mae:
-            best_mae, run.best_epoch = valid["mae"], epoch
-            best_weights = copy.deepcopy(model.state_dict())
-        elif epoch - run.best_epoch >= config.patience:
-            break
-    if best_weights is None:
-        raise FloatingPointError(f"seed {seed}: the validation MAE was NaN in every epoch")
-    model.load_state_dict(best_weights)
-    for name in ("valid", "test"):
-        run.predictions[name] = predict(model, folds[name], config.batch_size, device)
-        run.metrics[name] = msa_metrics(run.predictions[name], folds[name].scores)
-    run.seconds = time.perf_counter() - started
-    return run
+    # One transfer for all terms: each one that waits for the device costs a step its head start.
+    record = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    if "feat" in objective.gammas:
+        record["temperature"] = objective.contrast.temperature.item()
+    if model.fusion is not None and model.fusion.factors is not None:
+        record |= {f"factor_{name}": value for name, value in model.fusion.factors.factors().items()}
+    return record
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -168,6 +326,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: Config, steps: int) 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def derived_seed(seed: int, epoch: int, purpose: str) -> int:
+    """A seed for one thing in one epoch, the same whenever it is asked for."""
+    digest = hashlib.sha256(f"{seed} {epoch} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:6])
+
+
+# Scoring
+
+
 @torch.no_grad()
 def predict(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> np.ndarray:
     """Fused scores of a fold, in its order, float32 (n,)."""
@@ -176,58 +343,171 @@ def predict(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> n
     return torch.cat(scores).numpy()
 
 
-def save_checkpoint(path: Path, run: Run, config: Config, standardizer: Standardizer, dataset: Dataset) -> None:
-    """The model and its feature scaling as safetensors, what is needed to read them as JSON beside."""
-    tensors: dict[str, Tensor] = {
-        f"model.{name}": value.detach().cpu().contiguous() for name, value in run.model.state_dict().items()
+@torch.no_grad()
+def score_fold(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> Scores:
+    """Scores of a fold by the fusion and by each branch."""
+    model.eval()
+    fused, features, unimodal = [], [], {}
+    for batch in batches(fold, batch_size, device=device):
+        outputs = model.forward(batch)  # not what --compile made: a checkpoint has to give the same numbers
+        fused.append(outputs.fused.scores.float().cpu())
+        features.append(outputs.fused.features.float().cpu())
+        for name, prediction in outputs.unimodal.items():
+            scores = torch.where(batch.present[name], prediction.scores.float(), math.nan)
+            unimodal.setdefault(name, []).append(scores.cpu())
+    return Scores(
+        torch.cat(fused).numpy(),
+        {name: torch.cat(parts).numpy() for name, parts in unimodal.items()},
+        torch.cat(features).numpy(),
+    )
+
+
+def unimodal_metrics(
+    scores: Scores, fold: Fold, metrics: Callable[[np.ndarray, np.ndarray], Metrics]
+) -> dict[str, Metrics]:
+    """Metrics of each branch over the samples that have its modality; a branch that no sample has is left out."""
+    result = {}
+    for name, values in scores.unimodal.items():
+        there = np.isfinite(values)
+        if there.any():
+            result[name] = metrics(values[there], fold.scores[there])
+    return result
+
+
+# State
+
+
+@contextmanager
+def deterministic_mode(on: bool) -> Iterator[None]:
+    """Inside, torch uses operations that give the same bits each time, or says which has none."""
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[2:]
+
+
+def save_training(folder: Path, training: Training, identity: dict[str, Any], device: torch.device) -> None:
+    """Store all that training changes; what is not in here follows from the settings and the seed."""
+    run = training.run
+    weights = {
+        "model": run.model.state_dict(),
+        "objective": training.objective.state_dict(),
+        "best": training.best_weights or {},
     }
-    tensors |= {
-        f"standardizer.{name}": torch.from_numpy(np.ascontiguousarray(value))
-        for name, value in standardizer.state().items()
+    tensors = {f"{part}.{name}": value for part, state in weights.items() for name, value in state.items()}
+    values = {
+        **identity,
+        "position": [training.epoch, training.step],
+        "best": [training.best_mae, run.best_epoch],
+        "schedule": training.schedule.state_dict(),
+        "epochs": run.epochs,
+        "steps": run.steps,
+        "seconds": run.seconds,
     }
-    save_file(tensors, path.with_suffix(".safetensors"))
-    about = {
-        "config": config.as_json(),
-        "seed": run.seed,
-        "best_epoch": run.best_epoch,
-        "widths": dataset.widths,
-        "encoder": run.model.encoder_config(),
-        "dataset": dataset.name,
-        "synthetic": dataset.synthetic,
-        "data_sha256": dataset.fingerprint,
-        "valid": finite_or_none(run.metrics["valid"]),
-    }
-    path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    pack_optimizer(training.optimizer, tensors, values)
+    pack_random(device, tensors, values)
+    save_state(folder, len(run.steps), tensors, values)
 
 
-def load_checkpoint(path: Path) -> tuple[MTMD, Standardizer, dict[str, Any]]:
-    """What :func:`save_checkpoint` wrote: the model in eval mode, the feature scaling, and the JSON beside them."""
-    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    tensors = load_file(path.with_suffix(".safetensors"))
-
-    def section(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    model = MTMD(Config.from_json(about["config"]), about["widths"], encoder_config=about["encoder"])
-    model.load_state_dict(section("model."))
-    scaling = {name: value.numpy() for name, value in section("standardizer.").items()}
-    return model.eval(), Standardizer.from_state(scaling), about
-
-
-def finite_or_none(value: Any) -> Any:
-    """The value for JSON, which has no NaN: null stands for it."""
-    if isinstance(value, dict):
-        return {key: finite_or_none(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_none(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def restore_training(
+    folder: Path, training: Training, identity: dict[str, Any], device: torch.device, on_note: Callable[[str], None]
+) -> bool:
+    """Go back to the newest state in the folder; False if there is none."""
+    found = load_state(folder, on_note)
+    if found is None:
+        return False
+    tensors, values = found
+    check_identity(folder, values, identity)
+    run = training.run
+    run.model.load_state_dict(section(tensors, "model."))
+    training.objective.load_state_dict(section(tensors, "objective."))
+    training.best_weights = {name: value.to(device) for name, value in section(tensors, "best.").items()} or None
+    training.schedule.load_state_dict(values["schedule"])
+    unpack_optimizer(training.optimizer, tensors, values)
+    training.epoch, training.step = values["position"]
+    training.best_mae, run.best_epoch = values["best"]
+    run.epochs, run.steps, run.seconds = values["epochs"], values["steps"], values["seconds"]
+    unpack_random(device, tensors, values)
+    return True
 
 
-def prediction_rows(run: Run, folds: dict[str, Fold]) -> Iterator[tuple[int, str, str, float, float]]:
-    """The lines of predictions.csv: seed, split, id, target, score."""
-    for split in ("valid", "test"):
-        fold = folds[split]
-        for name, target, score in zip(fold.ids, fold.scores, run.predictions[split], strict=True):
-            yield run.seed, split, name, float(target), float(score)
+def fingerprint(folds: dict[str, Fold]) -> str:
+    """SHA-256 of what is trained on."""
+    digest = hashlib.sha256()
+    for name, fold in folds.items():
+        arrays = {"scores": fold.scores, "text_bert": fold.text_bert, **fold.features}
+        arrays |= {f"{key}_lengths": length for key, length in fold.lengths.items()}
+        digest.update(repr((name, fold.ids)).encode(errors="backslashreplace"))
+        for key, array in arrays.items():
+            if array is not None:
+                digest.update(repr((key, array.shape, array.dtype.str)).encode())
+                digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def check_identity(state_dir: Path, values: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse to go on with another experiment than the one that was begun."""
+    compare_configs(state_dir, values["config"], identity["config"])
+    for name in ("seed", "data"):
+        if values[name] != identity[name]:
+            raise ValueError(f"--resume: expected the {name} of {state_dir}, got another; choose another --out")
+
+
+def compare_configs(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise if two identities of configurations differ, and say in what."""
+    differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if differing:
+        shown = "; ".join(f"{name} {here.get(name)}, there {there.get(name)}" for name in differing)
+        raise ValueError(f"--resume: expected the settings of {where}, got {shown}; choose another --out")
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Its tensors into `tensors` as optimizer.INDEX.NAME, the rest into `values`."""
+    state = optimizer.state_dict()
+    for index, entries in state["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
+    values["optimizer"] = state["param_groups"]
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in section(tensors, "optimizer.").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = [{**group, "betas": tuple(group["betas"])} for group in values["optimizer"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def pack_random(device: torch.device, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """The states of all random number generators."""
+    tensors["random.torch"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+    tensors["random.numpy"] = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    gauss = [numpy_state["has_gauss"], numpy_state["gauss"]]
+    values["random"] = {"numpy": [numpy_state["state"]["pos"], *gauss], "python": random.getstate()}
+
+
+def unpack_random(device: torch.device, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["random.torch"])
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    position, has_gauss, gauss = values["random"]["numpy"]
+    key = tensors["random.numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
+    version, numbers, gauss_next = values["random"]["python"]
+    random.setstate((version, tuple(numbers), gauss_next))

@@ -1,0 +1,417 @@
+"""`train`: all seeds of a configuration into a folder, and what others read from such a folder.
+
+    results.json                    settings, data, metrics of each seed, mean and standard deviation
+    metrics.jsonl                   a record per epoch
+    predictions.csv                 every prediction on valid and test, of the fusion and of each branch
+    steps_seedS.csv                 the terms of the loss and the fusion factors at each step
+    representations_seedS.npz       fused representations of the test fold, before training and at the chosen epoch
+    checkpoint_seedS.safetensors    the model, described in the .json beside it
+    losses_seedS.png, fusion_factors_seedS.png
+    state_seedS/                    where --resume goes on, while the seed is not finished
+
+A seed is finished when results.json has it; that is written after all its other files.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mtmd.checkpoint import (
+    finite_or_none,
+    pair,
+    read_json,
+    remove_states,
+    replacing,
+    save_checkpoint,
+    sweep,
+    write_json,
+    write_text,
+)
+from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
+from mtmd.data import Dataset, Fold
+from mtmd.metrics import metrics_for
+from mtmd.own_format import open_dataset
+from mtmd.plots import plot_factors, plot_losses
+from mtmd.synthetic import synthetic_dataset
+from mtmd.training import Run, compare_configs, prepare, train
+
+PREDICTION_COLUMNS = ("seed", "split", "id", "target", "score", *MODALITIES)
+PAPER_COLUMNS = {
+    "Acc7": ("acc7",),
+    "Acc5": ("acc5",),
+    "Acc2": ("acc2_has0", "acc2_non0"),
+    "F1": ("f1_has0", "f1_non0"),
+    "MAE": ("mae",),
+    "Corr": ("corr",),
+}
+SIMS_COLUMNS = {
+    "Acc2": ("acc2",),
+    "Acc3": ("acc3",),
+    "Acc5": ("acc5",),
+    "F1": ("f1",),
+    "MAE": ("mae",),
+    "Corr": ("corr",),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `train`: every setting."""
+    add_config_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    try:
+        run_experiment(config_from(arguments), console)
+    except KeyboardInterrupt:
+        console.print("stopped; with --resume the same command goes on", style="yellow", highlight=False)
+        raise
+
+
+@dataclass
+class Finished:
+    """What a folder holds of each seed that is done."""
+
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # entries of results.json
+    epochs: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # lines of metrics.jsonl
+    predictions: dict[int, list[list[Any]]] = field(default_factory=dict)  # rows of predictions.csv
+
+
+def run_experiment(config: Config, console: Console, *, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Train every seed of `config.seeds` that is not finished, and write the files of `config.out`.
+
+    Args:
+        config: The settings. With `config.resume` what the folder holds is gone on with, else begun anew.
+        console: Where progress and the table go.
+        dataset: What to train on, instead of what `config` says.
+
+    Returns:
+        The contents of results.json: the seeds asked for and, with `config.resume`, those there before.
+
+    Raises:
+        ValueError: If data and settings do not fit, or the folder holds another experiment than the one to go on with.
+        FloatingPointError: If a loss or prediction is not finite.
+        OSError: If a file cannot be read or written.
+    """
+    dataset = load_data(config) if dataset is None else dataset
+    for note in dataset.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    folds, standardizer = prepare(dataset, config)
+    device = choose_device(config.device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    sweep(config.out)
+    if config.resume:
+        finished = read_finished(config, dataset)
+    else:
+        clear(config.out)
+        finished = Finished()
+    title = describe(dataset)
+    sizes = ", ".join(f"{len(fold)} {name}" for name, fold in folds.items())
+    console.print(f"{title}: {sizes}; training on {device}", markup=False, highlight=False)
+
+    steps = math.ceil(math.ceil(len(folds["train"]) / config.batch_size) / config.accumulate) * config.epochs
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        for seed in config.seeds:
+            bar = progress.add_task(f"seed {seed}", total=steps)
+            if seed in finished.runs:
+                progress.update(bar, completed=steps, description=f"seed {seed} was finished before")
+                continue
+            epochs = finished.epochs[seed] = []
+
+            def on_step(record: dict[str, float], bar: Any = bar, seed: int = seed) -> None:
+                progress.update(bar, advance=1, description=f"seed {seed} loss {record['total']:.3f}")
+
+            def on_epoch(record: dict[str, Any], epochs: list[dict[str, Any]] = epochs) -> None:
+                epochs.append(finite_or_none(record))
+                write_epochs(config.out, finished)
+
+            def on_note(text: str) -> None:
+                progress.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+            state_dir = config.out / f"state_seed{seed}"
+            run = train(
+                config,
+                folds,
+                dataset.widths,
+                seed,
+                device,
+                on_step,
+                on_epoch,
+                state_dir=state_dir,
+                on_note=on_note,
+                metrics=metrics_for(dataset.score_range),
+            )
+            progress.update(bar, completed=steps, description=f"seed {seed} best epoch {run.best_epoch}")
+            save_checkpoint(config.out / f"checkpoint_seed{seed}", run, config, standardizer, dataset)
+            write_steps(config.out / f"steps_seed{seed}.csv", run.steps)
+            write_representations(config.out / f"representations_seed{seed}.npz", run, folds["test"])
+            plot_losses(run.steps, config.out / f"losses_seed{seed}.png", title=f"{title}, seed {seed}")
+            plot_factors(run.steps, config.out / f"fusion_factors_seed{seed}.png", title=f"{title}, seed {seed}")
+            finished.predictions[seed] = prediction_rows(run, folds)
+            finished.runs[seed] = run_entry(run)
+            write_predictions(config.out / "predictions.csv", finished)
+            write_json(config.out / "results.json", summarise(config, dataset, finished))
+            remove_states(state_dir)
+
+    results = finite_or_none(summarise(config, dataset, finished))
+    write_json(config.out / "results.json", results)
+    console.print(results_table(title, results))
+    console.print(branches_line(results), markup=False, highlight=False)
+    console.print(
+        f"Results, predictions, figures and checkpoints: {config.out.resolve()}", markup=False, soft_wrap=True
+    )
+    return results
+
+
+# Before training
+
+
+def load_data(config: Config) -> Dataset:
+    """The file or folder, or the embedded synthetic set."""
+    if config.data is None:
+        signal = {name: getattr(config, f"signal_{name}") for name in MODALITIES}
+        return synthetic_dataset(seed=config.synthetic_seed, signal=signal, wrong={"text": config.wrong_text})
+    return open_dataset(config.data, name=config.dataset)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a device that is there, got cuda without a CUDA device")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe(dataset: Dataset) -> str:
+    """What was trained on what, for titles: synthetic numbers are called so."""
+    return "MTMD on synthetic data (not CMU-MOSI)" if dataset.synthetic else f"MTMD on {dataset.name.upper()}"
+
+
+def read_finished(config: Config, dataset: Dataset) -> Finished:
+    """The seeds in `config.out` that need not be trained again: of the same settings and data, with all their files."""
+    finished = Finished()
+    path = config.out / "results.json"
+    if not path.exists():
+        return finished
+    results = load_experiment(config.out)
+    compare_configs(path, Config.from_json(results["config"]).identity(), config.identity())
+    if results["dataset"]["sha256"] != dataset.fingerprint:
+        raise ValueError(f"--resume: expected the data of {path}, got other data; choose another --out")
+    epochs, predictions = read_epochs(config.out), read_predictions(config.out)
+    for entry in results["runs"]:
+        seed = entry["seed"]
+        own = [
+            *pair(config.out / f"checkpoint_seed{seed}"),
+            config.out / f"steps_seed{seed}.csv",
+            config.out / f"representations_seed{seed}.npz",
+        ]
+        if seed in epochs and seed in predictions and all(file.exists() for file in own):
+            finished.runs[seed], finished.epochs[seed] = entry, epochs[seed]
+            finished.predictions[seed] = predictions[seed]
+            remove_states(config.out / f"state_seed{seed}")
+    return finished
+
+
+def clear(out: Path) -> None:
+    """Forget an earlier experiment, so that nothing of it is taken for part of the one that begins."""
+    for name in ("results.json", "metrics.jsonl", "predictions.csv"):
+        (out / name).unlink(missing_ok=True)
+    for folder in out.glob("state_seed*"):
+        remove_states(folder)
+
+
+# Files
+
+
+def summarise(config: Config, dataset: Dataset, finished: Finished) -> dict[str, Any]:
+    """The contents of results.json. Accuracies and F1 are shares of 1; null stands for NaN."""
+    seeds = [*config.seeds, *(seed for seed in finished.runs if seed not in config.seeds)]
+    runs = [finished.runs[seed] for seed in seeds if seed in finished.runs]
+    names = list(runs[0]["test"])
+    missing = float("nan")
+    values = {
+        name: np.array([missing if run["test"][name] is None else run["test"][name] for run in runs]) for name in names
+    }
+    return {
+        "config": {**config.as_json(), "seeds": seeds},
+        "dataset": {"name": dataset.name, "synthetic": dataset.synthetic, "sha256": dataset.fingerprint},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "runs": runs,
+        "mean": {name: float(of.mean()) for name, of in values.items()},
+        # Sample standard deviation (ddof 1); null with one run, which has no spread.
+        "std": {name: float(of.std(ddof=1)) if len(runs) > 1 else None for name, of in values.items()},
+    }
+
+
+def run_entry(run: Run) -> dict[str, Any]:
+    """A seed in results.json."""
+    return finite_or_none(
+        {
+            "seed": run.seed,
+            "test": run.metrics["test"],
+            "valid": run.metrics["valid"],
+            "test_unimodal": run.unimodal_metrics["test"],
+            "valid_unimodal": run.unimodal_metrics["valid"],
+            "best_epoch": run.best_epoch,
+            "epochs": len(run.epochs),
+            "seconds": run.seconds,
+        }
+    )
+
+
+def load_experiment(folder: Path) -> dict[str, Any]:
+    """The contents of results.json in the folder of an experiment.
+
+    Raises:
+        ValueError: If it is not one.
+        OSError: If it cannot be read.
+    """
+    path = Path(folder) / "results.json"
+    results = read_json(path)
+    for key in ("config", "dataset", "runs", "mean", "std"):
+        if not isinstance(results, dict) or key not in results:
+            raise ValueError(f"{path}: expected the results of `train`, got a file without {key!r}")
+    return results
+
+
+def write_epochs(out: Path, finished: Finished) -> None:
+    lines = [json.dumps(record, allow_nan=False) for records in finished.epochs.values() for record in records]
+    write_text(out / "metrics.jsonl", "".join(line + "\n" for line in lines))
+
+
+def read_epochs(out: Path) -> dict[int, list[dict[str, Any]]]:
+    """The records of metrics.jsonl by seed; none if there is no such file."""
+    path = out / "metrics.jsonl"
+    records: dict[int, list[dict[str, Any]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            record = json.loads(line)
+            records.setdefault(record["seed"], []).append(record)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a record of an epoch in line {number}, got {line[:60]!r}") from error
+    return records
+
+
+def prediction_rows(run: Run, folds: dict[str, Fold]) -> list[list[Any]]:
+    """The lines of predictions.csv; a branch's score is empty where there is none."""
+    rows = []
+    for split in ("valid", "test"):
+        fold, none = folds[split], np.full(len(folds[split]), math.nan)
+        branches = [run.unimodal_predictions[split].get(name, none) for name in MODALITIES]
+        columns = zip(fold.ids, fold.scores, run.predictions[split], *branches, strict=True)
+        for name, *values in columns:
+            rows.append([run.seed, split, name, *("" if math.isnan(value) else float(value) for value in values)])
+    return rows
+
+
+def write_predictions(path: Path, finished: Finished) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(PREDICTION_COLUMNS)
+    for rows in finished.predictions.values():
+        writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_predictions(out: Path) -> dict[int, list[list[str]]]:
+    """The rows of predictions.csv by seed; none if there is no such file."""
+    path = out / "predictions.csv"
+    rows: dict[int, list[list[str]]] = {}
+    if not path.exists():
+        return rows
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        if tuple(next(reader, ())) != PREDICTION_COLUMNS:
+            raise ValueError(f"{path}: expected the columns {', '.join(PREDICTION_COLUMNS)}")
+        for row in reader:
+            rows.setdefault(int(row[0]), []).append(row)
+    return rows
+
+
+def load_predictions(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:
+    """The predictions of an experiment: `[seed][split][column]`.
+
+    The column "id" is a list of strings, the others are float64 arrays (n,), NaN where a branch has no prediction.
+    """
+    loaded: dict[int, dict[str, dict[str, Any]]] = {}
+    for seed, rows in read_predictions(Path(folder)).items():
+        loaded[seed] = {}
+        for split in ("valid", "test"):
+            chosen = [dict(zip(PREDICTION_COLUMNS, row, strict=True)) for row in rows if row[1] == split]
+            loaded[seed][split] = {"id": [row["id"] for row in chosen]} | {
+                name: np.array([float(row[name] or "nan") for row in chosen]) for name in PREDICTION_COLUMNS[3:]
+            }
+    return loaded
+
+
+def write_steps(path: Path, steps: list[dict[str, float]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", *steps[0]])
+    writer.writerows([number, *record.values()] for number, record in enumerate(steps, start=1))
+    write_text(path, text.getvalue())
+
+
+def write_representations(path: Path, run: Run, fold: Fold) -> None:
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **run.representations, scores=fold.scores, ids=np.array(fold.ids, dtype=np.str_))
+
+
+# What is shown
+
+
+def results_table(title: str, results: dict[str, Any]) -> Table:
+    """Test metrics by seed, with mean and spread below, in the order of the paper's tables."""
+    columns = PAPER_COLUMNS if "acc7" in results["mean"] else SIMS_COLUMNS
+    caption = "Epoch chosen on validation MAE. Accuracies and F1 in percent"
+    if columns is PAPER_COLUMNS:
+        caption += ";\nAcc2 and F1: negative/non-negative, then negative/positive"
+    table = Table(title=f"{title}: test fold", caption=caption)
+    table.add_column("seed")
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def cells(metrics: dict[str, float | None]) -> list[str]:
+        def show(name: str) -> str:
+            value = metrics[name]
+            if value is None:
+                return "-"
+            return f"{value:.3f}" if name in ("mae", "corr") else f"{100 * value:.1f}"
+
+        return [" / ".join(show(name) for name in names) for names in columns.values()]
+
+    for entry in results["runs"]:
+        table.add_row(str(entry["seed"]), *cells(entry["test"]))
+    if len(results["runs"]) > 1:
+        table.add_section()
+        table.add_row("mean", *cells(results["mean"]))
+        table.add_row("std", *cells(results["std"]))
+    return table
+
+
+def branches_line(results: dict[str, Any]) -> str:
+    """What each branch does alone, as a mean over the seeds."""
+    parts = []
+    for name in MODALITIES:
+        maes = [entry["test_unimodal"][name]["mae"] for entry in results["runs"] if name in entry["test_unimodal"]]
+        if maes:
+            parts.append(f"{name} {np.mean(maes):.3f}")
+    return f"Test MAE of the branches alone: {', '.join(parts) or 'none'}"

@@ -1,0 +1,793 @@
+"""What a trained model is for: scoring a fold, predicting what is new, leaving Python.
+
+- `evaluate`: metrics of a fold, also with modalities taken away, and the curves over the share taken away.
+- `predict`: scores for one utterance or a file of them. What is not given is a missing modality.
+- `export`: the model with its feature scaling as a torch.export program, which needs none of this code.
+
+Widths, scaling and what text is read as come from the checkpoint, never from the data.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from torch.export._patches import register_lstm_while_loop_decomposition
+
+from mtmd.checkpoint import finite_or_none, load_checkpoint
+from mtmd.config import Config
+from mtmd.data import (
+    CLASSES,
+    FOLDS,
+    Batch,
+    DataError,
+    Dataset,
+    Fold,
+    Standardizer,
+    batches,
+    drop_modalities,
+    presence,
+)
+from mtmd.metrics import metrics_for
+from mtmd.model import MTMD
+from mtmd.own_format import load_fold, open_dataset
+from mtmd.synthetic import synthetic_dataset
+
+BATCH_SIZE = 64
+RATES = tuple(round(0.1 * step, 1) for step in range(11))
+
+# Columns of the table of metrics; two in one are negative/non-negative, then negative/positive.
+COLUMNS = {
+    "Acc7": ("acc7",),
+    "Acc5": ("acc5",),
+    "Acc3": ("acc3",),
+    "Acc2": ("acc2_has0", "acc2_non0", "acc2"),
+    "F1": ("f1_has0", "f1_non0", "f1"),
+    "MAE": ("mae",),
+    "Corr": ("corr",),
+}
+
+
+# A trained model and what it says
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint: the model in eval mode and what is needed to feed it."""
+
+    model: MTMD
+    standardizer: Standardizer
+    config: Config
+    widths: dict[str, int]  # of the features in the data it was trained on
+    classes: tuple[str, ...]
+    data_sha256: str
+    device: torch.device
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model has a branch for."""
+        return self.model.modalities
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether text comes as tokens for a pretrained encoder; if not, as features."""
+        return "text" in self.modalities and self.config.text_encoder != "features"
+
+    @property
+    def read_widths(self) -> dict[str, int]:
+        """Widths of the features that the model reads."""
+        names = [name for name in self.modalities if not (name == "text" and self.reads_tokens)]
+        return {name: self.widths[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the model says about the n samples of a fold."""
+
+    scores: np.ndarray  # (n,) of the fused prediction
+    probabilities: np.ndarray  # (n, 3)
+    branch_scores: dict[str, np.ndarray]  # (n,) by modality; meaningless where the sample does not have it
+    features: dict[str, Tensor]  # (n, d) by modality, what fusion reads
+    present: dict[str, np.ndarray]  # (n,) bool by modality
+
+
+def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "cpu") -> Trained:
+    """Load a checkpoint.
+
+    Args:
+        path: Of its .safetensors or .json file, or without the ending.
+        text_encoder: Where the tokenizer of the text encoder lies now, if not where it lay in training.
+        device: "cpu", "cuda" or "auto".
+    """
+    model, standardizer, about = load_checkpoint(path)
+    config = Config.from_json(about["config"])
+    if text_encoder is not None:
+        if config.text_encoder == "features":
+            raise ValueError("--text-encoder: expected none, for this checkpoint reads text as features")
+        config = dataclasses.replace(config, text_encoder=text_encoder)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a device that is there, got cuda without a CUDA device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Trained(
+        model=model.to(device).requires_grad_(False),
+        standardizer=standardizer,
+        config=config,
+        widths=about["widths"],
+        classes=tuple(about.get("classes", CLASSES)),
+        data_sha256=about.get("data_sha256", ""),
+        device=torch.device(device),
+    )
+
+
+def prepare_fold(fold: Fold, trained: Trained) -> Fold:
+    """The fold as the model reads it: scaled, tokenised, without what it does not know, missing where there is nothing.
+
+    Raises:
+        ValueError: If features have another width than in training, or the text is in a form the model cannot read.
+    """
+    features, lengths = {}, {}
+    for name, width in trained.read_widths.items():
+        if name in fold.features:
+            features[name], lengths[name] = fold.features[name], fold.lengths[name]
+        else:
+            features[name] = np.zeros((len(fold), 1, width), np.float32)
+            lengths[name] = np.zeros(len(fold), np.int64)
+    raw_text, text_bert = fold.raw_text, fold.text_bert
+    if trained.reads_tokens:
+        if raw_text is None and text_bert is None:
+            if "text" in fold.features:
+                raise DataError(
+                    f"text: expected raw_text or text_bert, for the checkpoint reads text with "
+                    f"{trained.config.text_encoder}; got features alone"
+                )
+            raw_text = [""] * len(fold)
+    elif "text" in trained.modalities and "text" not in fold.features:
+        has_words = text_bert is not None or any(text.strip() for text in raw_text or [])
+        if has_words:
+            raise DataError(
+                f"text: expected features of width {trained.widths['text']}, as the checkpoint reads text; "
+                "got words or tokens alone"
+            )
+    scaled = trained.standardizer.apply(
+        dataclasses.replace(fold, features=features, lengths=lengths, raw_text=raw_text, text_bert=text_bert)
+    )
+    if trained.reads_tokens:
+        from mtmd.training import with_tokens
+
+        return with_tokens({"data": scaled}, trained.config)["data"]
+    return scaled
+
+
+@torch.no_grad()
+def ask(trained: Trained, fold: Fold, *, batch_size: int = BATCH_SIZE) -> Said:
+    """What the model says about a prepared fold."""
+    model = trained.model.eval()
+    scores, logits = [], []
+    branches: dict[str, list[Tensor]] = {name: [] for name in trained.modalities}
+    features: dict[str, list[Tensor]] = {name: [] for name in trained.modalities}
+    for batch in batches(fold, batch_size, device=trained.device):
+        outputs = model(batch)
+        scores.append(outputs.fused.scores)
+        logits.append(outputs.fused.logits)
+        for name in branches:
+            branches[name].append(outputs.unimodal[name].scores)
+            features[name].append(outputs.unimodal[name].features)
+    present = presence(fold)
+    return Said(
+        scores=torch.cat(scores).float().cpu().numpy(),
+        probabilities=torch.cat(logits).float().softmax(dim=1).cpu().numpy(),
+        branch_scores={name: torch.cat(parts).float().cpu().numpy() for name, parts in branches.items()},
+        features={name: torch.cat(parts) for name, parts in features.items()},
+        present={name: present[name] for name in branches},
+    )
+
+
+def without_modalities(trained: Trained, said: Said, fold: Fold) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """A function of which samples have which modality (n,) that gives the fused scores (n,).
+
+    A missing modality is left out at fusion and changes nothing else, so the branches need not run again.
+    """
+    if trained.model.fusion is None:  # a single modality: there is what the model says without it, or with it
+        (only,) = trained.modalities
+        blind = ask(trained, drop_modalities(fold, {only: 1.0}, seed=0)).scores
+        return lambda present: np.where(present[only], said.scores, blind)
+
+    @torch.no_grad()
+    def fuse(present: Mapping[str, np.ndarray]) -> np.ndarray:
+        masks = {name: torch.from_numpy(present[name]).to(trained.device) for name in said.features}
+        return trained.model.fusion(said.features, masks).scores.float().cpu().numpy()
+
+    return fuse
+
+
+# evaluate
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--data", type=Path, default=None, help="pickle or folder of the own format (default: what was trained on)"
+    )
+    parser.add_argument("--fold", choices=FOLDS, default="test", help="what to score (default: test)")
+    parser.add_argument(
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="MODALITY=RATE",
+        help="share of the samples that lose a modality, say audio=0.3 vision=0.5",
+    )
+    parser.add_argument(
+        "--robustness", action="store_true", help="drop each modality, and all, at --rates: a table and a figure"
+    )
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=list(RATES),
+        metavar="RATE",
+        help="shares for --robustness (default: 0 to 1 in tenths)",
+    )
+    parser.add_argument(
+        "--draws", type=int, default=5, help="how often to choose the samples anew; mean and deviation are over them"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first draw; the next ones count up")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for evaluation.json and the curves (default: none is written)"
+    )
+
+
+def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
+    """Print the metrics; with --out, write them too."""
+    rates = parse_rates(arguments.drop)
+    if arguments.draws < 1 or arguments.seed < 0:
+        raise ValueError(
+            f"--draws, --seed: expected at least 1 and at least 0, got {arguments.draws} and {arguments.seed}"
+        )
+    for rate in arguments.rates:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"--rates: expected numbers in [0, 1], got {rate}")
+    if arguments.robustness and arguments.out is None:
+        raise ValueError("--out: expected a folder for the curves of --robustness, got none")
+    trained = load_trained(arguments.checkpoint, text_encoder=arguments.text_encoder, device=arguments.device)
+    for name in rates:
+        if name not in trained.modalities:
+            known = ", ".join(trained.modalities)
+            raise ValueError(f"--drop: expected modalities of the model ({known}), got {name!r}")
+    dataset = trained_on(trained.config) if arguments.data is None else open_dataset(arguments.data, name="data")
+    if dataset.fingerprint != trained.data_sha256:
+        console.print("note: these are not the data that the checkpoint was trained on", style="yellow")
+    fold = prepare_fold(dataset.folds[arguments.fold], trained)
+    said = ask(trained, fold)
+    measure = metrics_for(dataset.score_range)
+
+    report: dict[str, Any] = {
+        "checkpoint": str(arguments.checkpoint),
+        "dataset": {"name": dataset.name, "synthetic": dataset.synthetic, "sha256": dataset.fingerprint},
+        "fold": arguments.fold,
+        "samples": len(fold),
+        "metrics": metrics_by_branch(said, fold, measure),
+    }
+    fuse = without_modalities(trained, said, fold) if rates or arguments.robustness else None
+    rows = [(name, said_of(name, said), metrics) for name, metrics in report["metrics"].items()]
+    caption = "Accuracies and F1 in percent"
+    if rates:
+        found = dropped_metrics(fuse, fold, rates, arguments.seed, arguments.draws, measure)
+        mean, std = mean_and_std(found)
+        report["dropped"] = {"rates": rates, "seed": arguments.seed, "draws": found, "mean": mean, "std": std}
+        rows += [("dropped", len(fold), mean), ("  ± sd", len(fold), std)]
+        shares = ", ".join(f"{100 * rate:g} % {name}" for name, rate in rates.items())
+        caption += f"\ndropped: fused, with {shares} taken away; {arguments.draws} draws"
+    console.print(metrics_table(rows, title=f"{dataset.name}, {arguments.fold} fold", caption=caption))
+    if arguments.robustness:
+        curves = robustness(trained.modalities, fuse, fold, arguments.rates, arguments.seed, arguments.draws, measure)
+        console.print(robustness_table(curves, arguments.draws))
+    if arguments.out is None:
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(finite_or_none(report), indent=2, allow_nan=False) + "\n"
+    (arguments.out / "evaluation.json").write_text(text, encoding="utf-8")
+    if arguments.robustness:
+        write_curves(curves, arguments.out / "robustness.csv")
+        title = f"{dataset.name}, {arguments.fold} fold ({len(fold)} samples)"
+        draw_curves(curves, arguments.out / "robustness.png", title=title, draws=arguments.draws)
+    console.print(f"Written: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_rates(pairs: Iterable[str]) -> dict[str, float]:
+    """`["audio=0.3"]` as `{"audio": 0.3}`."""
+    rates = {}
+    for pair in pairs:
+        name, equals, number = pair.partition("=")
+        try:
+            rates[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not 0 <= rates[name] <= 1:
+            raise ValueError(f"--drop: expected MODALITY=RATE with a rate in [0, 1], got {pair!r}")
+    return rates
+
+
+def trained_on(config: Config) -> Dataset:
+    """The data that a configuration names."""
+    if config.data is not None:
+        return open_dataset(config.data, name=config.dataset or "data")
+    signal = {name: getattr(config, f"signal_{name}") for name in ("text", "audio", "vision")}
+    return synthetic_dataset(seed=config.synthetic_seed, signal=signal)
+
+
+def metrics_by_branch(said: Said, fold: Fold, measure: Any) -> dict[str, dict[str, float]]:
+    """Metrics of the fused prediction, and of each branch over the samples that have its modality.
+
+    Where the data hold labels of their own for a modality (CH-SIMS), the branch is held against these as well.
+    """
+    metrics = {"fused": measure(said.scores, fold.scores)}
+    for name, scores in said.branch_scores.items():
+        there = said.present[name]
+        if not there.any():
+            continue
+        metrics[name] = measure(scores[there], fold.scores[there])
+        own = fold.unimodal_scores.get(name)
+        if own is not None:
+            labelled = there & np.isfinite(own)
+            if labelled.any():
+                metrics[f"{name}, own labels"] = measure(scores[labelled], own[labelled])
+    return metrics
+
+
+def said_of(row: str, said: Said) -> int:
+    """How many samples stand behind a row of the table."""
+    name = row.removesuffix(", own labels")
+    return len(said.scores) if name == "fused" else int(said.present[name].sum())
+
+
+def dropped_metrics(
+    fuse: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    fold: Fold,
+    rates: Mapping[str, float],
+    seed: int,
+    draws: int,
+    measure: Any,
+) -> list[dict[str, float]]:
+    """Metrics of the fused prediction, for each draw of the samples that lose modalities."""
+    folds = (drop_modalities(fold, rates, seed + draw) for draw in range(draws))
+    return [measure(fuse(presence(dropped)), fold.scores) for dropped in folds]
+
+
+def robustness(
+    names: Sequence[str],
+    fuse: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    fold: Fold,
+    rates: Sequence[float],
+    seed: int,
+    draws: int,
+    measure: Any,
+) -> list[dict[str, Any]]:
+    """One record for each modality, and for all of them, at each rate: means and deviations over the draws."""
+    groups = {name: [name] for name in names} | ({"all": names} if len(names) > 1 else {})
+    records = []
+    for group, members in groups.items():
+        for rate in sorted(set(rates)):
+            found = dropped_metrics(fuse, fold, dict.fromkeys(members, rate), seed, draws, measure)
+            mean, std = mean_and_std(found)
+            records.append({"dropped": group, "rate": rate, "mean": mean, "std": std})
+    return records
+
+
+def mean_and_std(found: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Over the draws; the deviation is that of a sample (ddof 1), None for a single draw."""
+    values = {name: np.array([metrics[name] for metrics in found]) for name in found[0]}
+    mean = {name: float(array.mean()) for name, array in values.items()}
+    return mean, {name: float(array.std(ddof=1)) if len(array) > 1 else None for name, array in values.items()}
+
+
+def curve_metrics(curves: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The three metrics that are drawn, with their labels."""
+    names = curves[0]["mean"]
+    accuracy = "acc2_non0" if "acc2_non0" in names else "acc2"
+    return {"mae": "mean absolute error", "corr": "correlation", accuracy: "accuracy of two classes (%)"}
+
+
+def metrics_table(rows: Sequence[tuple[str, int, Mapping[str, float | None]]], *, title: str, caption: str) -> Table:
+    """A line for each row: name, samples, metrics."""
+    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("n", justify="right")
+    there = rows[0][2]
+    columns = {heading: [name for name in names if name in there] for heading, names in COLUMNS.items()}
+    columns = {heading: names for heading, names in columns.items() if names}
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, count, metrics in rows:
+        cells = [" / ".join(show(name, metrics[name]) for name in names) for names in columns.values()]
+        table.add_row(escape(label), str(count), *cells)
+    return table
+
+
+def robustness_table(curves: Sequence[Mapping[str, Any]], draws: int) -> Table:
+    """MAE by modality and rate."""
+    table = Table(title="MAE where samples lose a modality", title_justify="left", caption_justify="left")
+    table.caption = f"mean ± standard deviation over {draws} draws" if draws > 1 else "one draw"
+    groups = list(dict.fromkeys(record["dropped"] for record in curves))
+    table.add_column("rate", justify="right")
+    for group in groups:
+        table.add_column(group, justify="right", no_wrap=True)
+    for rate in dict.fromkeys(record["rate"] for record in curves):
+        here = {record["dropped"]: record for record in curves if record["rate"] == rate}
+        cells = []
+        for group in groups:
+            spread = here[group]["std"]["mae"]
+            cells.append(show("mae", here[group]["mean"]["mae"]) + ("" if spread is None else f" ± {spread:.3f}"))
+        table.add_row(f"{100 * rate:g} %", *cells)
+    return table
+
+
+def show(metric: str, value: float | None) -> str:
+    """Percent with one digit, or three digits for MAE and correlation."""
+    if value is None or not np.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if metric in ("mae", "corr") else f"{100 * value:.1f}"
+
+
+def write_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One line per modality and rate: means, then deviations. Shares of 1; empty where there is no number."""
+
+    def cell(value: float | None) -> str:
+        return "" if value is None or not np.isfinite(value) else repr(float(value))
+
+    names = list(curves[0]["mean"])
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["dropped", "rate", *names, *(f"{name}_std" for name in names)])
+        for record in curves:
+            numbers = [record["mean"][name] for name in names] + [record["std"][name] for name in names]
+            writer.writerow([record["dropped"], record["rate"], *map(cell, numbers)])
+
+
+def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path, *, title: str, draws: int) -> None:
+    """Three panels over the share of samples that lose a modality, a line for each."""
+    from mtmd.plots import COLOURS, STYLES, plt
+
+    panels = curve_metrics(curves)
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 4.2), layout="constrained")
+    groups = list(dict.fromkeys(record["dropped"] for record in curves))
+    for panel, (metric, label) in zip(axes, panels.items(), strict=True):
+        factor = 100 if metric.startswith("acc") else 1
+        for group, colour, style in zip(groups, COLOURS, STYLES, strict=False):
+            chosen = [record for record in curves if record["dropped"] == group]
+            rates = np.array([100 * record["rate"] for record in chosen])
+            mean = factor * np.array([record["mean"][metric] for record in chosen], float)
+            std = factor * np.array([record["std"][metric] or 0.0 for record in chosen], float)
+            panel.plot(rates, mean, label=group, color=colour, linestyle=style, marker="o", markersize=3)
+            panel.fill_between(rates, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+        panel.set(xlabel="samples that lose it (%)", ylabel=label)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    spread = f"; band: ± standard deviation over {draws} draws" if draws > 1 else ""
+    figure.suptitle(f"{title}: what missing modalities cost{spread}")
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        lines, [f"without {label}" for label in labels], frameon=False, loc="outside lower center", ncols=len(groups)
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# predict
+
+
+def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        default=None,
+        metavar="FILE",
+        help="utterances: a CSV with any of the columns id, text, text_features, audio, vision (the last three are "
+        "paths of .npy files), an .npz with the keys of a fold, an MMSA pickle, or a folder of the own format",
+    )
+    parser.add_argument("--text", default=None, help="one utterance: its words")
+    parser.add_argument(
+        "--text-features", type=Path, default=None, metavar="FILE.npy", help="one utterance: its text as features"
+    )
+    parser.add_argument("--audio", type=Path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
+    parser.add_argument("--vision", type=Path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
+    parser.add_argument("--fold", choices=FOLDS, default="test", help="of a pickle or folder (default: test)")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE.csv", help="where to write (default: a table)")
+
+
+def run_predict(arguments: argparse.Namespace, console: Console) -> None:
+    """Print or write a line for each utterance."""
+    trained = load_trained(arguments.checkpoint, text_encoder=arguments.text_encoder, device=arguments.device)
+    given = {"text_features": arguments.text_features, "audio": arguments.audio, "vision": arguments.vision}
+    single = arguments.text is not None or any(path is not None for path in given.values())
+    if single == (arguments.source is not None):
+        got = "both" if single else "neither"
+        raise ValueError(
+            f"predict: expected a FILE of utterances, or one by --text, --text-features, --audio, --vision; got {got}"
+        )
+    if single:
+        fold = build_fold([{"id": "0", "text": arguments.text, **given}])
+    else:
+        fold = read_utterances(arguments.source, arguments.fold)
+    for note in unread(fold, trained):
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    said = ask(trained, prepare_fold(fold, trained))
+    blind = int((~np.any(list(said.present.values()), axis=0)).sum())
+    if blind:
+        console.print(
+            f"note: {blind} of {len(fold)} utterances have no modality that the model reads; "
+            "what is predicted for them says nothing",
+            style="yellow",
+            highlight=False,
+        )
+    lines = prediction_lines(fold, said, trained.classes)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+        console.print(f"Written: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table(
+        caption="score and class (its sign); probabilities of the classes; score of each branch",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for number, heading in enumerate(lines[0]):
+        table.add_column(escape(heading.removeprefix("p_")), justify="left" if number in (0, 2) else "right")
+    for line in lines[1:]:
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else escape(cell) for cell in line))
+    console.print(table)
+
+
+def read_utterances(path: Path, fold: str) -> Fold:
+    """The utterances of a file of any of the four kinds."""
+    if path.suffix.lower() == ".csv":
+        return build_fold(read_csv(path))
+    if path.suffix.lower() == ".npz":
+        return load_fold(path)
+    return open_dataset(path, name="data").folds[fold]
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Lines as `build_fold` takes them; paths in them are relative to the folder of the file."""
+    known = ("text", "text_features", "audio", "vision")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            lines = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: expected a CSV file in UTF-8, got something else: {error}") from None
+    if not set(known) & set(columns):
+        raise DataError(f"{path}: expected a column named {' or '.join(known)}, got {', '.join(columns) or 'nothing'}")
+    if not lines:
+        raise DataError(f"{path}: expected at least one utterance, got none")
+    for line in lines:
+        if None in line or None in line.values():
+            raise DataError(f"{path}: expected {len(columns)} cells in each line, got another number: {line!r:.80}")
+    return [
+        {
+            "id": line.get("id") or str(number),
+            "text": line.get("text"),
+            **{name: path.parent / line[name].strip() for name in known[1:] if (line.get(name) or "").strip()},
+        }
+        for number, line in enumerate(lines)
+    ]
+
+
+def build_fold(lines: Sequence[Mapping[str, Any]]) -> Fold:
+    """A fold of utterances with `id`, `text` and the paths `text_features`, `audio`, `vision`, where there are any."""
+    n = len(lines)
+    features, lengths = {}, {}
+    for name, key in (("text", "text_features"), ("audio", "audio"), ("vision", "vision")):
+        arrays = {row: read_sequence(line[key], name) for row, line in enumerate(lines) if line.get(key) is not None}
+        if not arrays:
+            continue
+        widths = sorted({array.shape[1] for array in arrays.values()})
+        if len(widths) > 1:
+            raise DataError(f"{name}: expected features of one width, got {', '.join(map(str, widths))}")
+        lengths[name] = np.array([len(arrays[row]) if row in arrays else 0 for row in range(n)], np.int64)
+        features[name] = np.zeros((n, max(1, int(lengths[name].max())), widths[0]), np.float32)
+        for row, array in arrays.items():
+            features[name][row, : len(array)] = array
+    texts = [line.get("text") or "" for line in lines]
+    return Fold(
+        ids=[str(line["id"]) for line in lines],
+        scores=np.zeros(n, np.float32),
+        raw_text=texts if any(texts) else None,
+        text_bert=None,
+        features=features,
+        lengths=lengths,
+    )
+
+
+def read_sequence(path: Path, name: str) -> np.ndarray:
+    """An array (T, d) from an .npy file; (d,) is one step."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can provoke nearly any of them
+        raise DataError(f"{path}: expected a file of numpy.save, got something else: {error}") from None
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype.kind not in "iuf"
+        or array.ndim not in (1, 2)
+        or not array.shape[-1]
+    ):
+        got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise DataError(f"{path}: expected {name} as numbers (T, d) or (d,), got {got}")
+    with np.errstate(over="ignore"):
+        return np.atleast_2d(array).astype(np.float32)
+
+
+def unread(fold: Fold, trained: Trained) -> list[str]:
+    """What is there but not read by the model, and what is no number."""
+    notes = []
+    there = {name for name, present in presence(fold).items() if present.any()}
+    if fold.raw_text is not None and any(text.strip() for text in fold.raw_text):
+        there.add("text")
+    for name in sorted(there - set(trained.modalities)):
+        notes.append(f"{name} is not read: the model was trained on {', '.join(trained.modalities)}")
+    for name, array in fold.features.items():
+        bad = int((~np.isfinite(array)).sum())
+        if bad and name in trained.read_widths:
+            notes.append(f"{name}: {bad} values are NaN or infinite; the training mean takes their place")
+    return notes
+
+
+def prediction_lines(fold: Fold, said: Said, classes: Sequence[str]) -> list[list[Any]]:
+    """Heading and a line for each utterance; the score of a branch is empty where its modality is missing."""
+    lines: list[list[Any]] = [["id", "score", "class", *(f"p_{name}" for name in classes), *said.branch_scores]]
+    for row, name in enumerate(fold.ids):
+        score = float(said.scores[row])
+        branches = [
+            float(scores[row]) if said.present[modality][row] else "" for modality, scores in said.branch_scores.items()
+        ]
+        label = classes[int(np.sign(score)) + 1]
+        lines.append([name, score, label, *map(float, said.probabilities[row]), *branches])
+    return lines
+
+
+# export
+
+
+class Deployed(nn.Module):
+    """The model with its feature scaling: what a program outside this code is fed is the data as they are."""
+
+    def __init__(self, trained: Trained) -> None:
+        super().__init__()
+        self.model = trained.model
+        self.modalities = list(trained.modalities)
+        self.scaled = list(trained.read_widths)
+        for name in self.scaled:
+            self.register_buffer(f"{name}_mean", torch.from_numpy(np.array(trained.standardizer.mean[name])))
+            self.register_buffer(f"{name}_std", torch.from_numpy(np.array(trained.standardizer.std[name])))
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scores (N,) and logits (N, 3).
+
+        Args:
+            inputs: `audio` (N, T, d) float32 and `audio_lengths` (N,) int64, 0 for missing, likewise `vision` and
+                `text`; in place of the latter `tokens` (N, 3, L) int64 where the model has a text encoder.
+        """
+        features, lengths, present = {}, {}, {}
+        for name in self.scaled:
+            values, lengths[name] = inputs[name].double(), inputs[f"{name}_lengths"]
+            scaled = (values - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
+            inside = torch.arange(values.shape[1], device=values.device) < lengths[name][:, None]
+            kept = inside[:, :, None] & torch.isfinite(values)
+            features[name] = torch.where(kept, scaled, 0.0).float()
+            present[name] = lengths[name] > 0
+        tokens = inputs.get("tokens")
+        if tokens is not None:
+            present["text"] = (tokens[:, 1] > 0).any(dim=1)
+        n = present[self.modalities[0]].shape[0]
+        nothing = torch.zeros(n, dtype=torch.int64, device=present[self.modalities[0]].device)
+        batch = Batch(nothing, nothing.float(), nothing, tokens, features, lengths, present)
+        fused = self.model.predict(batch)
+        return {"scores": fused.scores, "logits": fused.logits}
+
+
+def example_inputs(trained: Trained, *, samples: int, steps: int, seed: int = 0) -> dict[str, Tensor]:
+    """Made-up inputs of :class:`Deployed`, at least two steps; the last of several samples misses audio and vision."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for name, width in trained.read_widths.items():
+        lengths = torch.randint(1, steps + 1, (samples,), generator=generator)
+        if name != "text" and samples > 1:
+            lengths[-1] = 0
+        inputs[name] = torch.randn(samples, steps, width, generator=generator)
+        inputs[f"{name}_lengths"] = lengths
+    if trained.reads_tokens:
+        tokens = torch.zeros(samples, 3, steps, dtype=torch.int64)
+        lengths = torch.randint(2, steps + 1, (samples, 1), generator=generator)
+        tokens[:, 1] = torch.arange(steps) < lengths
+        words = trained.model.branches["text"].encoder.bert.config.vocab_size
+        tokens[:, 0] = torch.randint(words, (samples, steps), generator=generator) * tokens[:, 1]
+        inputs["tokens"] = tokens
+    return inputs
+
+
+def export_program(trained: Trained) -> torch.export.ExportedProgram:
+    """The deployed model as a program for any number of samples and steps."""
+    deployed = Deployed(trained).eval()
+    inputs = example_inputs(trained, samples=3, steps=7)
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes: dict[str, Any] = {}
+    for name in inputs:
+        shapes[name] = {0: dynamic} if name.endswith("_lengths") else {0: dynamic, 1: dynamic}
+    if "tokens" in inputs:
+        shapes["tokens"] = {0: dynamic, 2: dynamic}
+    # The usual way to trace an LSTM writes out its steps, as many as there are in the example.
+    with torch.no_grad(), register_lstm_while_loop_decomposition(), warnings.catch_warnings():
+        # An LSTM keeps its weights in a list beside its parameters, which tracing swaps and puts back.
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
+        warnings.filterwarnings("ignore", message="_check_is_size", category=FutureWarning)  # torch's own use of it
+        return torch.export.export(deployed, (inputs,), dynamic_shapes=(shapes,))
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint_seed*.safetensors of an experiment")
+    parser.add_argument("target", type=Path, metavar="OUT.pt2", help="where to write the program")
+
+
+def run_export(arguments: argparse.Namespace, console: Console) -> None:
+    """Write the program, read it again, and compare with the model."""
+    if arguments.target.suffix != ".pt2":
+        raise ValueError(f"target: expected a file name that ends in .pt2, got {arguments.target}")
+    trained = load_trained(arguments.checkpoint)
+    program = export_program(trained)
+    arguments.target.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "inputs": list(example_inputs(trained, samples=1, steps=2)),
+        "widths": trained.read_widths,
+        "classes": list(trained.classes),
+        "text_encoder": trained.config.text_encoder if trained.reads_tokens else None,
+        "max_tokens": trained.config.max_tokens if trained.reads_tokens else None,
+    }
+    torch.export.save(program, arguments.target, extra_files={"about.json": json.dumps(about)})
+
+    again = torch.export.load(arguments.target).module()
+    deployed = Deployed(trained).eval()
+    largest = 0.0
+    for samples, steps in ((1, 4), (5, 12)):
+        inputs = example_inputs(trained, samples=samples, steps=steps, seed=samples)
+        with torch.no_grad():
+            expected, got = deployed(inputs), again(inputs)
+        largest = max(largest, *(float((got[key] - expected[key]).abs().max()) for key in expected))
+    if not largest < 1e-4:
+        raise ValueError(f"{arguments.target}: expected the outputs of the model, got others, by up to {largest:.2g}")
+    console.print(
+        f"Written: {arguments.target.resolve()}; its outputs differ from the model's by at most {largest:.2g}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint_seed*.safetensors of an experiment")
+    parser.add_argument(
+        "--text-encoder",
+        default=None,
+        help="name or directory of the text encoder whose tokenizer to use (default: as in training)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda", "auto"), help="where to run the model (default: cpu)"
+    )

@@ -1,0 +1,412 @@
+"""Data of your own: a folder with one JSON file and a compressed numpy file for each fold.
+
+    my_data/
+        dataset.json    name, range of the scores, names of the classes, forms of the text, widths, sizes
+        train.npz       the keys of MMSA's files: id, regression_labels, raw_text, audio, audio_lengths, ...
+        valid.npz
+        test.npz
+
+    dataset = from_mmsa(content, name="mine", source="my content")  # checks what you have; see data.py
+    save_dataset(dataset, "my_data")
+    dataset = load_dataset("my_data")
+
+Nothing in such a folder can run code when it is read: JSON, and arrays without Python objects. The same page with more
+words is docs/your_data.md. Two commands belong to it: `convert` makes such a folder of an MMSA pickle, `check` counts
+and names what is odd about either.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mtmd import safe_pickle
+from mtmd.data import (
+    CLASSES,
+    FOLDS,
+    MODALITIES,
+    UNIMODAL_LABELS,
+    DataError,
+    Dataset,
+    Fold,
+    class_labels,
+    examine_mmsa,
+    from_mmsa,
+    load_mmsa,
+    presence,
+    read_fold,
+)
+
+__all__ = ["load_dataset", "load_fold", "open_dataset", "save_dataset"]
+
+ABOUT = "dataset.json"
+FORMAT, VERSION = "mtmd dataset", 1
+TEXT_FORMS = ("raw_text", "text_bert", "text")
+NOT_USED = {"annotations", "classification_labels", *(f"classification_labels_{one}" for one in "TAV")}
+READ = {"id", "regression_labels", *UNIMODAL_LABELS.values(), *TEXT_FORMS, *MODALITIES}
+READ |= {f"{name}_lengths" for name in MODALITIES}
+
+
+# Reading
+
+
+def open_dataset(path: str | os.PathLike[str], *, name: str) -> Dataset:
+    """Read what `--data` names: an MMSA pickle, or a folder as above.
+
+    Args:
+        path: The file or the folder.
+        name: What to call the data of a pickle; a folder has its name inside.
+
+    Raises:
+        DataError: If the data is not what it should be.
+        safe_pickle.UnsafePickleError: If a pickle holds more than plain data, or is damaged.
+        OSError: If it cannot be read.
+    """
+    return load_dataset(path) if Path(path).is_dir() else load_mmsa(path, name=name)
+
+
+def load_dataset(folder: str | os.PathLike[str], *, name: str | None = None) -> Dataset:
+    """Read a folder that `save_dataset` wrote, or that was made by hand in the same way.
+
+    Args:
+        folder: Holds dataset.json and an .npz file for each fold.
+        name: What to call the data in place of the name in dataset.json.
+
+    Raises:
+        DataError: If something is missing, of a wrong shape or kind, or not what dataset.json says.
+        OSError: If a file cannot be read.
+    """
+    folder = Path(folder)
+    about = _read_about(folder)
+    dataset = from_mmsa(
+        {fold: _read_npz(folder / f"{fold}.npz") for fold in FOLDS},
+        name=name or about["name"],
+        source=str(folder),
+        synthetic=about["synthetic"],
+        score_range=about["score_range"],
+        classes=about["classes"],
+        modalities=[modality for modality in about["widths"] if modality != "text"],
+    )
+    for error in _contradictions(about, dataset.folds):
+        raise DataError(f"{folder}: {error}")
+    return dataset
+
+
+def load_fold(path: str | os.PathLike[str]) -> Fold:
+    """Read one .npz file by itself, to predict from: any of its keys may be missing, scores are then 0.
+
+    Raises:
+        DataError: As `load_dataset`.
+        OSError: If the file cannot be read.
+    """
+    content = _read_npz(Path(path))
+    sizes = {len(array) for key, array in content.items() if key in READ and array.ndim}
+    if len(sizes) != 1:
+        raise DataError(
+            f"{path}: expected arrays for the same number of samples, got {sorted(sizes) or 'none that is read'}"
+        )
+    samples = sizes.pop()
+    content.setdefault("id", np.array([str(row) for row in range(samples)]))
+    content.setdefault("regression_labels", np.zeros(samples, np.float32))
+    if not set(TEXT_FORMS) & set(content):
+        content["raw_text"] = np.full(samples, "")  # a text that is missing
+    return read_fold(content, source=str(path))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """dataset.json, checked."""
+    path = folder / ABOUT
+    if not path.is_file():
+        raise DataError(f"{folder}: expected a folder with {ABOUT}, found none in it")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected JSON, got something else ({error})") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        got = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise DataError(f"{path}: format: expected {FORMAT!r}, got {got!r}")
+    if about.get("version") != VERSION:
+        raise DataError(f"{path}: version: expected {VERSION}, got {about.get('version')!r}")
+    about = {"synthetic": False, "classes": list(CLASSES), **about}
+
+    def expect(key: str, what: str, fits: bool) -> None:
+        if not fits:
+            raise DataError(f"{path}: {key}: expected {what}, got {about.get(key)!r}")
+
+    def is_list(key: str, kind: type | tuple[type, ...]) -> bool:
+        return isinstance(about.get(key), list) and all(type(one) in kind for one in about[key])
+
+    def is_table(key: str, names: tuple[str, ...]) -> bool:
+        table = about.get(key)
+        return isinstance(table, dict) and set(table) <= set(names) and all(type(n) is int for n in table.values())
+
+    name, scores = about.get("name"), about.get("score_range")
+    expect("name", "a name", isinstance(name, str) and name.strip() != "")
+    expect("synthetic", "true or false", isinstance(about["synthetic"], bool))
+    expect(
+        "score_range",
+        "two numbers, one below 0 and one above, for the sign of a score is its class",
+        is_list("score_range", (int, float)) and len(scores) == 2 and -np.inf < scores[0] < 0 < scores[1] < np.inf,
+    )
+    expect("classes", "three names, from low to high scores", is_list("classes", (str,)) and len(about["classes"]) == 3)
+    expect(
+        "texts",
+        f"a list of some of {', '.join(TEXT_FORMS)}",
+        is_list("texts", (str,)) and set(about["texts"]) <= set(TEXT_FORMS),
+    )
+    expect("widths", f"a width for some of {', '.join(MODALITIES)}", is_table("widths", MODALITIES))
+    sizes = about.get("folds")
+    expect("folds", f"a number of samples for {', '.join(FOLDS)}", is_table("folds", FOLDS) and len(sizes) == 3)
+    return {**about, "score_range": (float(scores[0]), float(scores[1])), "classes": tuple(about["classes"])}
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of the file. Nothing of it is run: arrays of Python objects are refused."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+        for key, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # bytes, where a member is no array
+                raise ValueError(f"{key} is no array")
+        return arrays
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive can provoke nearly any of them
+        if "Object arrays" in str(error):
+            error = ValueError("an array of Python objects; save texts as `np.array(list_of_str)`")
+        raise DataError(f"{path}: expected a file of numpy.savez, got something else: {error}") from None
+
+
+def _contradictions(about: dict[str, Any], folds: Mapping[str, Fold]) -> list[str]:
+    """What dataset.json says otherwise than the arrays."""
+    errors = []
+    for name, fold in folds.items():
+        if about["folds"][name] != len(fold):
+            errors.append(f"{name}: expected {about['folds'][name]} samples as {ABOUT} says, got {len(fold)}")
+    train = folds.get("train")
+    if train is not None:
+        widths = {key: array.shape[2] for key, array in train.features.items()}
+        if widths != about["widths"]:
+            errors.append(f"train: expected the feature widths {about['widths']} of {ABOUT}, got {widths}")
+        if _text_forms(train) != set(about["texts"]):
+            there = ", ".join(sorted(_text_forms(train)))
+            errors.append(f"train: expected texts as {', '.join(about['texts'])} ({ABOUT}), got {there}")
+    return errors
+
+
+def _text_forms(fold: Fold) -> set[str]:
+    forms = {"raw_text": fold.raw_text, "text_bert": fold.text_bert, "text": fold.features.get("text")}
+    return {name for name, array in forms.items() if array is not None}
+
+
+# Writing
+
+
+def save_dataset(dataset: Dataset, folder: str | os.PathLike[str]) -> None:
+    """Write the dataset; the folder appears when all of it is written, or not at all.
+
+    Args:
+        dataset: From `from_mmsa`, `load_mmsa` or `synthetic_dataset`.
+        folder: A new or empty folder.
+
+    Raises:
+        ValueError: If the folder has something in it, or a text cannot be stored.
+        OSError: If it cannot be written.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or empty folder, got one that holds something")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    partial.mkdir(parents=True)
+    try:
+        for name, fold in dataset.folds.items():
+            np.savez_compressed(partial / f"{name}.npz", **_arrays(fold))
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": dataset.name,
+            "synthetic": dataset.synthetic,
+            "score_range": list(dataset.score_range),
+            "classes": list(dataset.classes),
+            "texts": [form for form in TEXT_FORMS if form in _text_forms(dataset.folds["train"])],
+            "widths": dataset.widths,
+            "folds": {name: len(fold) for name, fold in dataset.folds.items()},
+        }
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (partial / ABOUT).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _arrays(fold: Fold) -> dict[str, np.ndarray]:
+    arrays = {"id": _string_array("id", fold.ids), "regression_labels": fold.scores}
+    arrays |= {UNIMODAL_LABELS[name]: scores for name, scores in fold.unimodal_scores.items()}
+    if fold.raw_text is not None:
+        arrays["raw_text"] = _string_array("raw_text", fold.raw_text)
+    if fold.text_bert is not None:
+        arrays["text_bert"] = fold.text_bert.astype(np.int32)
+    for name, array in fold.features.items():
+        arrays |= {name: array, f"{name}_lengths": fold.lengths[name]}
+    return arrays
+
+
+def _string_array(key: str, strings: list[str]) -> np.ndarray:
+    array = np.array(strings, dtype=np.str_)
+    if array.tolist() != strings:
+        raise DataError(f"{key}: expected strings that numpy can hold, got one with a zero character at its end")
+    return array
+
+
+# The commands
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="FILE", help="pickle in the layout of MMSA, aligned or unaligned")
+    parser.add_argument("target", type=Path, metavar="FOLDER", help="new folder for dataset.json and the .npz files")
+    parser.add_argument("--name", default=None, help="what to call the data (default: the name of the file)")
+    parser.add_argument(
+        "--score-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=None,
+        help="between which the scores lie (default: -1 1 for CH-SIMS, -3 3 for anything else)",
+    )
+
+
+def run_convert(arguments: argparse.Namespace, console: Console) -> None:
+    """An MMSA pickle becomes a folder; what is odd about it is told."""
+    name = arguments.name or arguments.source.stem
+    score_range = None if arguments.score_range is None else tuple(arguments.score_range)
+    if score_range is not None and not -np.inf < score_range[0] < 0 < score_range[1] < np.inf:
+        raise ValueError(f"--score-range: expected a number below 0 and one above, got {score_range}")
+    dataset = load_mmsa(arguments.source, name=name, score_range=score_range)
+    save_dataset(dataset, arguments.target)
+    console.print(_overview(dataset.folds, title=f"{dataset.name}, scores in {_interval(dataset.score_range)}"))
+    for note in dataset.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    console.print(f"Written: {arguments.target.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help="MMSA pickle, or folder in the own format")
+    parser.add_argument("--name", default="", help="name of the data, as for training: 'sims' means scores in [-1, 1]")
+
+
+def run_check(arguments: argparse.Namespace, console: Console) -> int:
+    """Tell everything that is odd about the data. Returns 1 if it cannot be trained on, else 0."""
+    folds, errors, notes = examine(arguments.source, name=arguments.name)
+    if folds:
+        console.print(_overview(folds, title=str(arguments.source)))
+    if errors or notes:
+        table = Table(title="What is odd", title_justify="left")
+        table.add_column("")
+        table.add_column("where", no_wrap=True)
+        table.add_column("what")
+        for kind, style, findings in (("error", "red", errors), ("note", "yellow", notes)):
+            for finding in findings:
+                where, what = _where_and_what(finding.removeprefix(f"{arguments.source}: "))
+                table.add_row(f"[{style}]{kind}[/]", escape(where), escape(what))
+        console.print(table)
+    verdict = "cannot be trained on" if errors else "can be trained on"
+    console.print(f"{len(errors)} errors, {len(notes)} notes: {verdict}", highlight=False)
+    return 1 if errors else 0
+
+
+def examine(path: Path, *, name: str = "") -> tuple[dict[str, Fold], list[str], list[str]]:
+    """Look through all of a pickle or folder: the folds that can be read, the errors, the notes.
+
+    Raises:
+        OSError: If the path cannot be read at all.
+    """
+    errors: list[str] = []
+    about: dict[str, Any] | None = None
+    content: Any = {}
+    if path.is_dir():
+        try:
+            about = _read_about(path)
+        except DataError as error:
+            errors.append(str(error))
+        for fold in FOLDS:
+            try:
+                content[fold] = _read_npz(path / f"{fold}.npz")
+            except (DataError, OSError) as error:
+                errors.append(f"{fold}: {error}")
+    else:
+        try:
+            content = safe_pickle.load(path)
+        except safe_pickle.UnsafePickleError as error:
+            return {}, [str(error)], []
+    if about is None:
+        folds, found, notes = examine_mmsa(content, source=str(path), name=name)
+    else:
+        required = [modality for modality in about["widths"] if modality != "text"]
+        folds, found, notes = examine_mmsa(
+            content, source=str(path), name=name, score_range=about["score_range"], modalities=required
+        )
+        found += _contradictions(about, folds)
+    return folds, errors + found, notes + _further_notes(content, folds)
+
+
+def _further_notes(content: Any, folds: Mapping[str, Fold]) -> list[str]:
+    """What does no harm to reading but may not be meant."""
+    notes = []
+    for name in folds:
+        unread = [str(key) for key in content[name] if key not in READ | NOT_USED]
+        if unread:
+            notes.append(f"{name}: not read: {', '.join(unread)}")
+    # An id is VIDEO$_$CLIP. Clips of one video on both sides of a split let a model recognise the speaker.
+    videos = {name: {one.split("$_$")[0] for one in fold.ids if "$_$" in one} for name, fold in folds.items()}
+    for first, second in itertools.combinations(videos, 2):
+        shared = videos[first] & videos[second]
+        if shared:
+            notes.append(f"{first} and {second} share clips of {len(shared)} videos, the first is {min(shared)}")
+    return notes
+
+
+def _overview(folds: Mapping[str, Fold], *, title: str) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    present = {name: presence(fold) for name, fold in folds.items()}
+    for name, fold in folds.items():  # raw text counts as text, though it is no input before it is tokenised
+        if "text" not in present[name] and fold.raw_text is not None:
+            present[name]["text"] = np.array([bool(text.strip()) for text in fold.raw_text])
+    modalities = [name for name in MODALITIES if any(name in one for one in present.values())]
+    for column in ("fold", "samples", "below 0", "0", "above 0", *(f"with {name}" for name in modalities)):
+        table.add_column(column, justify="left" if column == "fold" else "right")
+    for name, fold in folds.items():
+        signs = class_labels(fold.scores[np.isfinite(fold.scores)])
+        counts = [str(int((signs == sign).sum())) for sign in range(3)]
+        there = [
+            str(int(present[name][modality].sum())) if modality in present[name] else "-" for modality in modalities
+        ]
+        table.add_row(name, str(len(fold)), *counts, *there)
+    return table
+
+
+def _where_and_what(finding: str) -> tuple[str, str]:
+    """`train/audio: 3 nan` and `train: audio: expected ...` in two columns."""
+    where, colon, what = finding.partition(": ")
+    if not colon or " " in where:
+        return "", finding
+    inner, colon, rest = what.partition(": ")
+    if where in FOLDS and colon and inner.isidentifier():
+        return f"{where}/{inner}", rest
+    return where, what
+
+
+def _interval(score_range: tuple[float, float]) -> str:
+    return f"[{score_range[0]:g}, {score_range[1]:g}]"

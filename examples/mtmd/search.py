@@ -1,0 +1,316 @@
+"""`search`: random points of the paper's grid, judged on the validation fold only (Section V-B).
+
+    python examples/mtmd_mosi.py search --trials 50 --out runs/search
+    python examples/mtmd_mosi.py search --trials 50 --out runs/search --final-seeds 1111 1112 1113 1114 1115
+    python examples/mtmd_mosi.py search --grid other_lr=0.0005,0.001 alpha=0.2,0.4,0.6 --trials 6 --out runs/small
+
+Every trial is a line of trials.jsonl, written when it ends: the same command goes on where it was stopped, and one with
+more trials goes on from there. The best point is that with the lowest validation MAE; what a trial predicts on the test
+fold is deleted unread. `--final-seeds` then trains at the best point, test fold included.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mtmd.config import NOT_IDENTITY, Config, add_config_arguments, config_from
+from mtmd.jobs import run_many
+from mtmd.tables import write_csv
+
+GAMMA = (0.6, 0.8, 1.0)
+PAPER_GRID: dict[str, tuple[Any, ...]] = {
+    "gamma_reg": GAMMA,
+    "gamma_cls": GAMMA,
+    "gamma_feat": GAMMA,
+    "gamma_fusion": GAMMA,
+    "alpha": (0.2, 0.3, 0.4, 0.5, 0.6),
+    "temperature": (0.1, 0.3, 0.5, 0.7, 0.9),
+}
+SYMBOLS = {name: name.replace("gamma", "γ") for name in PAPER_GRID} | {"alpha": "α", "temperature": "τ"}  # noqa: RUF001
+KINDS = (int, float, str, bool)  # of settings that a grid may hold
+TRIALS = 50  # the paper's number
+SHOWN = 10  # best trials in the terminal; search.csv has all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `search`, and those of a run."""
+    parser.add_argument("--trials", type=int, default=TRIALS, metavar="N", help=f"points in all (default: {TRIALS})")
+    parser.add_argument("--search-seed", type=int, default=0, metavar="SEED", help="which points (default: 0)")
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        metavar="NAME=V,V",
+        help="settings and their values in place of the paper's grid, as alpha=0.2,0.4 layers=1,3",
+    )
+    parser.add_argument(
+        "--final-seeds", type=int, nargs="+", default=[], metavar="SEED", help="train with these at the best point"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at the same time (default: 1)")
+    add_config_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    """Run the trials that are not there yet, write the table, train at the best point."""
+    base = config_from(arguments)
+    if "resume" not in arguments:
+        base.resume = True
+    grid = parse_grid(arguments.grid) if arguments.grid else PAPER_GRID
+    size = math.prod(len(values) for values in grid.values())
+    if not 1 <= arguments.trials <= size:
+        raise ValueError(f"--trials: expected 1 to {size}, the points of the grid, got {arguments.trials}")
+    base.out.mkdir(parents=True, exist_ok=True)
+    store = base.out / "trials.jsonl"
+    if not base.resume:
+        store.unlink(missing_ok=True)
+    trials = open_store(store, identity(base, grid, arguments.search_seed), console)
+
+    points = list(itertools.islice(sample(grid, arguments.search_seed), arguments.trials))
+    run_trials(base, points, trials, store, console, jobs=arguments.jobs)
+    ranked = rank(trials, points)
+    write_csv(base.out / "search.csv", [trial_record(place, trial) for place, trial in enumerate(ranked, start=1)])
+    console.print(table(ranked, base))
+    if ranked[0]["mae"] is None:
+        raise ValueError("search: no trial has a validation MAE, so there is no best point")
+    seeds = arguments.final_seeds or base.seeds
+    best = dataclasses.replace(base, out=base.out / "best", seeds=seeds, **ranked[0]["point"])
+    write_toml(best, base.out / "best.toml")
+    console.print(
+        f"All trials: {base.out / 'search.csv'}; the best point as settings for --config: {base.out / 'best.toml'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if arguments.final_seeds:
+        for _, outcome in run_many({"best": best}, console):
+            if "error" in outcome:
+                raise ValueError(f"--final-seeds: {outcome['error']}")
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """What is trained, without where and how far."""
+    # JSON's numbers, strings, booleans and lists are TOML's too; null is a setting that is not given.
+    lines = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        for name, value in config.identity().items()
+        if value is not None
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# The grid
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """`NAME=V,V` to values of the type of that setting."""
+    hints = get_type_hints(Config)
+    grid = {}
+    for text in texts:
+        name, separator, listed = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not separator or name not in hints or name in NOT_IDENTITY:
+            raise ValueError(f"--grid: expected NAME=V,V with the name of a setting, got {text!r}")
+        kind = hints[name] if hints[name] in KINDS else get_args(hints[name])[0]  # of T | None, the T
+        if get_origin(hints[name]) is list or kind not in KINDS:
+            raise ValueError(f"--grid: expected a setting with a number, a word or true and false, got {name}")
+        try:
+            values = tuple(parse_value(value.strip(), kind) for value in listed.split(","))
+        except ValueError as error:
+            raise ValueError(f"--grid: expected values of type {kind.__name__} for {name}, got {listed!r}") from error
+        if len(set(values)) < len(values):
+            raise ValueError(f"--grid: expected each value of {name} once, got {listed!r}")
+        grid[name] = values
+    return grid
+
+
+def parse_value(text: str, kind: type) -> Any:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    value = kind(text)
+    if value == "" or (kind is float and not math.isfinite(value)):
+        raise ValueError(text)
+    return value
+
+
+def sample(grid: Mapping[str, Sequence[Any]], seed: int) -> Iterator[dict[str, Any]]:
+    """The points of the grid in random order, each once; more trials go on where fewer ended."""
+    shape = [len(values) for values in grid.values()]
+    size = math.prod(shape)
+    rng = np.random.default_rng(seed)
+    seen: set[int] = set()
+    while len(seen) < size:
+        index = int(rng.integers(size))
+        if index not in seen:
+            seen.add(index)
+            places = np.unravel_index(index, shape)
+            yield {name: values[place] for (name, values), place in zip(grid.items(), places, strict=True)}
+
+
+# The trials and their store
+
+
+def identity(base: Config, grid: Mapping[str, Sequence[Any]], search_seed: int) -> dict[str, Any]:
+    """What must agree for trials to be of one search."""
+    fixed = {name: value for name, value in base.identity().items() if name not in grid}
+    lists = {name: list(values) for name, values in grid.items()}
+    return {"search_seed": search_seed, "grid": lists, "seeds": base.seeds, **fixed}
+
+
+def open_store(store: Path, ours: dict[str, Any], console: Console) -> list[dict[str, Any]]:
+    """The trials in the store, which begins with what they are trials of.
+
+    A line that was cut off while it was written is taken out; its trial runs again.
+    """
+    lines = store.read_bytes().splitlines(keepends=True) if store.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        whole = sum(len(line) for line in lines[:-1])
+        console.print(
+            f"note: {store}: an unfinished last line was taken out", style="yellow", markup=False, soft_wrap=True
+        )
+        os.truncate(store, whole)
+        lines.pop()
+    if not lines:
+        append(store, ours)
+        return []
+    records = []
+    for place, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{store}: line {place} is damaged; expected a JSON object: {error}") from error
+    theirs, trials = records[0], records[1:]
+    for name in sorted({*theirs, *ours}):
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{store}: expected the search that began there, with {name} {theirs.get(name)!r}, "
+                f"got {ours.get(name)!r}; give another --out, or --no-resume to begin anew"
+            )
+    return trials
+
+
+def append(store: Path, record: Mapping[str, Any]) -> None:
+    """One line, in one write, on the disk before this returns."""
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    handle = os.open(store, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        if os.write(handle, line) != len(line):
+            raise OSError(f"{store}: could not write the whole line; is the disk full?")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def run_trials(
+    base: Config,
+    points: Sequence[dict[str, Any]],
+    trials: list[dict[str, Any]],
+    store: Path,
+    console: Console,
+    *,
+    jobs: int,
+) -> None:
+    """Train the points that are not among `trials`, and add them there and to the store."""
+    done = {trial["trial"] for trial in trials}
+    left = {f"trial{place:04d}": place for place in range(len(points)) if place not in done}
+    configs = {name: dataclasses.replace(base, out=base.out / name, **points[place]) for name, place in left.items()}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("trials", total=len(points), completed=len(points) - len(configs))
+        for name, outcome in run_many(configs, console, jobs=jobs, quiet=True):
+            trial = trial_of(left[name], points[left[name]], outcome)
+            others = {other["sha256"] for other in trials if other["sha256"]}
+            if trial["sha256"] and others - {trial["sha256"]}:
+                raise ValueError(f"{store}: the data file has changed since the first trials; give another --out")
+            append(store, trial)
+            trials.append(trial)
+            shutil.rmtree(configs[name].out)  # weights, and all that it knows about the test fold
+            maes = [other["mae"] for other in trials if other["mae"] is not None]
+            best = f", best validation MAE {min(maes):.4f}" if maes else ""
+            progress.update(bar, advance=1, description=f"trials{best}")
+
+
+def trial_of(place: int, point: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """What the store keeps of a trial: nothing of the test fold."""
+    trial: dict[str, Any] = {"trial": place, "point": dict(point), "mae": None, "sha256": None, "runs": []}
+    if "error" in outcome:
+        return trial | {"error": outcome["error"]}
+    for entry in outcome["runs"]:
+        trial["runs"].append({key: entry[key] for key in ("seed", "valid", "best_epoch", "epochs", "seconds")})
+    maes = [entry["valid"]["mae"] for entry in trial["runs"]]
+    return trial | {
+        "mae": None if None in maes else float(np.mean(maes)),
+        "sha256": outcome["dataset"]["sha256"],
+    }
+
+
+def rank(trials: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lowest validation MAE first, the earlier of two equal ones; those that did not train last."""
+    asked = [trial for trial in trials if trial["trial"] < len(points)]
+    return sorted(asked, key=lambda trial: (trial["mae"] is None, trial["mae"], trial["trial"]))
+
+
+def trial_record(place: int, trial: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of search.csv."""
+    runs = trial["runs"]
+
+    def over_runs(values: Sequence[float | None]) -> float | None:
+        return float(np.mean(values)) if values and None not in values else None
+
+    maes = [entry["valid"]["mae"] for entry in runs]
+    return {
+        "rank": place,
+        "trial": trial["trial"],
+        **trial["point"],
+        "seeds": len(runs),
+        "valid_mae_mean": trial["mae"],
+        "valid_mae_sd": float(np.std(maes, ddof=1)) if len(runs) > 1 and None not in maes else None,
+        "valid_corr_mean": over_runs([entry["valid"]["corr"] for entry in runs]),
+        "best_epochs": " ".join(str(entry["best_epoch"]) for entry in runs),
+        "seconds": sum(entry["seconds"] for entry in runs),
+        "error": trial.get("error", ""),
+    }
+
+
+def table(ranked: Sequence[dict[str, Any]], base: Config) -> Table:
+    """The best trials."""
+    seeds = "seed " + str(base.seeds[0]) if len(base.seeds) == 1 else f"mean of {len(base.seeds)} seeds"
+    shown = Table(
+        title=escape(f"Search: the best {min(SHOWN, len(ranked))} of {len(ranked)} trials"),
+        caption=f"Validation fold only; {seeds}",
+        box=SIMPLE_HEAD,
+    )
+    names = list(ranked[0]["point"])
+    measures = {"MAE": "valid_mae_mean", "± sd": "valid_mae_sd", "Corr": "valid_corr_mean"}
+    if len(base.seeds) == 1:
+        del measures["± sd"]
+    for heading in ("rank", *(SYMBOLS.get(name, name) for name in names), *measures):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for place, trial in enumerate(ranked[:SHOWN], start=1):
+        line = trial_record(place, trial)
+        shown.add_row(
+            str(place),
+            *(escape(str(line[name])) for name in names),
+            *("-" if line[key] is None else f"{line[key]:.3f}" for key in measures.values()),
+        )
+    return shown

@@ -1,0 +1,477 @@
+"""Killed at any moment, a training goes on and ends with the same bits as one that nobody disturbed."""
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo  # the optimiser imports it at its first step; the processes below start with it
+from rich.console import Console
+
+import mtmd_mosi
+from mtmd import checkpoint, experiment
+from mtmd.checkpoint import load_state, replacing, save_state
+from mtmd.config import Config
+from mtmd.experiment import run_experiment
+from mtmd.synthetic import synthetic_dataset
+from mtmd.training import pack_random, prepare, train, unpack_random
+
+CPU = torch.device("cpu")
+SCRIPT = Path(mtmd_mosi.__file__)
+SMALL = {
+    "epochs": 2,
+    "batch_size": 16,
+    "queue_size": 40,
+    "width": 8,
+    "fused_width": 8,
+    "audio_hidden": 4,
+    "vision_hidden": 4,
+    "text_hidden": 4,
+    "layers": 1,
+    "seeds": [1, 2],
+}
+
+
+def small_dataset():
+    return synthetic_dataset(seed=3, sizes=(40, 12, 12))
+
+
+class Stop(Exception):
+    """Stands for the end of a process, where a real one would take too long."""
+
+
+# A run in this process that stops at a step
+
+
+def train_until(config, folds, widths, out, *, stop=None):
+    """One run with its state in `out`; raises Stop after that many steps of its own."""
+    steps, notes = 0, []
+
+    def on_step(_record):
+        nonlocal steps
+        steps += 1
+        if steps == stop:
+            raise Stop
+
+    return train(config, folds, widths, 7, CPU, on_step, state_dir=out, on_note=notes.append), notes
+
+
+def same_weights(first, second):
+    there, here = first.state_dict(), second.state_dict()
+    return there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+
+
+def without_seconds(records):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def assert_same_run(first, second):
+    assert first.steps == second.steps
+    # through JSON text: there NaN equals NaN
+    assert json.dumps(without_seconds(first.epochs)) == json.dumps(without_seconds(second.epochs))
+    assert first.best_epoch == second.best_epoch
+    assert same_weights(first.model, second.model)
+    for split in ("valid", "test"):
+        assert np.array_equal(first.predictions[split], second.predictions[split])
+        assert json.dumps(first.metrics[split]) == json.dumps(second.metrics[split])
+        for name, scores in first.unimodal_predictions[split].items():
+            assert np.array_equal(scores, second.unimodal_predictions[split][name], equal_nan=True)
+    for name, features in first.representations.items():
+        assert np.array_equal(features, second.representations[name])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_every": 1},
+        {"save_every": 2, "batch_size": 8, "accumulate": 2, "drop_text": 0.2, "drop_audio": 0.4},
+        {"save_every": 0, "epochs": 8, "patience": 1, "schedule": "constant", "unimodal_lr": 0.1, "other_lr": 0.1},
+        {"save_every": 2, "amp": True, "deterministic": True, "balanced_queue": True},
+    ],
+    ids=["each step", "accumulated, dropped", "early stop", "bfloat16, deterministic"],
+)
+def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(settings, tmp_path):
+    config = Config(**{**SMALL, **settings})
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    whole, _ = train_until(config, folds, dataset.widths, tmp_path / "whole")
+    steps = len(whole.steps)
+    if config.patience == 1:
+        assert len(whole.epochs) < config.epochs
+    config.resume = True
+    for stop in range(1, steps + 1):
+        out = tmp_path / str(stop)
+        with pytest.raises(Stop):
+            train_until(config, folds, dataset.widths, out, stop=stop)
+        # nothing of a random state may come from this process
+        torch.manual_seed(stop)
+        random.seed(stop)
+        run, _ = train_until(config, folds, dataset.widths, out)
+        assert_same_run(whole, run)
+
+
+def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
+    config = Config(**SMALL, save_every=1, resume=True)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    with pytest.raises(Stop):
+        train_until(config, folds, dataset.widths, tmp_path, stop=5)
+    steps, epochs, notes = [], [], []
+    run = train(
+        config, folds, dataset.widths, 7, CPU, steps.append, epochs.append, state_dir=tmp_path, on_note=notes.append
+    )
+    assert steps == run.steps
+    assert [record["epoch"] for record in epochs] == [1, 2]
+    assert notes == ["seed 7 goes on in epoch 2, after step 4"]
+
+
+def test_random_numbers_of_all_kinds_go_on_where_they_were():
+    def draw():
+        return (
+            [random.random(), random.gauss(0, 1)],
+            np.random.standard_normal(3).tolist(),  # noqa: NPY002  the global state is what is tested
+            torch.rand(3).tolist(),
+        )
+
+    random.gauss(0, 1)  # leaves half of a pair behind, which is part of the state
+    np.random.standard_normal(1)  # noqa: NPY002
+    tensors, values = {}, {}
+    pack_random(CPU, tensors, values)
+    values = json.loads(json.dumps(values))
+    first = draw()
+    draw()
+    unpack_random(CPU, tensors, values)
+    assert draw() == first
+
+
+# Damaged and stray files
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "json"])
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_a_damaged_state_is_named_and_the_one_before_it_is_used(damage, ending, tmp_path):
+    config = Config(**SMALL, save_every=1)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    whole, _ = train_until(config, folds, dataset.widths, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_until(config, folds, dataset.widths, tmp_path / "state", stop=6)
+    names = sorted(path.name for path in (tmp_path / "state").iterdir())
+    states = [f"state_{step:09d}.{kind}" for step in (4, 5) for kind in ("json", "safetensors")]
+    assert names == states
+    damage(tmp_path / "state" / f"state_{5:09d}.{ending}")
+    config.resume = True
+    run, notes = train_until(config, folds, dataset.widths, tmp_path / "state")
+    assert f"state_{5:09d}.{ending}" in notes[0]
+    assert notes[1:] == ["seed 7 goes on in epoch 2, after step 4"]
+    assert_same_run(whole, run)
+
+
+def test_where_every_state_is_damaged_the_run_begins_anew(tmp_path):
+    config = Config(**SMALL, save_every=1)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    whole, _ = train_until(config, folds, dataset.widths, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_until(config, folds, dataset.widths, tmp_path / "state", stop=6)
+    for path in (tmp_path / "state").iterdir():
+        cut(path)
+    config.resume = True
+    run, notes = train_until(config, folds, dataset.widths, tmp_path / "state")
+    assert len(notes) == 2
+    assert all("damaged" in note for note in notes)
+    assert_same_run(whole, run)
+
+
+def test_the_two_newest_states_are_kept_and_strays_swept(tmp_path):
+    for step in range(1, 5):
+        save_state(tmp_path, step, {"weight": torch.full((3,), float(step))}, {"step": step})
+    (tmp_path / ".state_000000009.safetensors.part").write_bytes(b"half")
+    (tmp_path / "state_000000009.safetensors").write_bytes(b"a whole file, but killed before its description")
+    notes = []
+    tensors, values = load_state(tmp_path, notes.append)
+    assert values == {"step": 4}
+    assert tensors["weight"].tolist() == [4.0] * 3
+    assert notes == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"state_00000000{step}.{ending}" for step in (3, 4) for ending in ("json", "safetensors")
+    ]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write_half():
+        with replacing(path) as part:
+            part.write_text("ne")
+            raise Stop
+
+    with pytest.raises(Stop):
+        write_half()
+    assert path.read_text() == "old"
+    with replacing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Real processes, really killed
+
+
+def read_folder(out):
+    """All that must agree between two experiments, without times and places."""
+    results = json.loads((out / "results.json").read_text())
+    for name in ("out", "resume"):
+        del results["config"][name]
+    results["runs"] = without_seconds(results["runs"])
+    epochs = without_seconds(json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    files = {}
+    for path in sorted(out.iterdir()):
+        if path.suffix in (".csv", ".safetensors"):
+            files[path.name] = path.read_bytes()
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                files[path.name] = {name: arrays[name].tolist() for name in arrays}
+    assert {"predictions.csv", "checkpoint_seed1.safetensors", "steps_seed2.csv"} <= set(files)
+    leftover = [path.name for path in out.iterdir() if path.name.startswith((".", "state_"))]
+    assert leftover == []
+    return results, epochs, files
+
+
+def experiment_process(out, resume, die_at, log):
+    """What runs in the other process; with `die_at`, SIGKILL instead of that operation on the disk."""
+    torch.set_num_threads(1)
+    operations = 0
+
+    def deadly(function):
+        def wrapped(*arguments, **options):
+            nonlocal operations
+            operations += 1
+            if operations == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapped
+
+    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint, "save_file")):
+        setattr(owner, name, deadly(getattr(owner, name)))
+    # Figures take longer than all the rest, and are written like nothing else is.
+    experiment.plot_losses = experiment.plot_factors = lambda *_arguments, **_options: None
+    config = Config(**SMALL, save_every=1, out=out, resume=resume)
+    with log.open("a", encoding="utf-8") as file:
+        run_experiment(config, Console(file=file, width=200), dataset=small_dataset())
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes from a server that has imported everything once: no second lost for each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_example_resume"])
+    with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the server finds modules in no other way
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        ensure_running()
+    nothing = context.Process(target=int)  # waits until the server has imported all
+    nothing.start()
+    nothing.join()
+    return context
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processes, tmp_path_factory):
+    """The folder of a run that nobody kills, and how long it took."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    started = time.perf_counter()
+    process = processes.Process(target=experiment_process, args=(out, False, None, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    return read_folder(out), time.perf_counter() - started
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
+    expected, seconds = undisturbed
+    moments = random.Random(11)
+    kills = 0
+    for attempt in range(60):
+        process = processes.Process(target=experiment_process, args=(tmp_path, attempt > 0, None, tmp_path / "log.txt"))
+        process.start()
+        process.join(moments.uniform(0.1, 0.4) * seconds * (1 + attempt / 10))  # longer, should the machine have slowed
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 2
+    assert read_folder(tmp_path) == expected
+
+
+def test_killed_at_its_nth_operation_on_the_disk_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
+    """Process n dies at its nth write, sync, rename or removal: in the middle of saving each time."""
+    expected, _ = undisturbed
+    for attempt in range(1, 80):
+        arguments = (tmp_path, attempt > 1, attempt, tmp_path / "log.txt")
+        process = processes.Process(target=experiment_process, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 0
+    assert attempt > 10
+    assert read_folder(tmp_path) == expected
+
+
+def test_the_command_itself_killed_with_kill_9_goes_on(tmp_path):
+    widths = [f"--{name}=4" for name in ("width", "fused-width", "audio-hidden", "vision-hidden", "text-hidden")]
+    options = [*widths, "--layers=1", "--epochs=2", "--batch-size=128", "--save-every=2", "--seeds", "1", "2"]
+    command = [sys.executable, str(SCRIPT), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+    states = tmp_path / "killed" / "state_seed2"
+    while not list(states.glob("state_*.json")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    output = subprocess.run(
+        [*command, "--out", str(tmp_path / "killed"), "--resume"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "seed 1 was finished before" in output
+    assert "seed 2 goes on in epoch" in output
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert mtmd_mosi.main([*command[2:], "--out", str(tmp_path / "whole")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert read_folder(tmp_path / "killed") == read_folder(tmp_path / "whole")
+
+
+# Experiments of several seeds
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture
+def trained_seeds(monkeypatch):
+    """The seeds that were trained, in order; figures are left out."""
+    seeds = []
+
+    def counting(config, folds, widths, seed, *arguments, **options):
+        seeds.append(seed)
+        return train(config, folds, widths, seed, *arguments, **options)
+
+    monkeypatch.setattr(experiment, "train", counting)
+    for name in ("plot_losses", "plot_factors"):
+        monkeypatch.setattr(experiment, name, lambda *_arguments, **_options: None)
+    return seeds
+
+
+def test_finished_seeds_are_kept_and_new_ones_added(tmp_path, trained_seeds):
+    dataset = small_dataset()
+    first = Config(**{**SMALL, "seeds": [1]}, out=tmp_path / "grown")
+    run_experiment(first, quiet(), dataset=dataset)
+    second = dataclasses.replace(first, seeds=[2, 1], resume=True)
+    grown = run_experiment(second, quiet(), dataset=dataset)
+    assert trained_seeds == [1, 2]
+    whole = run_experiment(dataclasses.replace(second, out=tmp_path / "whole", resume=False), quiet(), dataset=dataset)
+    assert without_seconds(grown["runs"]) == without_seconds(whole["runs"])
+    assert grown["mean"] == whole["mean"]
+    # asked for fewer, the others stay
+    again = run_experiment(dataclasses.replace(second, seeds=[1]), quiet(), dataset=dataset)
+    assert [entry["seed"] for entry in again["runs"]] == [1, 2]
+    assert trained_seeds == [1, 2, 2, 1]
+
+
+def test_a_seed_whose_files_are_gone_is_trained_again(tmp_path, trained_seeds):
+    config = Config(**SMALL, out=tmp_path)
+    first = run_experiment(config, quiet(), dataset=small_dataset())
+    (tmp_path / "checkpoint_seed2.safetensors").unlink()
+    config.resume = True
+    second = run_experiment(config, quiet(), dataset=small_dataset())
+    assert trained_seeds == [1, 2, 2]
+    assert without_seconds(first["runs"]) == without_seconds(second["runs"])
+    assert (tmp_path / "checkpoint_seed2.safetensors").exists()
+
+
+def test_without_resume_it_begins_anew(tmp_path, trained_seeds):
+    config = Config(**SMALL, out=tmp_path)
+    run_experiment(config, quiet(), dataset=small_dataset())
+    results = run_experiment(dataclasses.replace(config, seeds=[2]), quiet(), dataset=small_dataset())
+    assert [entry["seed"] for entry in results["runs"]] == [2]
+    assert trained_seeds == [1, 2, 2]
+
+
+def test_resume_refuses_other_settings_and_other_data(tmp_path, trained_seeds):
+    config = Config(**{**SMALL, "seeds": [1]}, out=tmp_path)
+    run_experiment(config, quiet(), dataset=small_dataset())
+    other = dataclasses.replace(config, alpha=0.3, layers=2, resume=True)
+    with pytest.raises(
+        ValueError, match=r"--resume: expected the settings of .*layers 2, there 1; alpha 0.3, there 0.4"
+    ):
+        run_experiment(other, quiet(), dataset=small_dataset())
+    same = dataclasses.replace(config, resume=True, save_every=5, device="cpu")
+    with pytest.raises(ValueError, match="--resume: expected the data of"):
+        run_experiment(same, quiet(), dataset=synthetic_dataset(seed=4, sizes=(40, 12, 12)))
+    run_experiment(same, quiet(), dataset=small_dataset())
+    assert trained_seeds == [1]
+
+
+def test_a_state_of_other_settings_or_data_is_refused(tmp_path):
+    config = Config(**SMALL, save_every=1, resume=True)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    with pytest.raises(Stop):
+        train_until(config, folds, dataset.widths, tmp_path, stop=2)
+    with pytest.raises(ValueError, match=r"--resume: expected the settings of .*epochs 4, there 2"):
+        train_until(dataclasses.replace(config, epochs=4), folds, dataset.widths, tmp_path)
+    other = synthetic_dataset(seed=4, sizes=(40, 12, 12))
+    with pytest.raises(ValueError, match="--resume: expected the data of"):
+        train_until(config, prepare(other, config)[0], other.widths, tmp_path)
+
+
+def test_a_folder_with_a_results_file_of_something_else_is_named(tmp_path):
+    (tmp_path / "results.json").write_text('{"runs": []}')
+    with pytest.raises(
+        ValueError, match=r"results\.json: expected the results of `train`, got a file without 'config'"
+    ):
+        run_experiment(Config(**SMALL, out=tmp_path, resume=True), quiet(), dataset=small_dataset())
+    (tmp_path / "results.json").write_text('{"runs": [')
+    with pytest.raises(ValueError, match=r"results\.json: expected a JSON file"):
+        run_experiment(Config(**SMALL, out=tmp_path, resume=True), quiet(), dataset=small_dataset())
