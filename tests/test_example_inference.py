@@ -27,8 +27,8 @@ SMALL = {"width": 8, "fused_width": 8, "audio_hidden": 4, "vision_hidden": 4, "t
 MODALITIES = ("text", "audio", "vision")
 
 
-def save(path, dataset, **settings):
-    """A checkpoint of a model that was not trained: what it says is as good as any for these tests."""
+def save(path, dataset, /, **settings):
+    """A checkpoint of a model that was not trained: what it says is as good as any for these tests. The model."""
     torch.manual_seed(0)
     config = Config(**SMALL, **settings)
     model = MTMD(config, dataset.widths)
@@ -37,6 +37,7 @@ def save(path, dataset, **settings):
         torch.nn.init.zeros_(model.fusion.heads.score.bias)
     run = types.SimpleNamespace(seed=1, model=model, best_epoch=1, metrics={"valid": {"mae": 1.0}})
     save_checkpoint(path, run, config, Standardizer.fit(dataset.folds["train"]), dataset)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,39 @@ def test_a_checkpoint_without_data_is_scored_on_its_synthetic_set(tmp_path):
     assert "not the data" not in command("evaluate", tmp_path / "checkpoint", "--fold", "valid")
 
 
+def test_a_synthetic_set_with_a_wrong_teacher_is_made_again(tmp_path):
+    save(tmp_path / "checkpoint", synthetic_dataset(wrong={"text": 0.3}), wrong_text=0.3)
+    assert "not the data" not in command("evaluate", tmp_path / "checkpoint", "--fold", "valid")
+
+
+def test_evaluation_json_says_what_was_asked(checkpoint, data, trained, tmp_path):
+    command(
+        *("evaluate", checkpoint, "--data", data, "--fold", "valid", "--drop", "audio=0.3", "--draws", 2),
+        *("--seed", 7, "--out", tmp_path),
+    )
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["arguments"] == {
+        "checkpoint": str(checkpoint),
+        "data": str(data),
+        "text_encoder": None,
+        "fold": "valid",
+        "drop": {"audio": 0.3},
+        "rates": None,
+        "draws": 2,
+        "seed": 7,
+    }
+    assert Config.from_json(report["config"]) == trained.config
+
+
+def test_a_text_without_features_is_missing_whatever_its_tokens_are(trained, dataset):
+    fold = dataset.folds["test"]
+    with_tokens = dataclasses.replace(fold, text_bert=np.ones((len(fold), 3, 4), np.int64))
+    said, expected = (ask(trained, prepare_fold(one, trained)) for one in (with_tokens, fold))
+    assert not expected.present["text"].all()
+    assert np.array_equal(said.present["text"], expected.present["text"])
+    assert np.array_equal(said.scores, expected.scores)
+
+
 @pytest.mark.parametrize("rates", [{"audio": 0.5}, {"text": 1.0}, {"text": 0.4, "vision": 0.7}], ids=str)
 def test_fusing_again_is_predicting_from_the_dropped_fold(trained, dataset, rates):
     fold = prepare_fold(dataset.folds["test"], trained)
@@ -191,6 +225,30 @@ def test_sims_is_scored_by_its_own_metrics_and_labels(content, tmp_path):
     own = fold.unimodal_scores["audio"]
     assert metrics["audio, own labels"] == sims_metrics(said.branch_scores["audio"][there], own[there])
     assert metrics["audio, own labels"] != metrics["audio"]
+
+
+def test_a_row_counts_the_samples_that_it_measures(trained, dataset):
+    fold = dataset.folds["test"]
+    own = np.where(np.arange(len(fold)) < 10, fold.scores, np.nan).astype(np.float32)
+    fold = prepare_fold(dataclasses.replace(fold, unimodal_scores={"vision": own}), trained)
+    said = ask(trained, fold)
+    there = presence(fold)["vision"]
+    counts = {row: inference.said_of(row, said, fold) for row in inference.metrics_by_branch(said, fold, msa_metrics)}
+    assert counts["fused"] == 50
+    assert counts["vision"] == there.sum()
+    assert counts["vision, own labels"] == there[:10].sum() < there.sum()
+
+
+def test_a_file_is_measured_as_the_data_of_the_checkpoint(content, tmp_path):
+    """CH-SIMS without labels of its modalities: that its scores lie in [-1, 1] is known by its name alone."""
+    made = {name: fold | {"regression_labels": fold["regression_labels"] / 3} for name, fold in content.items()}
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps(made))
+    save(tmp_path / "checkpoint", from_mmsa(made, name="sims", source="sims"), data=path, dataset="sims")
+    for options in ([], ["--data", path]):
+        command("evaluate", tmp_path / "checkpoint", *options, "--out", tmp_path)
+        report = json.loads((tmp_path / "evaluation.json").read_text())
+        assert list(report["metrics"]["fused"]) == ["acc2", "acc3", "acc5", "f1", "mae", "corr"]
 
 
 # predict
@@ -324,6 +382,18 @@ def test_words_are_tokenised_as_the_checkpoint_says(with_encoder, tmp_path):
     assert float(one["score"]) == pytest.approx(float(rows[0]["score"]), abs=1e-6)
 
 
+def test_the_mean_of_the_tokens_survives_a_checkpoint(with_encoder, dataset, tmp_path):
+    path, folder = with_encoder
+    model = save(tmp_path / "checkpoint", dataset, text_encoder=str(folder), pooling="mean").eval()
+    trained, other = load_trained(tmp_path / "checkpoint"), load_trained(path)
+    fold = prepare_fold(dataset.folds["test"], trained)
+    with torch.no_grad():
+        expected = model(next(inference.batches(fold, 50)))
+    assert np.array_equal(ask(trained, fold).scores, expected.fused.scores.numpy())
+    # of the same weights, the first token alone says something else
+    assert not np.allclose(ask(other, fold).branch_scores["text"], expected.unimodal["text"].scores.numpy())
+
+
 def test_words_may_be_missing_for_a_model_with_an_encoder(with_encoder, tmp_path):
     path, folder = with_encoder
     np.save(tmp_path / "a.npy", np.ones((3, 12)))
@@ -398,6 +468,7 @@ def test_a_text_encoder_is_exported(with_encoder, tmp_path, dataset):
         ("evaluate", ["--drop", "audio"], r"--drop: expected MODALITY=RATE with a rate in \[0, 1\], got 'audio'"),
         ("evaluate", ["--drop", "audio=2"], "got 'audio=2'"),
         ("evaluate", ["--drop", "audio=half"], "got 'audio=half'"),
+        ("evaluate", ["--drop", "audio=0.3", "audio=0.5"], "--drop: expected each modality once, got audio again"),
         ("evaluate", ["--drop", "smell=0.5"], r"modalities of the model \(text, audio, vision\), got 'smell'"),
         ("evaluate", ["--robustness"], "--out: expected a folder"),
         ("evaluate", ["--rates", "1.5"], r"--rates: expected numbers in \[0, 1\], got 1.5"),

@@ -8,7 +8,7 @@ import torch
 import reference
 from mtmd.config import Config
 from mtmd.data import Standardizer, batches
-from mtmd.model import MODALITIES, MTMD, STUDENTS
+from mtmd.model import MODALITIES, MTMD, STUDENTS, PretrainedTextEncoder
 from mtmd.objective import Objective
 from mtmd.synthetic import synthetic_dataset
 from mtmd.training import make_schedule
@@ -212,6 +212,26 @@ def test_teachers_get_no_gradient_from_response_and_fusion_terms(parts):
     assert all(p.grad is None for p in model.branches["text"].parameters())
     assert all(p.grad is None for p in model.fusion.parameters())
     assert all(p.grad is not None for p in model.branches["audio"].parameters())
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("Bert", 18), ("Roberta", 16)])
+def test_texts_longer_than_the_encoder_has_positions_are_refused(kind, longest):
+    transformers = pytest.importorskip("transformers")
+    settings = getattr(transformers, f"{kind}Config")(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=18,
+    ).to_dict()
+    encoder = PretrainedTextEncoder("tiny", settings, max_tokens=longest)
+    assert encoder(torch.ones(1, 3, longest, dtype=torch.int64)).isfinite().all()
+    config = Config(**SMALL, text_encoder="tiny", max_tokens=longest + 1)
+    with pytest.raises(
+        ValueError, match=f"max_tokens: expected at most {longest}, the positions of tiny, got {longest + 1}"
+    ):
+        MTMD(config, {"audio": 4, "vision": 4}, encoder_config=settings)
 
 
 def test_relu_heads_predict_no_negative_score_and_the_default_does(parts):

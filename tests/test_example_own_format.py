@@ -211,6 +211,21 @@ def test_a_wrong_description_is_refused(folder, change, message):
     assert "cannot be trained on" in printed
 
 
+@pytest.mark.parametrize("change", [{"version": 2}, None], ids=["version", "none"])
+def test_a_wrong_description_is_no_fault_of_the_folds(content, tmp_path, change):
+    """That the set has no vision stands in the description alone."""
+    for fold in content.values():
+        del fold["vision"], fold["vision_lengths"]
+    save_dataset(read(content, modalities=["audio"]), tmp_path / "toy")
+    path = tmp_path / "toy" / "dataset.json"
+    about = json.loads(path.read_text())
+    path.unlink() if change is None else path.write_text(json.dumps(about | change))
+    folds, errors, _ = own_format.examine(tmp_path / "toy")
+    assert list(folds) == list(FOLDS)
+    assert len(errors) == 1
+    assert "dataset.json" in errors[0]
+
+
 def damage(path):
     """Ways in which a file can be no archive of plain arrays, as functions of its path."""
     content = path.read_bytes()

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import mtmd_mosi
 from mtmd import checkpoint, experiment
 from mtmd.checkpoint import load_state, replacing, save_state
 from mtmd.config import Config
-from mtmd.experiment import run_experiment
+from mtmd.experiment import load_predictions, run_experiment
 from mtmd.synthetic import synthetic_dataset
 from mtmd.training import pack_random, prepare, train, unpack_random
 
@@ -203,9 +204,46 @@ def test_where_every_state_is_damaged_the_run_begins_anew(tmp_path):
         cut(path)
     config.resume = True
     run, notes = train_until(config, folds, dataset.widths, tmp_path / "state")
-    assert len(notes) == 2
-    assert all("damaged" in note for note in notes)
+    assert len(notes) == 3
+    assert all("damaged" in note for note in notes[:2])
+    assert notes[2].endswith("no state is left, the run begins anew")
     assert_same_run(whole, run)
+
+
+def test_a_state_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_state(tmp_path, step, {"weight": torch.ones(3)}, {"step": step})
+    before = sorted(tmp_path.iterdir())
+
+    def refuse(*_arguments):
+        raise PermissionError("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "file_sha256", refuse)
+        with pytest.raises(PermissionError, match="not now"):
+            load_state(tmp_path, print)
+    assert sorted(tmp_path.iterdir()) == before
+    assert load_state(tmp_path, print)[1] == {"step": 2}
+
+
+def test_a_state_of_another_format_is_kept_and_named(tmp_path):
+    save_state(tmp_path, 1, {"weight": torch.ones(3)}, {"step": 1})
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match=r"state_000000001\.json: expected a training state of format 1, got 2"):
+        load_state(tmp_path, print)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_state_whose_tensors_are_gone_is_swept(tmp_path):
+    for step in (1, 2):
+        save_state(tmp_path, step, {"weight": torch.ones(3)}, {"step": step})
+    (tmp_path / "state_000000002.safetensors").unlink()
+    notes = []
+    assert load_state(tmp_path, notes.append)[1] == {"step": 1}
+    assert len(notes) == 1
+    assert "state_000000002.safetensors" in notes[0]
+    assert not (tmp_path / "state_000000002.json").exists()
 
 
 def test_the_two_newest_states_are_kept_and_strays_swept(tmp_path):
@@ -430,12 +468,68 @@ def test_a_seed_whose_files_are_gone_is_trained_again(tmp_path, trained_seeds):
     assert (tmp_path / "checkpoint_seed2.safetensors").exists()
 
 
+def drop_last_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("checkpoint_seed2.safetensors", flip, r"expected the file that checkpoint_seed2\.json describes"),
+        ("checkpoint_seed2.json", cut, "expected a JSON file"),
+        ("steps_seed2.csv", Path.unlink, "expected a file, found none"),
+        ("metrics.jsonl", drop_last_line, "expected 2 epochs of the seed, got 1"),
+        ("predictions.csv", drop_last_line, "expected 12 test rows of the seed, got 11"),
+    ],
+)
+def test_a_seed_whose_files_are_damaged_is_trained_again(name, damage, message, tmp_path, trained_seeds):
+    config = Config(**SMALL, out=tmp_path)
+    first = run_experiment(config, quiet(), dataset=small_dataset())
+    damage(tmp_path / name)
+    printed = quiet()
+    second = run_experiment(dataclasses.replace(config, resume=True), printed, dataset=small_dataset())
+    assert trained_seeds == [1, 2, 2]
+    assert without_seconds(first["runs"]) == without_seconds(second["runs"])
+    (note,) = [line for line in printed.file.getvalue().splitlines() if line.startswith("note: seed")]
+    assert note.startswith(f"note: seed 2 was finished before, but is trained again: {tmp_path / name}: ")
+    assert re.search(message, note)
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("1,test,b,0.5", 3),
+        ("", 3),
+        ("1,test,b,0.5,half,,,", 3),
+        ("1,train,b,0.5,0.5,,,", 3),
+        ("one,test,b,0.5,0.5,,,", 3),
+        ("1,test,b,0.5,,,,", 3),
+    ],
+    ids=["short", "blank", "no number", "no split", "no seed", "no score"],
+)
+def test_a_damaged_line_of_predictions_is_named(line, number, tmp_path):
+    path = tmp_path / "predictions.csv"
+    path.write_text(f"seed,split,id,target,score,text,audio,vision\n1,test,a,0.5,0.25,0.5,,\n{line}\n")
+    with pytest.raises(ValueError, match=rf"predictions\.csv: expected a prediction in line {number}, got '{line}'"):
+        load_predictions(tmp_path)
+    path.write_bytes(b"seed,split,id,target,score,text,audio,vision\n1,test,\xff,0.5,0.25,0.5,,\n")
+    with pytest.raises(ValueError, match=r"predictions\.csv: expected UTF-8 in line 2"):
+        load_predictions(tmp_path)
+
+
 def test_without_resume_it_begins_anew(tmp_path, trained_seeds):
     config = Config(**SMALL, out=tmp_path)
-    run_experiment(config, quiet(), dataset=small_dataset())
-    results = run_experiment(dataclasses.replace(config, seeds=[2]), quiet(), dataset=small_dataset())
+    printed = quiet()
+    run_experiment(config, printed, dataset=small_dataset())
+    assert "replaced" not in printed.file.getvalue()
+    (tmp_path / "losses_seed1.png").write_bytes(b"a figure")
+    (tmp_path / "checkpoint_seed1_mine.json").write_text("{}")
+    results = run_experiment(dataclasses.replace(config, seeds=[2]), printed, dataset=small_dataset())
+    assert f"note: the earlier results in {tmp_path} are replaced (--resume keeps them)\n" in printed.file.getvalue()
     assert [entry["seed"] for entry in results["runs"]] == [2]
     assert trained_seeds == [1, 2, 2]
+    assert [path.name for path in tmp_path.glob("*_seed1*")] == ["checkpoint_seed1_mine.json"]
+    assert (tmp_path / "checkpoint_seed2.safetensors").exists()
 
 
 def test_resume_refuses_other_settings_and_other_data(tmp_path, trained_seeds):

@@ -1,5 +1,6 @@
 """`ablate`, `search` and `report`: what they run, what they judge by, and what they write."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import mtmd_mosi
-from mtmd import jobs, report, search
-from mtmd.ablation import ARMS
+from mtmd import cli, jobs, report, search
+from mtmd.ablation import ARMS, arm_config
 from mtmd.bootstrap import Comparison
 from mtmd.compare import compare_experiments
-from mtmd.config import PARTS, Config, read_toml
+from mtmd.config import NOT_IDENTITY, PARTS, Config, add_config_arguments, config_from, read_toml
+from mtmd.experiment import run_experiment
 from mtmd.tables import Row, difference_cell, own_cell, p_cell, row_of, write_table
 from study_cases import fake_experiment
 
@@ -58,6 +61,17 @@ def test_cells_have_percent_with_one_decimal_and_mae_and_corr_with_three():
     assert own_cell(row, ["mae"]) == "0.715 ± 0.021"
     assert own_cell(row, ["corr"]) == "-"
     assert own_cell(row_of("one", "one seed", runs[:1]), ["mae"]) == "0.700"
+
+
+def test_a_table_with_intervals_says_what_they_leave_out(tmp_path):
+    runs = [{"acc7": 0.4, "acc2_has0": 0.8, "acc2_non0": 0.8, "f1_has0": 0.8, "f1_non0": 0.8, "mae": 0.7, "corr": 0.7}]
+    row, warning = row_of("a", "a", runs), "Clips of one speaker are correlated"
+    shown = write_table([row], tmp_path / "plain", title="Title")
+    assert warning not in (tmp_path / "plain.md").read_text(encoding="utf-8") + str(shown.caption)
+    row.over_utterances = Comparison(0.01, -0.01, 0.03, 0.3)
+    shown = write_table([row], tmp_path / "compared", title="Title", against="b")
+    assert (tmp_path / "compared.md").read_text(encoding="utf-8").count(warning) == 1
+    assert str(shown.caption).count(warning) == 1
 
 
 def test_a_table_has_the_papers_columns_in_the_papers_order(tmp_path):
@@ -118,6 +132,21 @@ def test_report_md_shows_exactly_the_figures_that_there_are(experiments):
     linked = re.findall(r"\]\(([^)]*csv)\)", text)
     assert sorted(linked) == sorted(str(path.relative_to(out)) for path in out.rglob("*.csv") if path.stem != "results")
     assert "| full | 3 |" in text
+
+
+def test_report_md_says_what_it_was_made_with(experiments, tmp_path):
+    text = (experiments / "full" / "report" / "report.md").read_text(encoding="utf-8")
+    folders = ", ".join(f"`{experiments / name}`" for name in ("full", "no_distillation", "text_only"))
+    assert text[text.index("## Made with") :].splitlines()[2:] == [
+        f"- experiments: {folders}",
+        f"- before, in Fig. 6: `{experiments / 'no_distillation'}`",
+        "- seed, in Fig. 6: the first of each experiment",
+        "- resamples of the bootstrap: 300",
+    ]
+    arguments = ["report", str(experiments / "text_only"), "--out", str(tmp_path), "--seed", "2", "--resamples", "10"]
+    assert mtmd_mosi.main(arguments) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "- before, in Fig. 6: the same model before training\n- seed, in Fig. 6: 2\n" in text
 
 
 def test_report_compares_with_the_first_experiment_branch_by_branch(experiments):
@@ -206,7 +235,12 @@ def test_the_papers_line_stands_below_results_on_its_data_only(tmp_path, experim
 
 def test_what_cannot_be_reported_is_told_on_one_line(experiments, tmp_path, capsys):
     full = experiments / "full"
-    assert "results.json" in fails(capsys, ["report", tmp_path])
+    expected = "expected the folder of one experiment, got"
+    assert fails(capsys, ["report", tmp_path]).endswith(f"{expected} one without results.json")
+    assert fails(capsys, ["report", tmp_path / "none"]).endswith(f"{expected} no folder")
+    line = fails(capsys, ["report", experiments])
+    assert line.endswith("without results.json; experiments in it: full, no_distillation, text_only")
+    assert expected in fails(capsys, ["report", full, "--before", tmp_path, "--out", tmp_path / "r"])
     assert fails(capsys, ["report", full, full]) == "error: report: expected each folder once"
     assert "--seed: expected one of 1, 2, 3" in fails(capsys, ["report", full, "--seed", "9", "--out", tmp_path / "r"])
     assert "at most 7 folders, got 8" in fails(capsys, ["report", *[full] * 8])
@@ -252,7 +286,7 @@ def test_the_arms_switch_off_every_part_once_and_the_numbers_are_the_papers():
 
 def test_all_arms_are_run_into_folders_of_their_own_and_the_tables_are_the_papers(tmp_path, trained, capsys):
     arguments = ["ablate", "--out", str(tmp_path), "--seeds", "1", "2", "--resamples", "100", "--alpha", "0.3"]
-    assert mtmd_mosi.main(arguments) == 0
+    assert mtmd_mosi.main(arguments) == 1  # no_queue did not train
     assert [config.out.name for config in trained] == list(ARMS)
     assert all(config.alpha == 0.3 and config.seeds == [1, 2] and config.resume for config in trained)
     by_name = {config.out.name: config for config in trained}
@@ -295,7 +329,129 @@ def test_a_subset_of_arms_gives_the_tables_that_it_can_fill(tmp_path, trained):
     assert "mae_low_over_utterances" not in read(tmp_path / "table2.csv")[0]  # nothing to compare with
 
 
-def test_seeds_that_were_not_asked_for_stay_out_of_the_table(tmp_path, monkeypatch):
+def test_arms_can_be_added_by_later_calls(tmp_path, trained, capsys):
+    arguments = ["ablate", "--out", str(tmp_path), "--resamples", "20", "--seeds", "1", "2", "--arms"]
+    assert mtmd_mosi.main([*arguments, "full"]) == 0
+    assert mtmd_mosi.main([*arguments, "no_reg"]) == 0
+    assert mtmd_mosi.main([*arguments, "instance_sampling"]) == 0
+    assert [config.out.name for config in trained] == ["full", "no_reg", "instance_sampling"]
+    second = read(tmp_path / "table2.csv")
+    assert [row["name"] for row in second] == ["no_reg", "full"]
+    expected, _ = compare_experiments(tmp_path / "no_reg", tmp_path / "full", resamples=20)
+    assert float(second[0]["mae_low_over_utterances"]) == pytest.approx(expected.low, rel=1e-4)
+    assert [row["name"] for row in read(tmp_path / "table3.csv")] == ["instance_sampling", "full"]
+    capsys.readouterr()
+
+    assert mtmd_mosi.main([*arguments, "no_cls", "--alpha", "0.3"]) == 0  # another ablation in the same place
+    assert [row["name"] for row in read(tmp_path / "table2.csv")] == ["no_cls"]
+    assert "no_reg is not in the tables" in (shown := capsys.readouterr().out)
+    assert "expected the settings of this call, got other ones (alpha)" in shown
+    arguments[arguments.index("2")] = "3"
+    assert mtmd_mosi.main([*arguments, "no_feat"]) == 0
+    assert [row["name"] for row in read(tmp_path / "table2.csv")] == ["no_feat"]
+    assert "expected seeds 1, 3, got 1, 2" in capsys.readouterr().out
+
+
+def test_arms_of_other_data_and_damaged_ones_stay_out_of_the_tables(tmp_path, trained, capsys):
+    arguments = ["ablate", "--out", str(tmp_path), "--resamples", "20", "--seeds", "1", "--arms"]
+    assert mtmd_mosi.main([*arguments, "full", "no_reg", "no_cls"]) == 0
+    path = tmp_path / "full" / "results.json"
+    path.write_text(path.read_text().replace("0" * 64, "1" * 64))
+    (tmp_path / "no_reg" / "results.json").write_text("{}")
+    (tmp_path / "no_cls" / "predictions.csv").unlink()
+    assert mtmd_mosi.main([*arguments, "no_feat"]) == 0
+    assert [row["name"] for row in read(tmp_path / "table2.csv")] == ["no_feat"]
+    assert len(trained) == 4
+    shown = capsys.readouterr().out
+    assert "expected the data of the other arms, got other data" in shown
+    assert "expected the results of `train`, got a file without 'config'" in shown
+    assert "predictions.csv: expected the predictions of a finished experiment, got no such file" in shown
+
+
+@pytest.mark.parametrize("jobs_", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_arm_with_wrong_settings_or_data_does_not_lose_the_others(tmp_path, capsys, jobs_):
+    """The real thing, small: one folder holds another experiment."""
+    fake_experiment(Config(out=tmp_path / "no_reg", seeds=[1], alpha=0.2))
+    arguments = ["ablate", *TINY, "--seeds", "1", "--resamples", "20", "--out", str(tmp_path), "--jobs", str(jobs_)]
+    assert mtmd_mosi.main([*arguments, "--arms", "full", "no_reg"]) == 1
+    assert [(row["label"], row["runs"]) for row in read(tmp_path / "table2.csv")] == [
+        ("w/o L_reg (did not train)", "0"),
+        ("MTMD", "1"),
+    ]
+    assert "no_reg did not train: --resume: expected the settings of" in capsys.readouterr().out
+
+
+def test_where_no_arm_trains_there_are_no_tables(tmp_path, trained, capsys):
+    assert mtmd_mosi.main(["ablate", "--arms", "no_queue", "--out", str(tmp_path)]) == 2
+    assert "ablate: no arm trained; no_queue: seed 1: expected a finite loss, got nan" in capsys.readouterr().err
+    assert trained
+    assert not list(tmp_path.iterdir())
+
+
+def test_instance_sampling_is_trained_with_a_plain_queue(tmp_path, trained):
+    arguments = ["ablate", "--arms", "full", "instance_sampling", "--balanced-queue", "--resamples", "20"]
+    assert mtmd_mosi.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert {config.out.name: config.balanced_queue for config in trained} == {"full": True, "instance_sampling": False}
+    assert "has a balanced queue" in (tmp_path / "table3.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left_out", "note"),
+    [
+        ([], set(), ""),
+        (["--modalities", "text", "audio"], {"no_vision_task"}, "--modalities text audio"),
+        (["--without", "vision_task"], {"no_vision_task"}, "--without vision_task"),
+        (["--sampling", "instance"], {"instance_sampling"}, "--sampling instance"),
+        (["--without", "feat"], {"no_feat", "no_queue", "instance_sampling"}, "--without feat"),
+        (["--modalities", "text"], set(ARMS) - {"full"}, "--modalities text"),
+        (
+            ["--modalities", "audio", "vision"],
+            {"no_text_task", "text_only", "no_reg", "no_cls", "no_feat", "no_queue", "no_momentum_dmd"}
+            | {"instance_sampling"},
+            "--modalities audio vision",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arms_that_cannot_differ_from_full_are_left_out(tmp_path, trained, capsys, arguments, left_out, note):
+    mtmd_mosi.main(["ablate", "--out", str(tmp_path), "--resamples", "5", *arguments])
+    assert {config.out.name for config in trained} == set(ARMS) - left_out
+    shown = capsys.readouterr().out
+    assert set(re.findall(r"note: (\w+) is left out", shown)) == left_out
+    text = (tmp_path / "table2.md").read_text(encoding="utf-8")
+    assert ("Every line, MTMD too, was trained with" in text) == bool(note)
+    assert note in text
+
+
+@pytest.mark.parametrize(
+    ("base", "arms"),
+    [
+        (["--without", "feat"], ["no_queue", "instance_sampling"]),
+        (["--modalities", "audio", "vision"], ["no_reg", "no_momentum_dmd"]),
+        (["--modalities", "text"], ["no_distillation", "no_momentum_mfd"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_arms_that_are_left_out_train_what_full_trains(tmp_path, base, arms):
+    """The real thing, small."""
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    config = config_from(parser.parse_args([*TINY, "--seeds", "1", "--out", str(tmp_path), *base]))
+    for name in ("full", *arms):
+        run_experiment(arm_config(config, name), Console(quiet=True))
+    full, *others = (read(tmp_path / name / "predictions.csv") for name in ("full", *arms))
+    assert others == [full] * len(others)
+
+
+def test_without_any_arm_that_differs_there_is_nothing_to_do(tmp_path, capsys):
+    arguments = ["ablate", "--out", str(tmp_path), "--modalities", "audio", "--arms", "no_audio_task"]
+    assert mtmd_mosi.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "note: no_audio_task is left out: no modality is left" in captured.out
+    assert "--arms: expected an arm that can be told from full with these settings, got no_audio_task" in captured.err
+
+
+def test_seeds_that_were_not_asked_for_stay_out_of_the_table(tmp_path, monkeypatch, capsys):
     def run_experiment(config, _):
         every = dataclasses.replace(config, seeds=[1, 2, 3])  # as when two of them were there before
         return fake_experiment(every, offset={1: 0.0, 2: 0.5, 3: 1.0})
@@ -305,6 +461,7 @@ def test_seeds_that_were_not_asked_for_stay_out_of_the_table(tmp_path, monkeypat
     (no_reg, full) = read(tmp_path / "table2.csv")
     results = json.loads((tmp_path / "full" / "results.json").read_text())
     assert full["runs"] == "1"
+    assert f"full: test MAE {results['runs'][1]['test']['mae']:.3f}" in capsys.readouterr().out
     assert float(full["mae_mean"]) == pytest.approx(results["runs"][1]["test"]["mae"], rel=1e-5)
     assert no_reg["mae_low_over_seeds"] == ""
 
@@ -361,6 +518,9 @@ def test_wrong_settings_of_an_experiment_name_it(monkeypatch):
     monkeypatch.setattr(jobs, "run_experiment", run_experiment)
     with pytest.raises(ValueError, match=r"^no_reg: width: expected at least 1, got 0$"):
         list(jobs.run_many({"no_reg": Config()}, None))
+    assert list(jobs.run_many({"no_reg": Config(), "no_cls": Config()}, None, keep_going=True)) == [
+        (name, {"error": "width: expected at least 1, got 0"}) for name in ("no_reg", "no_cls")
+    ]
 
 
 # search
@@ -447,11 +607,64 @@ def test_the_best_point_is_a_configuration_for_further_runs(tmp_path, tried):
     assert mtmd_mosi.main(arguments) == 0
     final = tried[-1]
     assert final.seeds == [4, 5]
-    assert final.out == tmp_path / "best"
     best = read(tmp_path / "search.csv")[0]
+    assert final.out == tmp_path / f"best_trial{int(best['trial']):04d}"
     assert all(getattr(final, name) == float(best[name]) for name in search.PAPER_GRID)
     assert final.width == 24
     assert Config.from_values(read_toml(tmp_path / "best.toml"), source="").identity() == final.identity()
+
+
+def test_each_best_point_is_trained_in_a_folder_of_its_own(tmp_path, tried):
+    arguments = ["search", "--out", str(tmp_path), "--final-seeds", "4", "--trials"]
+    best = {}
+    for trials in ("2", "40"):
+        assert mtmd_mosi.main([*arguments, trials]) == 0
+        best[int(read(tmp_path / "search.csv")[0]["trial"])] = tried[-1]
+    assert len(best) == 2  # more trials found a better one
+    assert [config.out for config in best.values()] == [tmp_path / f"best_trial{place:04d}" for place in best]
+    assert len({str(config.identity()) for config in best.values()}) == 2
+
+
+def test_a_store_older_than_a_setting_goes_on(tmp_path, tried, capsys):
+    arguments = ["search", "--out", str(tmp_path), "--trials"]
+    assert mtmd_mosi.main([*arguments, "2"]) == 0
+    store = tmp_path / "trials.jsonl"
+    lines = store.read_text().splitlines(keepends=True)
+    header = json.loads(lines[0])
+    del header["detach_text"], header["queue_size"]
+    store.write_text(json.dumps(header) + "\n" + "".join(lines[1:]))
+    assert mtmd_mosi.main([*arguments, "3"]) == 0
+    assert len(tried) == 3
+    line = fails(capsys, [*arguments, "3", "--detach-text"])
+    assert "with detach_text False, got True" in line
+    assert line.endswith("give another --out, or --no-resume, which deletes the 3 trials there and begins anew")
+    store.write_text("[]\n")
+    assert "line 1 is damaged; expected the settings of a search" in fails(capsys, [*arguments, "3"])
+
+
+def test_a_trial_that_was_killed_between_its_line_and_its_deletion_is_deleted(tmp_path, tried):
+    assert mtmd_mosi.main(["search", "--out", str(tmp_path), "--trials", "2"]) == 0
+    left = tmp_path / "trial0001"
+    left.mkdir()
+    (left / "predictions.csv").write_text("what is known of the test fold")
+    assert mtmd_mosi.main(["search", "--out", str(tmp_path), "--trials", "2"]) == 0
+    assert not left.exists()
+    assert len(tried) == 2
+
+
+@pytest.mark.usefixtures("tried")
+def test_beginning_anew_deletes_the_search_and_nothing_else(tmp_path):
+    arguments = ["search", "--out", str(tmp_path), "--trials", "2", "--no-resume"]
+    for name in ("best", "trial_notes", "best_paper"):  # `best` is that of an older version
+        (tmp_path / name).mkdir()
+    assert mtmd_mosi.main(arguments) == 0
+    assert (tmp_path / "best").exists()  # there was no search here
+    for name in ("trial0003", "best_trial0003"):
+        (tmp_path / name).mkdir()
+    assert mtmd_mosi.main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("best.toml", "best_paper", "search.csv", "trial_notes", "trials.jsonl")
+    ]
 
 
 def test_a_search_goes_on_where_it_was_killed(tmp_path, tried, capsys):
@@ -529,6 +742,10 @@ def test_an_own_grid_takes_settings_of_every_simple_kind(tmp_path, tried):
         (["--grid", "alpha=0.1,high"], "--grid: expected values of type float for alpha, got '0.1,high'"),
         (["--grid", "queue_size=1,"], "--grid: expected values of type int for queue_size, got '1,'"),
         (["--grid", "alpha=0.1,0.10"], "--grid: expected each value of alpha once, got '0.1,0.10'"),
+        (
+            ["--grid", "queue-size=64", "queue_size=128"],
+            "--grid: expected each setting once, with all its values, got queue_size twice",
+        ),
         (["--trials", "1", "--grid", "schedule=linear"], "schedule: expected one of cosine, constant, got 'linear'"),
     ],
 )
@@ -541,3 +758,22 @@ def test_searches_that_cannot_be_meant_are_told_on_one_line(tmp_path, capsys, tr
 def test_without_any_trained_trial_there_is_no_best_point(tmp_path, capsys):
     line = fails(capsys, ["search", "--trials", "1", "--grid", "alpha=0.6", "--out", tmp_path])
     assert line.endswith("search: no trial has a validation MAE, so there is no best point")
+
+
+# The files with the paper's settings
+
+# What says where and how far, what only the synthetic set reads, and what is a matter of speed.
+NOT_PINNED = {*NOT_IDENTITY, "data", "synthetic_seed", "wrong_text", "compile", "deterministic"} - {"seeds"}
+NOT_PINNED |= {f"signal_{name}" for name in ("text", "audio", "vision")}
+
+
+@pytest.mark.parametrize("name", ["mosi", "mosei"])
+def test_the_papers_settings_do_not_move_with_the_defaults(name):
+    """A new setting has to be written into both files, as the paper has it, or be listed above."""
+    path = Path(mtmd_mosi.__file__).parent / "configs" / f"{name}.toml"
+    assert set(read_toml(path)) == {entry.name for entry in dataclasses.fields(Config)} - NOT_PINNED
+    text = path.read_text(encoding="utf-8").replace("\\\n#", "")
+    (command,) = re.findall(r"mtmd_mosi\.py (search .*)", text)
+    arguments, _ = cli.parse(command.split(), "")
+    assert (arguments.seeds, arguments.final_seeds) == ([1111], read_toml(path)["seeds"])
+    assert arguments.config == Path(f"examples/configs/{name}.toml")

@@ -127,6 +127,22 @@ def test_a_part_of_a_term_changes_the_gradient_of_that_term_alone(build, two_bat
             assert_same(after, before)
 
 
+def test_a_detached_text_learns_nothing_from_the_contrast(build, two_batches):
+    model, objective = build()
+    _, both = total_and_terms(model, objective, two_batches[1])
+    before = gradients(model, both["feat"])
+    other_model, other = build(detach_text=True)
+    _, terms = total_and_terms(other_model, other, two_batches[1])
+    after = gradients(other_model, terms["feat"])
+    of_text = [name for name in before if name.startswith("branches.text.")]
+    assert any(before[name].any() for name in of_text)
+    assert not any(after[name].any() for name in of_text)
+    # What audio and vision learn from it stays as it was, and so do the other terms.
+    assert_same(*({name: grads[name] for name in grads if name not in of_text} for grads in (after, before)))
+    for name in ("gt", "reg", "cls", "fusion"):
+        assert_same(gradients(other_model, terms[name]), gradients(model, both[name]))
+
+
 def test_instances_instead_of_classes_change_the_contrastive_term_alone(build, two_batches):
     model, objective = build()
     _, by_class = total_and_terms(model, objective, two_batches[1])

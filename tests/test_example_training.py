@@ -22,7 +22,7 @@ from mtmd.data import Standardizer, batches, presence
 from mtmd.experiment import load_experiment, load_predictions
 from mtmd.metrics import msa_metrics
 from mtmd.synthetic import make_synthetic, synthetic_dataset
-from mtmd.training import predict, prepare, score_fold, train
+from mtmd.training import prepare, score_fold, train
 
 TINY = [
     "--epochs=2",
@@ -123,12 +123,13 @@ def test_a_checkpoint_predicts_what_was_reported(finished):
     dataset = synthetic_dataset()
     assert about["data_sha256"] == dataset.fingerprint
     fold = standardizer.apply(dataset.folds["test"])
-    scores = predict(model, fold, 64, torch.device("cpu"))
+    scores = score_fold(model, fold, 64, torch.device("cpu"))
     with (finished / "predictions.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["seed"] == "1" and row["split"] == "test"]
-    assert [float(row["score"]) for row in rows] == scores.tolist()
-    branches = score_fold(model, fold, 64, torch.device("cpu")).unimodal
-    assert [float(row["audio"] or "nan") for row in rows] == pytest.approx(branches["audio"].tolist(), nan_ok=True)
+    assert [float(row["score"]) for row in rows] == scores.fused.tolist()
+    assert [float(row["audio"] or "nan") for row in rows] == pytest.approx(
+        scores.unimodal["audio"].tolist(), nan_ok=True
+    )
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
@@ -234,7 +235,20 @@ def test_a_wrong_option_ends_in_one_message(arguments, message, capsys):
         (["--config", "no_such_file.toml"], "no_such_file.toml"),
         (["--data", "no_such_file.pkl"], "no_such_file.pkl"),
         (["--alpha", "1.5"], "alpha: expected a finite number in [0, 1], got 1.5"),
-        (["--temperature", "0"], "temperature: expected"),
+        (["--temperature", "0"], "temperature: expected a number in [0.01, 10], got 0.0"),
+        (["--decay", "1.1"], "decay: expected a finite number in [0, 1], got 1.1"),
+        (["--dropout", "1"], "dropout: expected a share in [0, 1), got 1.0"),
+        (["--wrong-text", "-0.1"], "wrong_text: expected a share in [0, 1], got -0.1"),
+        (["--signal-audio", "nan"], "signal_audio: expected a share in [0, 1], got nan"),
+        (["--gamma-reg", "-1"], "gamma_reg: expected a finite number of at least 0, got -1.0"),
+        (["--gamma-fusion", "nan"], "gamma_fusion: expected a finite number of at least 0, got nan"),
+        (["--unimodal-lr", "0"], "unimodal_lr: expected a finite number above 0, got 0.0"),
+        (["--bert-lr", "inf"], "bert_lr: expected a finite number above 0, got inf"),
+        (["--clip", "inf"], "clip: expected a finite number of at least 0, got inf"),
+        (["--heads", "3"], "text_hidden: expected a multiple of heads (3), got 8"),
+        (["--audio-hidden", "6"], "audio_hidden: expected a multiple of heads (4), got 6"),
+        (["--modalities", "text", "--without", "text_task"], "modalities: expected at least one that is left, got"),
+        (["--balanced-queue", "--sampling", "instance"], "balanced_queue: expected sampling 'class'"),
         (["--other-lr", "1e30", "--clip", "0"], "seed 1111, epoch 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -398,6 +412,22 @@ def test_dropped_modalities_are_drawn_anew_each_epoch_and_again_with_the_same_se
     assert np.array_equal(missing[1]["audio"], missing[3]["audio"])
 
 
+def test_a_width_that_no_branch_has_may_be_any():
+    Config(modalities=["text", "audio"], vision_hidden=6)
+    Config(text_encoder="bert-base-uncased", text_hidden=6)
+
+
+def test_a_branch_that_predicts_nan_ends_the_run_though_the_fusion_does_not(monkeypatch):
+    def spoiled(model, fold, *arguments):
+        scores = score_fold(model, fold, *arguments)
+        scores.unimodal["audio"][presence(fold)["audio"].argmax()] = np.nan
+        return scores
+
+    monkeypatch.setattr(training, "score_fold", spoiled)
+    with pytest.raises(FloatingPointError, match="seed 1, epoch 1: a prediction of the audio branch is NaN"):
+        small_run()
+
+
 def test_bfloat16_is_for_training_alone():
     run, plain = small_run(amp=True), small_run()
     assert run.steps[0]["total"] == pytest.approx(plain.steps[0]["total"], rel=0.05)
@@ -504,6 +534,37 @@ def test_raw_text_is_tokenised_for_a_pretrained_encoder():
     batch = next(batches(folds["train"], 12))
     assert "text" not in batch.features
     assert batch.present["text"].all()
+
+
+def change_folds(dataset, **changes):
+    folds = {name: dataclasses.replace(fold, **changes) for name, fold in dataset.folds.items()}
+    return dataclasses.replace(dataset, folds=folds)
+
+
+def test_a_text_without_words_is_missing_whatever_its_features_are():
+    dataset = synthetic_dataset(sizes=(12, 12, 12))
+    texts = ["", *dataset.folds["train"].raw_text[1:]]
+    folds, _ = prepare(change_folds(dataset, raw_text=texts), Config(text_encoder=str(minilm())))
+    assert dataset.folds["train"].lengths["text"][0] > 0
+    assert presence(folds["train"])["text"].tolist() == [False] + [True] * 11
+    assert next(batches(folds["train"], 12)).present["text"].tolist() == [False] + [True] * 11
+
+
+def test_a_text_without_features_is_missing_whatever_its_tokens_are():
+    dataset = synthetic_dataset(sizes=(12, 12, 12))
+    lengths = dataset.folds["train"].lengths
+    changed = {**lengths, "text": np.where(np.arange(12) == 3, 0, lengths["text"])}
+    dataset = change_folds(dataset, lengths=changed, text_bert=np.ones((12, 3, 5), np.int64))
+    folds, _ = prepare(dataset, Config())
+    expected = [row != 3 for row in range(12)]
+    assert presence(folds["train"])["text"].tolist() == expected
+    assert next(batches(folds["train"], 12)).present["text"].tolist() == expected
+
+
+def test_text_that_an_encoder_cannot_read_is_named():
+    dataset = change_folds(synthetic_dataset(sizes=(12, 4, 4)), raw_text=None)
+    with pytest.raises(ValueError, match="the train fold has neither 'raw_text' nor 'text_bert'"):
+        prepare(dataset, Config(text_encoder=str(minilm())))
 
 
 def test_a_short_real_training_with_a_pretrained_encoder(mosi_path, tmp_path):

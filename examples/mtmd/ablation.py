@@ -4,22 +4,24 @@
     python examples/mtmd_mosi.py ablate --arms full no_reg no_queue --jobs 2 --out runs/ablation
 
 Each arm is an experiment in a folder of its own below --out. What is finished there already is used again, so the
-command goes on where it was stopped, and arms can be added.
+command goes on where it was stopped. The tables hold every arm that --out has with these settings and seeds: arms can
+be added by later calls, or by several at the same time, of which the last to end writes them all.
 """
 
 import argparse
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mtmd.bootstrap import RESAMPLES
-from mtmd.compare import SIMS_LIMIT, compare_experiments
-from mtmd.config import Config, add_config_arguments, config_from
+from mtmd.compare import SIMS_LIMIT, compare_experiments, read_scores
+from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
+from mtmd.experiment import load_experiment
 from mtmd.jobs import LOG, run_many
-from mtmd.tables import METRICS, Row, row_of, write_table
+from mtmd.model import TEACHER, used_modalities
+from mtmd.tables import METRICS, Row, mean_and_deviation, row_of, write_table
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ ARMS = {
     "no_distillation": Arm("No Distill", ("distillation",), {}, (44.0, 81.8, 83.2, 81.7, 83.3, 0.749, 0.780)),
     "full": Arm("MTMD", (), {}, (47.5, 84.0, 86.0, 83.9, 86.0, 0.705, 0.799)),
     # Table III, whose other line is the full model; see PAPER_INSTANCE for its numbers.
-    "instance_sampling": Arm("i ≠ j", (), {"sampling": "instance"}),
+    # A queue without classes cannot give them shares.
+    "instance_sampling": Arm("i ≠ j", (), {"sampling": "instance", "balanced_queue": False}),
     # Not in the paper: what the audio and vision are worth at all.
     "text_only": Arm("text alone", (), {"modalities": ["text"]}),
 }
@@ -84,28 +87,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
 
 
-def run(arguments: argparse.Namespace, console: Console) -> None:
-    """Train what is not trained yet, then write the tables."""
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Train what is not trained yet, then write the tables. The exit code is 1 if an arm did not train."""
     base = config_from(arguments)
     if "resume" not in arguments:
         base.resume = True
-    chosen = list(ARMS) if "all" in arguments.arms else [name for name in ARMS if name in arguments.arms]
-    configs = {name: arm_config(base, name) for name in chosen}
-    results: dict[str, dict[str, Any]] = {}
-    for name, outcome in run_many(configs, console, jobs=arguments.jobs):
-        results[name] = outcome
+    asked = list(ARMS) if "all" in arguments.arms else [name for name in ARMS if name in arguments.arms]
+    left_out = {name: why for name in ARMS if (why := why_left_out(base, name))}
+    for name in asked:
+        if name in left_out:
+            say(console, f"note: {name} is left out: {left_out[name]}", style="yellow")
+    configs = {name: arm_config(base, name) for name in asked if name not in left_out}
+    if not configs:
+        raise ValueError(
+            f"--arms: expected an arm that can be told from full with these settings, got {' '.join(asked)}"
+        )
+
+    done, errors = {}, {}
+    for name, outcome in run_many(configs, console, jobs=arguments.jobs, keep_going=True):
         if "error" in outcome:
-            console.print(f"{name} did not train: {outcome['error']}", style="yellow", markup=False, highlight=False)
-        else:
-            log = f"; see {configs[name].out / LOG}" if arguments.jobs > 1 else ""
-            console.print(
-                f"{name}: test MAE {outcome['mean']['mae']:.3f} ({len(results)} of {len(configs)} arms){log}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-    ordered = {name: results[name] for name in chosen}
-    write_tables(base.out, ordered, console, seeds=base.seeds, resamples=arguments.resamples)
+            errors[name] = outcome["error"]
+            say(console, f"{name} did not train: {outcome['error']}", style="yellow")
+            continue
+        done[name] = outcome
+        mae, _ = mean_and_deviation(asked_runs(outcome, base.seeds), "mae")
+        log = f"; see {configs[name].out / LOG}" if arguments.jobs > 1 else ""
+        say(console, f"{name}: test MAE {mae:.3f} ({len(done) + len(errors)} of {len(configs)} arms){log}")
+
+    results = done | read_others(base, {*configs, *left_out}, done, console)
+    if not results:
+        name, why = next(iter(errors.items()))
+        raise ValueError(f"ablate: no arm trained; {name}: {why}")
+    write_tables(base, results, errors, console, resamples=arguments.resamples)
+    return 1 if errors else 0
+
+
+def say(console: Console, text: str, **style: Any) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True, **style)
+
+
+def asked_runs(results: dict[str, Any], seeds: list[int]) -> list[dict[str, Any]]:
+    """Test metrics of the seeds asked for; a folder may hold more."""
+    return [run["test"] for run in results["runs"] if run["seed"] in seeds]
+
+
+# The arms
 
 
 def arm_config(base: Config, name: str) -> Config:
@@ -115,13 +141,102 @@ def arm_config(base: Config, name: str) -> Config:
     return dataclasses.replace(base, out=base.out / name, without=without, **arm.changes)
 
 
+def why_left_out(base: Config, name: str) -> str:
+    """Why an arm says nothing with these settings; empty if it does."""
+    arm = ARMS[name]
+    gone = {f"{modality}_task" for modality in MODALITIES} & {*base.without, *arm.without}
+    kept = set(base.modalities) & set(arm.changes.get("modalities", MODALITIES))
+    if not kept - {part.removesuffix("_task") for part in gone}:
+        return "no modality is left"
+    if name != "full" and in_effect(arm_config(base, name)) == in_effect(arm_config(base, "full")):
+        return "with these settings it is the same as full"
+    return ""
+
+
+def in_effect(config: Config) -> dict[str, Any]:
+    """The settings, with what has no effect beside the others switched off: equal ones train the same model.
+
+    What needs what is as in objective.py and model.py.
+    """
+    modalities, off = used_modalities(config), set(config.without)
+    if len(modalities) < 2:
+        off |= {"distillation", "fusion_factors"}
+    if TEACHER not in modalities:
+        off |= {"reg", "cls", "feat"}
+    if "distillation" in off:
+        off |= {"reg", "cls", "feat", "fusion"}
+    for part, users in {
+        "queue": {"feat"},
+        "momentum_dmd": {"reg", "cls", "feat"},
+        "hard_attention": {"fusion"},
+        "momentum_mfd": {"fusion_factors"},
+        "distillation": {"reg", "cls", "feat", "fusion"},
+    }.items():
+        if users <= off:
+            off.add(part)
+    return config.identity() | {
+        "modalities": modalities,
+        "without": {part for part in off if not part.endswith("_task")},
+        "sampling": "class" if "feat" in off else config.sampling,
+        "balanced_queue": config.balanced_queue and "queue" not in off,
+    }
+
+
+def read_others(base: Config, not_these: set[str], done: dict[str, Any], console: Console) -> dict[str, Any]:
+    """What --out has of arms that other calls trained: of the same settings and data, with all seeds asked for."""
+    found: dict[str, Any] = {}
+    for name in sorted(ARMS, key=lambda name: name != "full"):  # first the one that others are compared with
+        if name in not_these or not (base.out / name / "results.json").exists():
+            continue
+        known = next(iter((done | found).values()), None)
+        try:
+            found[name] = load_arm(arm_config(base, name), known)
+        except (ValueError, OSError) as error:
+            say(console, f"note: {name} is not in the tables: {error}", style="yellow")
+    return found
+
+
+def load_arm(config: Config, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Contents of results.json of a finished arm; `known`: of another arm, whose data it has to share.
+
+    Raises:
+        ValueError: If it has other settings or data, or not all seeds.
+        OSError: If it cannot be read.
+    """
+    results = load_experiment(config.out)
+    theirs, ours = Config.from_json(results["config"]).identity(), config.identity()
+    differing = [setting for setting in ours if theirs[setting] != ours[setting]]
+    if differing:
+        raise ValueError(f"{config.out}: expected the settings of this call, got other ones ({', '.join(differing)})")
+    if known is not None and results["dataset"]["sha256"] != known["dataset"]["sha256"]:
+        raise ValueError(f"{config.out}: expected the data of the other arms, got other data")
+    finished = [run["seed"] for run in results["runs"]]
+    if not set(config.seeds) <= set(finished):
+        expected, got = (", ".join(map(str, seeds)) for seeds in (config.seeds, finished))
+        raise ValueError(f"{config.out}: expected seeds {expected}, got {got}")
+    read_scores(config.out, seeds=config.seeds)  # whether the comparison can read them
+    return results
+
+
+# The tables
+
+
 def write_tables(
-    out: Path, results: dict[str, dict[str, Any]], console: Console, *, seeds: list[int], resamples: int
+    base: Config, results: dict[str, dict[str, Any]], errors: dict[str, str], console: Console, *, resamples: int
 ) -> None:
-    """Tables II and III, as far as their arms were run, in `out`; of other seeds in the folders they hold nothing."""
-    rows = {name: arm_row(out, name, results, seeds, resamples) for name in results}
-    dataset = next((outcome["dataset"] for outcome in results.values() if "dataset" in outcome), None)
-    where, notes = describe(dataset)
+    """Tables II and III, as far as there are arms for them, in `base.out`.
+
+    Args:
+        base: Where the arms lie, and the seeds to show of them.
+        results: Contents of results.json by arm.
+        errors: Arms that did not train.
+        console: Shows the tables.
+        resamples: Draws of the bootstrap.
+    """
+    out = base.out
+    rows = {name: arm_row(base, name, results, resamples) for name in ARMS if name in {*results, *errors}}
+    where, notes = describe(next(iter(results.values()))["dataset"])
+    notes += base_notes(base)
     paths = []
     second = [row for name, row in rows.items() if name != "instance_sampling"]
     if second:
@@ -134,36 +249,47 @@ def write_tables(
         third = [dataclasses.replace(rows[name], part="") for name in TABLE_3 if name in rows]
         third = [dataclasses.replace(row, label="cls_i ≠ cls_j") if row.name == "full" else row for row in third]
         title = f"Instance against class sampling on {where} (Table III)"
-        meaning = "i ≠ j: other utterances are the negatives; cls_i ≠ cls_j: those of other classes (MTMD)."
-        console.print(write_table(third, out / "table3", title=title, against="MTMD", notes=[meaning, *notes]))
+        meaning = ["i ≠ j: other utterances are the negatives; cls_i ≠ cls_j: those of other classes (MTMD)."]
+        if base.balanced_queue:
+            meaning.append("cls_i ≠ cls_j has a balanced queue; that of i ≠ j knows no classes, so that it cannot.")
+        console.print(write_table(third, out / "table3", title=title, against="MTMD", notes=[*meaning, *notes]))
         paths.append(out / "table3.md")
     for path in paths:
-        console.print(f"Table: {path} and .csv", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"Table: {path} and .csv")
 
 
-def arm_row(out: Path, name: str, results: dict[str, dict[str, Any]], seeds: list[int], resamples: int) -> Row:
+def arm_row(base: Config, name: str, results: dict[str, dict[str, Any]], resamples: int) -> Row:
     """What an arm gave, beside the paper, and its paired difference to the full model."""
-    arm, outcome = ARMS[name], results[name]
+    arm = ARMS[name]
     paper = PAPER_INSTANCE if name == "instance_sampling" else dict(zip(METRICS, arm.paper, strict=False))
-    if "error" in outcome:
+    if name not in results:
         return Row(name, f"{arm.label} (did not train)", paper=paper, part=arm.part)
-    runs = [run["test"] for run in outcome["runs"] if run["seed"] in seeds]
-    row = row_of(name, arm.label, runs, paper=paper, part=arm.part)
-    if name != "full" and "runs" in results.get("full", {}):
+    row = row_of(name, arm.label, asked_runs(results[name], base.seeds), paper=paper, part=arm.part)
+    if name != "full" and "full" in results:
         row.over_utterances, row.over_seeds = compare_experiments(
-            out / name,
-            out / "full",
-            seeds=seeds,
+            base.out / name,
+            base.out / "full",
+            seeds=base.seeds,
             limit=SIMS_LIMIT if "acc3" in row.values else None,
             resamples=resamples,
         )
     return row
 
 
-def describe(dataset: dict[str, Any] | None) -> tuple[str, list[str]]:
+def base_notes(base: Config) -> list[str]:
+    """What to say where even the line MTMD is not all of MTMD."""
+    changed = []
+    if base.without:
+        changed.append(f"--without {' '.join(base.without)}")
+    if base.sampling != "class":
+        changed.append(f"--sampling {base.sampling}")
+    if len(base.modalities) < len(MODALITIES):
+        changed.append(f"--modalities {' '.join(base.modalities)}")
+    return [f"Every line, MTMD too, was trained with {' '.join(changed)}; the paper's were not."] if changed else []
+
+
+def describe(dataset: dict[str, Any]) -> tuple[str, list[str]]:
     """What was trained on, for titles, and what to say where that is not the paper's data."""
-    if dataset is None:
-        return "no data", []
     if dataset["synthetic"]:
         return "synthetic data", ["Measured on synthetic data; the paper's numbers are of CMU-MOSI and no comparison."]
     if dataset["name"].lower() != "mosi":

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 KEPT_STATES = 2  # the newest and, in case it is damaged, the one before
 STATE_FORMAT = 1
 
+
+class OtherFormatError(ValueError):
+    """A state that is whole, but written by another version of this code."""
+
+
 # Writing
 
 
@@ -194,21 +199,30 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict
 
 
 def load_state(folder: Path, on_note: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest state that is whole, or None; `on_note` is told of those that are not. Sweeps up what has no use."""
+    """The newest state that is whole, or None; `on_note` is told of those that are not. Sweeps up what has no use.
+
+    Only what is damaged or half gone is deleted. A state of another format, or one that cannot be read now, may be of
+    use yet: that is an error.
+    """
     if not folder.is_dir():
         return None
     sweep(folder)
     found = None
-    for description in sorted(folder.glob("state_*.json"), reverse=True):
+    descriptions = sorted(folder.glob("state_*.json"), reverse=True)
+    for description in descriptions:
         weights = pair(description)[0]
         try:
             found = read_state(weights, description)
-        except (ValueError, OSError) as error:
-            on_note(f"damaged state, the one before it is used: {error}")
+        except OtherFormatError:
+            raise
+        except (ValueError, FileNotFoundError) as error:
+            on_note(f"a damaged state is deleted: {error}")
             description.unlink()
             weights.unlink(missing_ok=True)
             continue
         break
+    if found is None and descriptions:
+        on_note(f"{folder}: no state is left, the run begins anew")
     for weights in folder.glob("state_*.safetensors"):
         if not pair(weights)[1].exists():  # killed between the two files
             weights.unlink()
@@ -217,16 +231,20 @@ def load_state(folder: Path, on_note: Callable[[str], None]) -> tuple[dict[str, 
 
 def read_state(weights: Path, description: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content = read_json(description)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found not in (None, STATE_FORMAT):
+        raise OtherFormatError(
+            f"{description}: expected a training state of format {STATE_FORMAT}, got {found!r}; go on with the version "
+            "that wrote it, or choose another --out"
+        )
     try:
         tensors_sha256, values_sha256 = content["sha256"]
-        known = content["format"] == STATE_FORMAT and "values" in content
-    except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        raise ValueError(f"{description}: expected a training state of format {STATE_FORMAT}")
-    if hashlib.sha256(json.dumps(content["values"]).encode()).hexdigest() != values_sha256:
+        values = content["values"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{description}: expected a training state, got something else") from error
+    if hashlib.sha256(json.dumps(values).encode()).hexdigest() != values_sha256:
         raise ValueError(f"{description}: expected the file that was written, got one that was changed")
-    return load_tensors(weights, tensors_sha256), content["values"]
+    return load_tensors(weights, tensors_sha256), values
 
 
 def remove_states(folder: Path) -> None:

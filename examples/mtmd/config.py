@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Mapping
@@ -30,6 +31,26 @@ MODALITIES = ("text", "audio", "vision")
 
 # Settings that say where and how far, not what: runs that differ in them alone are the same experiment.
 NOT_IDENTITY = ("out", "seeds", "resume", "device", "save_every")
+
+
+# Numbers that are no counts, with what they have to be. NaN is in no range.
+RANGES = (
+    (
+        ("wrong_text", *(f"{kind}_{name}" for kind in ("signal", "drop") for name in MODALITIES)),
+        "a share in [0, 1]",
+        lambda value: 0 <= value <= 1,
+    ),
+    (("alpha", "decay"), "a finite number in [0, 1]", lambda value: 0 <= value <= 1),
+    (("dropout",), "a share in [0, 1)", lambda value: 0 <= value < 1),
+    (("bert_lr", "unimodal_lr", "other_lr"), "a finite number above 0", lambda value: 0 < value < math.inf),
+    (
+        ("clip", "gamma_reg", "gamma_cls", "gamma_feat", "gamma_fusion"),
+        "a finite number of at least 0",
+        lambda value: 0 <= value < math.inf,
+    ),
+    # Where the learned temperature of momentum_distill.SupConDistillLoss may go.
+    (("temperature",), "a number in [0.01, 10]", lambda value: 0.01 <= value <= 10),
+)
 
 
 def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), many: bool = False) -> Any:
@@ -128,6 +149,9 @@ class Config:
     temperature: float = setting(0.5, "first value of the learned temperature; paper: searched in 0.1 to 0.9")
     decay: float = setting(0.995, "share the momentum models and fusion factors keep at a step (paper)")
     queue_size: int | None = setting(None, "samples in the queue; default: 1024, for mosei 8192 (paper)")
+    detach_text: bool = setting(
+        False, "L_feat moves audio and vision alone, not the text that teaches them (paper: does not say)"
+    )
     balanced_queue: bool = setting(False, "give each class its own share of the queue")
     positives: str = setting(
         "outside",
@@ -160,12 +184,13 @@ class Config:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("save_every", "clip", "synthetic_seed"):
-            if not getattr(self, name) >= 0:
+        for name in ("save_every", "synthetic_seed"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        for name in [f"{kind}_{modality}" for kind in ("signal", "drop") for modality in MODALITIES]:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        for names, expected, fits in RANGES:
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
         for entry in dataclasses.fields(self):
             value, allowed = getattr(self, entry.name), entry.metadata["choices"]
             for one in value if entry.metadata["many"] else [value]:
@@ -180,6 +205,20 @@ class Config:
         # One order, so that what means the same is the same: to a checkpoint, and to --resume.
         self.modalities = [name for name in MODALITIES if name in self.modalities]
         self.without = [name for name in PARTS if name in self.without]
+        left = [name for name in self.modalities if f"{name}_task" not in self.without]
+        if not left:
+            raise ValueError(
+                f"modalities: expected at least one that is left, got {' '.join(self.modalities)} "
+                f"without {' '.join(self.without)}"
+            )
+        for name in left:
+            hidden = getattr(self, f"{name}_hidden")
+            if (name != "text" or self.text_encoder == "features") and hidden % self.heads:
+                raise ValueError(f"{name}_hidden: expected a multiple of heads ({self.heads}), got {hidden}")
+        if self.balanced_queue and self.sampling == "instance":
+            raise ValueError(
+                "balanced_queue: expected sampling 'class', for it shares the queue among the classes, got 'instance'"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """All settings as JSON values, for results and checkpoints."""

@@ -37,6 +37,7 @@ __all__ = [
     "examine_mmsa",
     "from_mmsa",
     "load_mmsa",
+    "one_text",
     "presence",
     "read_fold",
     "tokenize",
@@ -588,6 +589,17 @@ def _presence(lengths: Mapping[str, np.ndarray], tokens: np.ndarray | None) -> d
         attended = tokens[:, 1].any(axis=1)
         present["text"] = present["text"] | attended if "text" in present else attended
     return present
+
+
+def one_text(fold: Fold, *, tokens: bool) -> Fold:
+    """The fold with its text as tokens or as features alone: the form that is read says where text is missing."""
+    if not tokens:
+        return replace(fold, text_bert=None)
+
+    def without_text(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: array for name, array in arrays.items() if name != "text"}
+
+    return replace(fold, features=without_text(fold.features), lengths=without_text(fold.lengths))
 
 
 def drop_modalities(fold: Fold, rates: Mapping[str, float], seed: int) -> Fold:

@@ -17,7 +17,9 @@ import csv
 import io
 import json
 import math
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mtmd.checkpoint import (
+    file_sha256,
     finite_or_none,
     pair,
     read_json,
@@ -47,6 +50,7 @@ from mtmd.plots import plot_factors, plot_losses
 from mtmd.synthetic import synthetic_dataset
 from mtmd.training import Run, compare_configs, prepare, train
 
+SEED_FILES = ("checkpoint", "steps", "representations", "losses", "fusion_factors")  # begin so, then _seedS
 PREDICTION_COLUMNS = ("seed", "split", "id", "target", "score", *MODALITIES)
 PAPER_COLUMNS = {
     "Acc7": ("acc7",),
@@ -104,18 +108,22 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
         FloatingPointError: If a loss or prediction is not finite.
         OSError: If a file cannot be read or written.
     """
+
+    def say(note: str) -> None:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     dataset = load_data(config) if dataset is None else dataset
     for note in dataset.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+        say(note)
     folds, standardizer = prepare(dataset, config)
     device = choose_device(config.device)
     config.out.mkdir(parents=True, exist_ok=True)
     sweep(config.out)
+    finished = Finished()
     if config.resume:
-        finished = read_finished(config, dataset)
-    else:
-        clear(config.out)
-        finished = Finished()
+        finished = read_finished(config, dataset, say)
+    elif clear(config.out):
+        say(f"the earlier results in {config.out} are replaced (--resume keeps them)")
     title = describe(dataset)
     sizes = ", ".join(f"{len(fold)} {name}" for name, fold in folds.items())
     console.print(f"{title}: {sizes}; training on {device}", markup=False, highlight=False)
@@ -205,8 +213,11 @@ def describe(dataset: Dataset) -> str:
     return "MTMD on synthetic data (not CMU-MOSI)" if dataset.synthetic else f"MTMD on {dataset.name.upper()}"
 
 
-def read_finished(config: Config, dataset: Dataset) -> Finished:
-    """The seeds in `config.out` that need not be trained again: of the same settings and data, with all their files."""
+def read_finished(config: Config, dataset: Dataset, on_note: Callable[[str], None]) -> Finished:
+    """The seeds in `config.out` that need not be trained again: of the same settings and data, with all their files.
+
+    `on_note` is told of the seeds that have to be, and of the file that is to blame.
+    """
     finished = Finished()
     path = config.out / "results.json"
     if not path.exists():
@@ -218,24 +229,53 @@ def read_finished(config: Config, dataset: Dataset) -> Finished:
     epochs, predictions = read_epochs(config.out), read_predictions(config.out)
     for entry in results["runs"]:
         seed = entry["seed"]
-        own = [
-            *pair(config.out / f"checkpoint_seed{seed}"),
-            config.out / f"steps_seed{seed}.csv",
-            config.out / f"representations_seed{seed}.npz",
-        ]
-        if seed in epochs and seed in predictions and all(file.exists() for file in own):
-            finished.runs[seed], finished.epochs[seed] = entry, epochs[seed]
-            finished.predictions[seed] = predictions[seed]
-            remove_states(config.out / f"state_seed{seed}")
+        fault = find_fault(config.out, entry, epochs.get(seed, []), predictions.get(seed, []), dataset.folds)
+        if fault is not None:
+            outcome = "is trained again" if seed in config.seeds else "is left out"
+            on_note(f"seed {seed} was finished before, but {outcome}: {fault}")
+            continue
+        finished.runs[seed], finished.epochs[seed] = entry, epochs[seed]
+        finished.predictions[seed] = predictions[seed]
+        remove_states(config.out / f"state_seed{seed}")
     return finished
 
 
-def clear(out: Path) -> None:
-    """Forget an earlier experiment, so that nothing of it is taken for part of the one that begins."""
-    for name in ("results.json", "metrics.jsonl", "predictions.csv"):
-        (out / name).unlink(missing_ok=True)
-    for folder in out.glob("state_seed*"):
+def find_fault(
+    out: Path, entry: dict[str, Any], epochs: list[Any], predictions: list[list[str]], folds: dict[str, Fold]
+) -> str | None:
+    """What is wrong with the files of a finished seed, and with which of them; None where nothing is."""
+    seed = entry["seed"]
+    weights, description = pair(out / f"checkpoint_seed{seed}")
+    for file in (weights, description, out / f"steps_seed{seed}.csv", out / f"representations_seed{seed}.npz"):
+        if not file.exists():
+            return f"{file}: expected a file, found none"
+    try:
+        about = read_json(description)
+    except ValueError as error:
+        return str(error)
+    if not isinstance(about, dict) or about.get("sha256") != file_sha256(weights):
+        return f"{weights}: expected the file that {description.name} describes, got another (SHA-256 differs)"
+    if len(epochs) != entry["epochs"]:
+        return f"{out / 'metrics.jsonl'}: expected {entry['epochs']} epochs of the seed, got {len(epochs)}"
+    for split in ("valid", "test"):
+        rows = sum(row[1] == split for row in predictions)
+        if rows != len(folds[split]):
+            return f"{out / 'predictions.csv'}: expected {len(folds[split])} {split} rows of the seed, got {rows}"
+    return None
+
+
+def clear(out: Path) -> bool:
+    """Forget an earlier experiment, so that nothing of it is taken for part of the one that begins; was there any?"""
+    own = re.compile(rf"({'|'.join(SEED_FILES)})_seed\d+\.\w+")
+    # results.json goes first: while it has a seed, that seed is finished.
+    files = [out / name for name in ("results.json", "metrics.jsonl", "predictions.csv") if (out / name).exists()]
+    files += [path for path in sorted(out.iterdir()) if own.fullmatch(path.name)]
+    for path in files:
+        path.unlink()
+    states = list(out.glob("state_seed*"))
+    for folder in states:
         remove_states(folder)
+    return bool(files or states)
 
 
 # Files
@@ -337,13 +377,33 @@ def read_predictions(out: Path) -> dict[int, list[list[str]]]:
     rows: dict[int, list[list[str]]] = {}
     if not path.exists():
         return rows
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
+    content = path.read_bytes()
+    try:
+        reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
         if tuple(next(reader, ())) != PREDICTION_COLUMNS:
             raise ValueError(f"{path}: expected the columns {', '.join(PREDICTION_COLUMNS)}")
         for row in reader:
+            if not is_prediction(row):
+                got = ",".join(row)[:60]
+                raise ValueError(f"{path}: expected a prediction in line {reader.line_num}, got {got!r}")
             rows.setdefault(int(row[0]), []).append(row)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: expected UTF-8 in line {line}, got the byte {content[error.start]:#x}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: expected a CSV file, got {error} in line {reader.line_num}") from error
     return rows
+
+
+def is_prediction(row: list[str]) -> bool:
+    """Whether a row of predictions.csv is whole; a branch may have no score."""
+    if len(row) != len(PREDICTION_COLUMNS) or row[1] not in ("valid", "test"):
+        return False
+    try:
+        _ = int(row[0]), [float(value) for value in row[3:5]], [float(value) for value in row[5:] if value]
+    except ValueError:
+        return False
+    return True
 
 
 def load_predictions(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:

@@ -38,12 +38,12 @@ from mtmd.data import (
     Standardizer,
     batches,
     drop_modalities,
+    one_text,
     presence,
 )
 from mtmd.metrics import metrics_for
 from mtmd.model import MTMD
 from mtmd.own_format import load_fold, open_dataset
-from mtmd.synthetic import synthetic_dataset
 
 BATCH_SIZE = 64
 RATES = tuple(round(0.1 * step, 1) for step in range(11))
@@ -168,7 +168,7 @@ def prepare_fold(fold: Fold, trained: Trained) -> Fold:
         from mtmd.training import with_tokens
 
         return with_tokens({"data": scaled}, trained.config)["data"]
-    return scaled
+    return one_text(scaled, tokens=False)
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
         if name not in trained.modalities:
             known = ", ".join(trained.modalities)
             raise ValueError(f"--drop: expected modalities of the model ({known}), got {name!r}")
-    dataset = trained_on(trained.config) if arguments.data is None else open_dataset(arguments.data, name="data")
+    dataset = evaluation_data(arguments.data, trained.config)
     if dataset.fingerprint != trained.data_sha256:
         console.print("note: these are not the data that the checkpoint was trained on", style="yellow")
     fold = prepare_fold(dataset.folds[arguments.fold], trained)
@@ -274,14 +274,24 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     measure = metrics_for(dataset.score_range)
 
     report: dict[str, Any] = {
-        "checkpoint": str(arguments.checkpoint),
+        "arguments": {
+            "checkpoint": str(arguments.checkpoint),
+            "data": None if arguments.data is None else str(arguments.data),
+            "text_encoder": arguments.text_encoder,
+            "fold": arguments.fold,
+            "drop": rates,
+            "rates": arguments.rates if arguments.robustness else None,
+            "draws": arguments.draws,
+            "seed": arguments.seed,
+        },
+        "config": trained.config.as_json(),  # of the checkpoint
         "dataset": {"name": dataset.name, "synthetic": dataset.synthetic, "sha256": dataset.fingerprint},
         "fold": arguments.fold,
         "samples": len(fold),
         "metrics": metrics_by_branch(said, fold, measure),
     }
     fuse = without_modalities(trained, said, fold) if rates or arguments.robustness else None
-    rows = [(name, said_of(name, said), metrics) for name, metrics in report["metrics"].items()]
+    rows = [(name, said_of(name, said, fold), metrics) for name, metrics in report["metrics"].items()]
     caption = "Accuracies and F1 in percent"
     if rates:
         found = dropped_metrics(fuse, fold, rates, arguments.seed, arguments.draws, measure)
@@ -311,6 +321,8 @@ def parse_rates(pairs: Iterable[str]) -> dict[str, float]:
     rates = {}
     for pair in pairs:
         name, equals, number = pair.partition("=")
+        if name in rates:
+            raise ValueError(f"--drop: expected each modality once, got {name} again with {pair!r}")
         try:
             rates[name] = float(number)
         except ValueError:
@@ -320,12 +332,14 @@ def parse_rates(pairs: Iterable[str]) -> dict[str, float]:
     return rates
 
 
-def trained_on(config: Config) -> Dataset:
-    """The data that a configuration names."""
-    if config.data is not None:
-        return open_dataset(config.data, name=config.dataset or "data")
-    signal = {name: getattr(config, f"signal_{name}") for name in ("text", "audio", "vision")}
-    return synthetic_dataset(seed=config.synthetic_seed, signal=signal)
+def evaluation_data(path: Path | None, config: Config) -> Dataset:
+    """The data at `path`, or without one those that the configuration names."""
+    if path is None:
+        from mtmd.experiment import load_data  # here: it brings matplotlib, which `predict` does without
+
+        return load_data(config)
+    # A name like that of the training data: of a file, it says between which numbers the scores lie.
+    return open_dataset(path, name="data" if config.data is None else config.dataset)
 
 
 def metrics_by_branch(said: Said, fold: Fold, measure: Any) -> dict[str, dict[str, float]]:
@@ -347,10 +361,13 @@ def metrics_by_branch(said: Said, fold: Fold, measure: Any) -> dict[str, dict[st
     return metrics
 
 
-def said_of(row: str, said: Said) -> int:
-    """How many samples stand behind a row of the table."""
+def said_of(row: str, said: Said, fold: Fold) -> int:
+    """How many samples stand behind a row of :func:`metrics_by_branch`."""
+    if row == "fused":
+        return len(said.scores)
     name = row.removesuffix(", own labels")
-    return len(said.scores) if name == "fused" else int(said.present[name].sum())
+    there = said.present[name]
+    return int(there.sum() if name == row else (there & np.isfinite(fold.unimodal_scores[name])).sum())
 
 
 def dropped_metrics(

@@ -16,7 +16,7 @@ LOG = "log.txt"
 
 
 def run_many(
-    configs: Mapping[str, Config], console: Console, *, jobs: int = 1, quiet: bool = False
+    configs: Mapping[str, Config], console: Console, *, jobs: int = 1, quiet: bool = False, keep_going: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run each experiment into its own `config.out`.
 
@@ -25,12 +25,14 @@ def run_many(
         console: Where a single job shows its progress. Several jobs, and a quiet one, write to a log in their folders.
         jobs: Processes that train at the same time; they share the threads.
         quiet: Show nothing of the experiments themselves.
+        keep_going: Where data or settings of an experiment are wrong, that is its outcome, and the others go on.
 
     Yields:
         Name and contents of results.json as each one finishes; `{"error": why}` for one that did not train.
 
     Raises:
-        ValueError: If data or settings of an experiment are wrong; the message begins with its name.
+        ValueError: If data or settings of an experiment are wrong, unless `keep_going`; the message begins with its
+            name.
         OSError: If a file cannot be read or written, or a process ended before its experiment did.
     """
     if jobs < 1:
@@ -40,7 +42,9 @@ def run_many(
             try:
                 outcome = run_logged(config) if quiet else run_or_say_why(config, console)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                if not keep_going:
+                    raise ValueError(f"{name}: {error}") from error
+                outcome = {"error": str(error)}
             yield name, outcome
         return
     threads = max(1, torch.get_num_threads() // jobs)
@@ -55,9 +59,13 @@ def run_many(
         try:
             for future in as_completed(futures):
                 name = futures[future]
-                yield name, future.result()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+                try:
+                    outcome = future.result()
+                except ValueError as error:
+                    if not keep_going:
+                        raise ValueError(f"{name}: {error}") from error
+                    outcome = {"error": str(error)}
+                yield name, outcome
         except BrokenProcessPool as error:
             raise OSError(
                 f"--jobs: a process ended before its experiment did, out of memory perhaps with {jobs} at a time; "

@@ -51,8 +51,19 @@ class SequenceEncoder(nn.Module):
 class PretrainedTextEncoder(nn.Module):
     """A BERT-type model; the state of its [CLS] token represents the text (Eq. 1), or the mean over all tokens."""
 
-    def __init__(self, name_or_directory: str, config: dict[str, Any] | None = None, *, pooling: str = "cls") -> None:
-        """Load a pretrained model; with `config`, build one like it whose weights a checkpoint will fill."""
+    def __init__(
+        self,
+        name_or_directory: str,
+        config: dict[str, Any] | None = None,
+        *,
+        pooling: str = "cls",
+        max_tokens: int | None = None,
+    ) -> None:
+        """Load a pretrained model; with `config`, build one like it whose weights a checkpoint will fill.
+
+        Raises:
+            ValueError: If the model has no positions for a text of `max_tokens`.
+        """
         super().__init__()
         from transformers import AutoConfig, AutoModel
         from transformers.utils.logging import disable_progress_bar
@@ -62,8 +73,14 @@ class PretrainedTextEncoder(nn.Module):
             self.bert = AutoModel.from_pretrained(name_or_directory)
         else:
             self.bert = AutoModel.from_config(AutoConfig.for_model(**config))
+        self.bert.float()  # a model may be stored in 16 bits, in which Adam's small steps would be lost
         if getattr(self.bert, "pooler", None) is not None:
             self.bert.pooler = None  # works on [CLS] alone and is not used here
+        longest = text_positions(self.bert)
+        if None not in (max_tokens, longest) and max_tokens > longest:
+            raise ValueError(
+                f"max_tokens: expected at most {longest}, the positions of {name_or_directory}, got {max_tokens}"
+            )
         self.pooling = pooling
         self.width = self.bert.config.hidden_size
         self.has_segments = getattr(self.bert.config, "type_vocab_size", 0) > 1
@@ -96,6 +113,15 @@ class PretrainedTextEncoder(nn.Module):
         return (weights * states).sum(dim=1) / weights.sum(dim=1)
 
 
+def text_positions(bert: nn.Module) -> int | None:
+    """How many tokens a BERT-type model can tell apart by place; None where it has no table of places."""
+    table = getattr(getattr(bert, "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return None  # relative or rotary positions, which have no end
+    # RoBERTa's texts begin behind the place of the padding, so 2 of its 514 rows are not used.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
 class Heads(nn.Module):
     """A regression and a three-class head (Eq. 4)."""
 
@@ -106,7 +132,10 @@ class Heads(nn.Module):
         self.end = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, features: Tensor) -> Prediction:
-        return Prediction(features, self.end(self.score(features))[:, 0], self.end(self.classes(features)))
+        # In 16 bits, scores around 2.5 would stand 0.016 apart.
+        with torch.autocast(features.device.type, enabled=False):
+            wide = features.to(self.score.weight.dtype)
+            return Prediction(features, self.end(self.score(wide))[:, 0], self.end(self.classes(wide)))
 
 
 class Branch(nn.Module):
@@ -176,7 +205,9 @@ class MTMD(nn.Module):
             if name not in self.modalities:
                 continue
             if name == TEACHER and self.reads_tokens:
-                encoder = PretrainedTextEncoder(config.text_encoder, encoder_config, pooling=config.pooling)
+                encoder = PretrainedTextEncoder(
+                    config.text_encoder, encoder_config, pooling=config.pooling, max_tokens=config.max_tokens
+                )
             else:
                 encoder = sequence_encoder(name, hidden)
             self.branches[name] = Branch(encoder, config)

@@ -58,6 +58,7 @@ class Objective(nn.Module):
                 balanced=config.balanced_queue,
             )
         self.by_instance = config.sampling == "instance"
+        self.detach_text = config.detach_text
         self.contrast = md.SupConDistillLoss(
             temperature=config.temperature, alpha=config.alpha, positives=config.positives
         )
@@ -107,6 +108,8 @@ class Objective(nn.Module):
     def feature_terms(self, outputs: Outputs, momentum: dict[str, Prediction], batch: Batch) -> dict[str, Tensor]:
         """L_feat and its modality-shared and modality-specific parts: text and student by class (Eq. 8, 9, 11)."""
         text = outputs.unimodal[TEACHER].features
+        if self.detach_text:
+            text = text.detach()
         targets = self.contrast_labels(batch)
         labels = {name: torch.where(batch.present[name], targets, ABSENT) for name in self.modalities}
 

@@ -74,12 +74,11 @@ def open_dataset(path: str | os.PathLike[str], *, name: str) -> Dataset:
     return load_dataset(path) if Path(path).is_dir() else load_mmsa(path, name=name)
 
 
-def load_dataset(folder: str | os.PathLike[str], *, name: str | None = None) -> Dataset:
+def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
     """Read a folder that `save_dataset` wrote, or that was made by hand in the same way.
 
     Args:
         folder: Holds dataset.json and an .npz file for each fold.
-        name: What to call the data in place of the name in dataset.json.
 
     Raises:
         DataError: If something is missing, of a wrong shape or kind, or not what dataset.json says.
@@ -89,7 +88,7 @@ def load_dataset(folder: str | os.PathLike[str], *, name: str | None = None) -> 
     about = _read_about(folder)
     dataset = from_mmsa(
         {fold: _read_npz(folder / f"{fold}.npz") for fold in FOLDS},
-        name=name or about["name"],
+        name=about["name"],
         source=str(folder),
         synthetic=about["synthetic"],
         score_range=about["score_range"],
@@ -351,7 +350,9 @@ def examine(path: Path, *, name: str = "") -> tuple[dict[str, Fold], list[str], 
             content = safe_pickle.load(path)
         except safe_pickle.UnsafePickleError as error:
             return {}, [str(error)], []
-    if about is None:
+    if about is None and path.is_dir():  # which modalities there must be stands in dataset.json alone
+        folds, found, notes = examine_mmsa(content, source=str(path), name=name, modalities=())
+    elif about is None:
         folds, found, notes = examine_mmsa(content, source=str(path), name=name)
     else:
         required = [modality for modality in about["widths"] if modality != "text"]

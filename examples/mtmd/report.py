@@ -4,8 +4,8 @@
     python examples/mtmd_mosi.py report runs/full --before runs/no_distillation
     python examples/mtmd_mosi.py report runs/full runs/no_distillation runs/text_only --out runs/report
 
-Each figure has its numbers as CSV beside it, and report.md shows all of them. Several experiments are compared with the
-first one by a paired bootstrap; they must have been run on the same data.
+Each figure has its numbers as CSV beside it, and report.md shows all of them and says what it was made with. Several
+experiments are compared with the first one by a paired bootstrap; they must have been run on the same data.
 """
 
 import argparse
@@ -80,8 +80,20 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         prefix = f"{one.name}/" if len(experiments) > 1 else ""
         parts.append(f"## {one.name}\n")
         parts += [picture(prefix + name, text) for name, text in draw_figures(one, before, folder, arguments.seed)]
+    parts.append(made_with(arguments))
     (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
     console.print(f"Report: {out / 'report.md'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def made_with(arguments: argparse.Namespace) -> str:
+    """The end of report.md: what the same report is made from, paths as they were given."""
+    lines = [
+        f"experiments: {', '.join(f'`{folder}`' for folder in arguments.folders)}",
+        f"before, in Fig. 6: {f'`{arguments.before}`' if arguments.before else 'the same model before training'}",
+        f"seed, in Fig. 6: {'the first of each experiment' if arguments.seed is None else arguments.seed}",
+        f"resamples of the bootstrap: {arguments.resamples}",
+    ]
+    return "\n".join(["## Made with", "", *(f"- {line}" for line in lines)]) + "\n"
 
 
 def picture(name: str, text: str) -> str:
@@ -115,6 +127,13 @@ class Experiment:
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "Experiment":
+        if not (folder / "results.json").is_file():
+            inside = ", ".join(sorted(path.parent.name for path in folder.glob("*/results.json")))
+            got = "one without results.json" if folder.is_dir() else "no folder"
+            raise ValueError(
+                f"{folder}: expected the folder of one experiment, got {got}"
+                + (f"; experiments in it: {inside}" if inside else "")
+            )
         one = cls(name, folder, load_experiment(folder), read_scores(folder))
         if one.is_sims:
             one.test = replace(one.test, scores=np.clip(one.test.scores, -SIMS_LIMIT, SIMS_LIMIT))

@@ -5,8 +5,10 @@
     python examples/mtmd_mosi.py search --grid other_lr=0.0005,0.001 alpha=0.2,0.4,0.6 --trials 6 --out runs/small
 
 Every trial is a line of trials.jsonl, written when it ends: the same command goes on where it was stopped, and one with
-more trials goes on from there. The best point is that with the lowest validation MAE; what a trial predicts on the test
-fold is deleted unread. `--final-seeds` then trains at the best point, test fold included.
+more trials goes on from there. `--no-resume` deletes the search that --out holds and begins anew. The best point is
+that with the lowest validation MAE; what a trial predicts on the test fold is deleted unread. `--final-seeds` then
+trains at the best point, test fold included, into a folder named after its trial, as best_trial0007: with more trials
+another point may be the best.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +47,7 @@ SYMBOLS = {name: name.replace("gamma", "γ") for name in PAPER_GRID} | {"alpha":
 KINDS = (int, float, str, bool)  # of settings that a grid may hold
 TRIALS = 50  # the paper's number
 SHOWN = 10  # best trials in the terminal; search.csv has all
+STORE = "trials.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings and their values in place of the paper's grid, as alpha=0.2,0.4 layers=1,3",
     )
     parser.add_argument(
-        "--final-seeds", type=int, nargs="+", default=[], metavar="SEED", help="train with these at the best point"
+        "--final-seeds",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="SEED",
+        help="train with these at the best point, into best_trialNNNN",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at the same time (default: 1)")
     add_config_arguments(parser)
@@ -73,9 +82,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if not 1 <= arguments.trials <= size:
         raise ValueError(f"--trials: expected 1 to {size}, the points of the grid, got {arguments.trials}")
     base.out.mkdir(parents=True, exist_ok=True)
-    store = base.out / "trials.jsonl"
+    store = base.out / STORE
     if not base.resume:
-        store.unlink(missing_ok=True)
+        begin_anew(base.out)
     trials = open_store(store, identity(base, grid, arguments.search_seed), console)
 
     points = list(itertools.islice(sample(grid, arguments.search_seed), arguments.trials))
@@ -86,7 +95,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if ranked[0]["mae"] is None:
         raise ValueError("search: no trial has a validation MAE, so there is no best point")
     seeds = arguments.final_seeds or base.seeds
-    best = dataclasses.replace(base, out=base.out / "best", seeds=seeds, **ranked[0]["point"])
+    # A folder for each point: what an earlier best point gave is another experiment, and stays.
+    folder = base.out / f"best_{trial_name(ranked[0]['trial'])}"
+    best = dataclasses.replace(base, out=folder, seeds=seeds, **ranked[0]["point"])
     write_toml(best, base.out / "best.toml")
     console.print(
         f"All trials: {base.out / 'search.csv'}; the best point as settings for --config: {base.out / 'best.toml'}",
@@ -95,7 +106,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         soft_wrap=True,
     )
     if arguments.final_seeds:
-        for _, outcome in run_many({"best": best}, console):
+        for _, outcome in run_many({folder.name: best}, console):
             if "error" in outcome:
                 raise ValueError(f"--final-seeds: {outcome['error']}")
 
@@ -130,6 +141,8 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
             values = tuple(parse_value(value.strip(), kind) for value in listed.split(","))
         except ValueError as error:
             raise ValueError(f"--grid: expected values of type {kind.__name__} for {name}, got {listed!r}") from error
+        if name in grid:
+            raise ValueError(f"--grid: expected each setting once, with all its values, got {name} twice")
         if len(set(values)) < len(values):
             raise ValueError(f"--grid: expected each value of {name} once, got {listed!r}")
         grid[name] = values
@@ -171,6 +184,21 @@ def identity(base: Config, grid: Mapping[str, Sequence[Any]], search_seed: int) 
     return {"search_seed": search_seed, "grid": lists, "seeds": base.seeds, **fixed}
 
 
+def trial_name(place: int) -> str:
+    return f"trial{place:04d}"
+
+
+def begin_anew(out: Path) -> None:
+    """Delete the search in `out`; its store last, so that after a kill the same command can still tell it is one."""
+    if not (out / STORE).exists():
+        return
+    for path in list(out.iterdir()):
+        if path.is_dir() and re.fullmatch(r"(best_)?trial\d{4,}|best", path.name):
+            shutil.rmtree(path)
+    for name in ("best.toml", "search.csv", STORE):
+        (out / name).unlink(missing_ok=True)
+
+
 def open_store(store: Path, ours: dict[str, Any], console: Console) -> list[dict[str, Any]]:
     """The trials in the store, which begins with what they are trials of.
 
@@ -193,14 +221,24 @@ def open_store(store: Path, ours: dict[str, Any], console: Console) -> list[dict
             records.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{store}: line {place} is damaged; expected a JSON object: {error}") from error
-    theirs, trials = records[0], records[1:]
+    if not isinstance(records[0], dict) or "grid" not in records[0]:
+        raise ValueError(f"{store}: line 1 is damaged; expected the settings of a search")
+    theirs, trials = with_defaults(records[0], store), records[1:]
     for name in sorted({*theirs, *ours}):
         if theirs.get(name) != ours.get(name):
             raise ValueError(
                 f"{store}: expected the search that began there, with {name} {theirs.get(name)!r}, "
-                f"got {ours.get(name)!r}; give another --out, or --no-resume to begin anew"
+                f"got {ours.get(name)!r}; give another --out, or --no-resume, which deletes the {len(trials)} trials "
+                "there and begins anew"
             )
     return trials
+
+
+def with_defaults(header: dict[str, Any], store: Path) -> dict[str, Any]:
+    """The first line of a store; settings that are younger than it get their defaults."""
+    data = {name: header[name] for name in ("data", "dataset") if name in header}  # on which defaults depend
+    defaults = Config.from_values(data, source=str(store)).identity()
+    return {name: value for name, value in defaults.items() if name not in header["grid"]} | header
 
 
 def append(store: Path, record: Mapping[str, Any]) -> None:
@@ -226,7 +264,10 @@ def run_trials(
 ) -> None:
     """Train the points that are not among `trials`, and add them there and to the store."""
     done = {trial["trial"] for trial in trials}
-    left = {f"trial{place:04d}": place for place in range(len(points)) if place not in done}
+    for name in map(trial_name, done):
+        if (base.out / name).exists():  # a kill came between the line in the store and the end of the deletion
+            shutil.rmtree(base.out / name)
+    left = {trial_name(place): place for place in range(len(points)) if place not in done}
     configs = {name: dataclasses.replace(base, out=base.out / name, **points[place]) for name, place in left.items()}
     columns = (
         TextColumn("{task.description}"),

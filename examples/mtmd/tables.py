@@ -33,6 +33,12 @@ SIMS_COLUMNS = {
 }
 
 
+CAUTION = (
+    "Clips of one speaker are correlated, so that intervals over utterances are likely too narrow; with few seeds, "
+    "those with the seeds drawn as well are rough."
+)
+
+
 @dataclass
 class Row:
     """One line of a table. Accuracies and F1 in percent."""
@@ -136,6 +142,7 @@ def write_table(rows: Sequence[Row], path: Path, *, title: str, against: str = "
             f"MAE minus {against}: above 0 is worse. 95 % intervals of the paired bootstrap over utterances, then with "
             "the seeds drawn as well; p is of the latter where there are several seeds."
         )
+        notes.append(CAUTION)
     write_csv(
         path.with_suffix(".csv"), [record(row, columns, compared=compared, with_paper=with_paper) for row in rows]
     )
@@ -212,7 +219,8 @@ def terminal_table(
     compared = any(row.over_utterances is not None for row in rows)
     if compared:
         drawn = "utterances and seeds" if any(row.over_seeds is not None for row in rows) else "utterances"
-        notes = [*notes, f"MAE minus {against}: above 0 is worse; 95 % interval of the paired bootstrap over {drawn}."]
+        interval = f"MAE minus {against}: above 0 is worse; 95 % interval of the paired bootstrap over {drawn}."
+        notes = [*notes, interval, CAUTION]
     table = Table(
         title=escape(title),
         caption=escape("\n".join(notes)),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mtmd.checkpoint import load_state, remove_states, save_state, section
 from mtmd.config import Config
-from mtmd.data import Dataset, Fold, Standardizer, batches, drop_modalities, tokenize
+from mtmd.data import Dataset, Fold, Standardizer, batches, drop_modalities, one_text, presence, tokenize
 from mtmd.metrics import msa_metrics
 from mtmd.model import MTMD, TEACHER, used_modalities
 from mtmd.objective import Objective
@@ -73,13 +73,13 @@ def prepare(dataset: Dataset, config: Config) -> tuple[dict[str, Fold], Standard
     if TEACHER not in modalities:
         return folds, standardizer
     if config.text_encoder != "features":
-        folds = with_tokens(folds, config)
-    elif TEACHER not in dataset.widths:
+        return with_tokens(folds, config), standardizer
+    if TEACHER not in dataset.widths:
         raise ValueError(
             "--text-encoder: expected a BERT-type model (its name or directory), got 'features', but the file "
             "has no 'text' array"
         )
-    return folds, standardizer
+    return {name: one_text(fold, tokens=False) for name, fold in folds.items()}, standardizer
 
 
 def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
@@ -103,14 +103,18 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
     for name, fold in folds.items():
         tokens = fold.text_bert
         if tokens is None or not is_uncased_bert:
+            if fold.raw_text is None and tokens is None:
+                raise ValueError(
+                    f"--text-encoder: expected 'features', got {config.text_encoder}: the {name} fold has neither "
+                    "'raw_text' nor 'text_bert', which a BERT-type model reads"
+                )
             if fold.raw_text is None:
                 raise ValueError(
                     f"--text-encoder: expected a model with the vocabulary of uncased BERT, got {config.text_encoder}: "
                     f"the {name} fold has 'text_bert' but no 'raw_text' to tokenise"
                 )
             tokens = tokenize(fold.raw_text, tokenizer, config.max_tokens)
-        features = {key: value for key, value in fold.features.items() if key != TEACHER}
-        tokenised[name] = replace(fold, text_bert=tokens, features=features)
+        tokenised[name] = replace(one_text(fold, tokens=True), text_bert=tokens)
     return tokenised
 
 
@@ -189,8 +193,7 @@ def train(
                     save()
 
             scores = score_fold(run.model, folds["valid"], config.batch_size, device)
-            if not np.isfinite(scores.fused).all():
-                raise FloatingPointError(f"seed {seed}, epoch {training.epoch}: a prediction is NaN or infinite")
+            check_finite(scores, folds["valid"], f"seed {seed}, epoch {training.epoch}")
             valid = metrics(scores.fused, folds["valid"].scores)
             records = run.steps[-training.steps_per_epoch :]
             run.epochs.append(
@@ -214,6 +217,7 @@ def train(
         run.model.load_state_dict(training.best_weights)
         for name in ("valid", "test"):
             scores = score_fold(run.model, folds[name], config.batch_size, device)
+            check_finite(scores, folds[name], f"seed {seed}, {name} fold, epoch {run.best_epoch}")
             run.predictions[name], run.unimodal_predictions[name] = scores.fused, scores.unimodal
             run.metrics[name] = metrics(scores.fused, folds[name].scores)
             run.unimodal_metrics[name] = unimodal_metrics(scores, folds[name], metrics)
@@ -299,7 +303,8 @@ def train_step(
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.float() * share
     if config.clip:
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(learned, config.clip)
     optimizer.step()
     objective.after_step(model)
 
@@ -336,14 +341,6 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
 
 
 @torch.no_grad()
-def predict(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> np.ndarray:
-    """Fused scores of a fold, in its order, float32 (n,)."""
-    model.eval()
-    scores = [model.predict(batch).scores.cpu() for batch in batches(fold, batch_size, device=device)]
-    return torch.cat(scores).numpy()
-
-
-@torch.no_grad()
 def score_fold(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> Scores:
     """Scores of a fold by the fusion and by each branch."""
     model.eval()
@@ -362,13 +359,23 @@ def score_fold(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -
     )
 
 
+def check_finite(scores: Scores, fold: Fold, where: str) -> None:
+    """Raise unless every prediction is finite that should be one: a branch has none where its modality is missing."""
+    if not np.isfinite(scores.fused).all():
+        raise FloatingPointError(f"{where}: a prediction is NaN or infinite")
+    there = presence(fold)
+    for name, values in scores.unimodal.items():
+        if not np.isfinite(values[there[name]]).all():
+            raise FloatingPointError(f"{where}: a prediction of the {name} branch is NaN or infinite")
+
+
 def unimodal_metrics(
     scores: Scores, fold: Fold, metrics: Callable[[np.ndarray, np.ndarray], Metrics]
 ) -> dict[str, Metrics]:
     """Metrics of each branch over the samples that have its modality; a branch that no sample has is left out."""
     result = {}
     for name, values in scores.unimodal.items():
-        there = np.isfinite(values)
+        there = ~np.isnan(values)
         if there.any():
             result[name] = metrics(values[there], fold.scores[there])
     return result
