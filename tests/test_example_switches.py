@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtmd.config import Config
+import mtmd_mosi
+from mtmd.config import PARTS, Config
 from mtmd.data import Standardizer, batches
 from mtmd.model import MTMD, PretrainedTextEncoder
 from mtmd.objective import Objective
@@ -231,3 +232,13 @@ def test_texts_in_groups_of_like_length_are_encoded_as_all_at_once(monkeypatch):
     # What a text is does not depend on what stands behind it.
     alone = encoder(tokens[:1, :, :3])
     torch.testing.assert_close(alone, grouped[:1], rtol=1e-10, atol=1e-12)
+
+
+TINY = ["--epochs=1", "--width=8", "--fused-width=8", "--audio-hidden=8", "--vision-hidden=8", "--text-hidden=8"]
+SWITCHES = [*(["--without", part] for part in PARTS), ["--sampling", "instance"], ["--modalities", "text"]]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=" ".join)
+def test_every_switch_trains_from_the_command_line(switch, tmp_path):
+    assert mtmd_mosi.main([*TINY, "--layers=1", *switch, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "results.json").is_file()
