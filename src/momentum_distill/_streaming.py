@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-DENSE_SCORES = 2**19
-"""Up to so many scores, N times Q, the loss takes the plain matrices: less work stands around them than around tiles.
-From here on the tiles are as fast or faster, and take less memory. Measured: `docs/performance.md`."""
+DENSE_SCORES, DENSE_KEYS = 2**18, 2**20
+"""Up to so many scores, N times Q, and so many numbers in the keys, Q times d, the loss takes the plain matrices: less
+work stands around them than around tiles. Above, they cost memory, and soon time. Measured: `docs/performance.md`."""
 TILE_SCORES = 2**18
 """Scores held at a time: larger tiles fall out of the cache, smaller ones make the matrix products inefficient."""
 MIN_TILE, MAX_TILE = 256, 8192
@@ -243,8 +243,9 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
 
 def is_small(query: Tensor, keys: list[Keys]) -> bool:
     """Whether the plain N×Q matrices are the better way to the loss of so many rows and keys."""
-    scores = query.shape[0] * sum(part.online.shape[0] for part in keys)
-    return scores <= DENSE_SCORES and not wants_fused(query)
+    rows, width = query.shape
+    count = sum(part.online.shape[0] for part in keys)
+    return rows * count <= DENSE_SCORES and width * count <= DENSE_KEYS and not wants_fused(query)
 
 
 def wants_fused(query: Tensor) -> bool:
