@@ -11,6 +11,10 @@ from mtmd.metrics import msa_metrics, sims_metrics
 
 MODALITIES = ("text", "audio", "vision")
 
+# The least that a command trains: options of one epoch of a small model.
+TINY = ["--epochs=1", "--width=16", "--fused-width=16", "--layers=1"]
+TINY += ["--audio-hidden=8", "--vision-hidden=8", "--text-hidden=8"]
+
 
 def fake_experiment(
     config: Config,

@@ -20,10 +20,7 @@ from mtmd.compare import compare_experiments
 from mtmd.config import NOT_IDENTITY, PARTS, Config, add_config_arguments, config_from, read_toml
 from mtmd.experiment import run_experiment
 from mtmd.tables import Row, difference_cell, own_cell, p_cell, row_of, write_table
-from study_cases import fake_experiment
-
-TINY = ["--epochs=1", "--width=16", "--fused-width=16", "--layers=1"]
-TINY += ["--audio-hidden=8", "--vision-hidden=8", "--text-hidden=8"]
+from study_cases import TINY, fake_experiment
 
 
 def read(path):

@@ -11,6 +11,7 @@ from mtmd.data import Standardizer, batches
 from mtmd.model import MTMD, PretrainedTextEncoder
 from mtmd.objective import Objective
 from mtmd.synthetic import synthetic_dataset
+from study_cases import TINY
 
 SMALL = {"width": 16, "fused_width": 12, "audio_hidden": 8, "vision_hidden": 8, "text_hidden": 8, "layers": 1}
 DISTILLATION = ["reg", "cls", "feat", "fusion"]
@@ -234,11 +235,10 @@ def test_texts_in_groups_of_like_length_are_encoded_as_all_at_once(monkeypatch):
     torch.testing.assert_close(alone, grouped[:1], rtol=1e-10, atol=1e-12)
 
 
-TINY = ["--epochs=1", "--width=8", "--fused-width=8", "--audio-hidden=8", "--vision-hidden=8", "--text-hidden=8"]
 SWITCHES = [*(["--without", part] for part in PARTS), ["--sampling", "instance"], ["--modalities", "text"]]
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=" ".join)
 def test_every_switch_trains_from_the_command_line(switch, tmp_path):
-    assert mtmd_mosi.main([*TINY, "--layers=1", *switch, "--out", str(tmp_path)]) == 0
+    assert mtmd_mosi.main([*TINY, *switch, "--out", str(tmp_path)]) == 0
     assert (tmp_path / "results.json").is_file()

@@ -23,16 +23,9 @@ from mtmd.experiment import load_experiment, load_predictions
 from mtmd.metrics import msa_metrics
 from mtmd.synthetic import make_synthetic, synthetic_dataset
 from mtmd.training import prepare, score_fold, train
+from study_cases import TINY
 
-TINY = [
-    "--epochs=2",
-    "--width=16",
-    "--fused-width=16",
-    "--audio-hidden=8",
-    "--vision-hidden=8",
-    "--text-hidden=8",
-    "--layers=1",
-]
+TWO_EPOCHS = [*TINY, "--epochs=2"]
 TERMS = ["total", "gt", "gt_text", "gt_audio", "gt_vision", "gt_fused", "reg", "cls", "feat", "fusion"]
 METRICS = ["acc7", "acc5", "acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "mae", "corr"]
 
@@ -41,7 +34,7 @@ METRICS = ["acc7", "acc5", "acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "mae"
 def finished(tmp_path_factory):
     """One short run over two seeds, and where its files lie."""
     out = tmp_path_factory.mktemp("run")
-    assert mtmd_mosi.main([*TINY, "--seeds", "1", "2", "--out", str(out)]) == 0
+    assert mtmd_mosi.main([*TWO_EPOCHS, "--seeds", "1", "2", "--out", str(out)]) == 0
     return out
 
 
@@ -254,7 +247,7 @@ def test_a_wrong_option_ends_in_one_message(arguments, message, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_data_or_settings_end_in_one_line(arguments, message, tmp_path, capsys):
-    options = arguments if arguments[0] == "tain" else [*TINY, "--out", str(tmp_path), *arguments]
+    options = arguments if arguments[0] == "tain" else [*TWO_EPOCHS, "--out", str(tmp_path), *arguments]
     assert mtmd_mosi.main(options) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -129,14 +129,7 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
     console.print(f"{title}: {sizes}; training on {device}", markup=False, highlight=False)
 
     steps = math.ceil(math.ceil(len(folds["train"]) / config.batch_size) / config.accumulate) * config.epochs
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         for seed in config.seeds:
             bar = progress.add_task(f"seed {seed}", total=steps)
             if seed in finished.runs:
@@ -436,6 +429,18 @@ def write_representations(path: Path, run: Run, fold: Fold) -> None:
 
 
 # What is shown
+
+
+def progress_bars(console: Console) -> Progress:
+    """Bars that say how many of how many, and how long yet."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
 
 
 def results_table(title: str, results: dict[str, Any]) -> Table:

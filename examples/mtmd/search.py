@@ -27,10 +27,10 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mtmd.config import NOT_IDENTITY, Config, add_config_arguments, config_from
+from mtmd.experiment import progress_bars
 from mtmd.jobs import run_many
 from mtmd.tables import write_csv
 
@@ -269,14 +269,7 @@ def run_trials(
             shutil.rmtree(base.out / name)
     left = {trial_name(place): place for place in range(len(points)) if place not in done}
     configs = {name: dataclasses.replace(base, out=base.out / name, **points[place]) for name, place in left.items()}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         bar = progress.add_task("trials", total=len(points), completed=len(points) - len(configs))
         for name, outcome in run_many(configs, console, jobs=jobs, quiet=True):
             trial = trial_of(left[name], points[left[name]], outcome)

@@ -27,6 +27,7 @@ from momentum_distill._checks import (
     wrong_value,
 )
 from momentum_distill._precision import WideModule, is_16_bit
+from momentum_distill.functional import lerp_
 
 Decay: TypeAlias = float | Callable[[int], float]
 Buffers: TypeAlias = Literal["copy", "ema", "frozen"]
@@ -369,16 +370,12 @@ class _Group:
 
     def lerp(self, decay: float) -> None:
         """Move the average towards the online tensors."""
-        if decay == 1:
+        if not self.converts or decay in (0, 1):
+            lerp_(self.average, self.online, decay)
             return
-        if decay == 0:
-            self.copy()
-        elif not self.converts:
-            torch._foreach_lerp_(self.average, self.online, weight=1 - decay)
-        else:
-            for average, online, scratch in self._parts:
-                torch._foreach_copy_(scratch, online)
-                torch._foreach_lerp_(average, scratch, weight=1 - decay)
+        for average, online, scratch in self._parts:
+            torch._foreach_copy_(scratch, online)
+            lerp_(average, scratch, decay)
 
     def copy(self) -> None:
         """Copy the online tensors into the average."""

@@ -109,7 +109,7 @@ class MomentumFusionFactors(WideModule):
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the learned weights (Eq. 6); call it after the optimizer step."""
-        lerp_([self.average], [self.weight], self.decay)
+        lerp_([self.average], [self.weight.to(self.average)], self.decay)
 
     def factors(self) -> dict[str, float]:
         """The factors in use, by modality (Fig. 7). Makes the host wait for the device."""

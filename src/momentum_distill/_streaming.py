@@ -17,10 +17,10 @@ from torch import Tensor, nn
 DENSE_SCORES, DENSE_KEYS = 2**18, 2**20
 """Up to so many scores, N times Q, and so many numbers in the keys, Q times d, the loss takes the plain matrices: less
 work stands around them than around tiles. Above, they cost memory, and soon time. Measured: `docs/performance.md`."""
-TILE_SCORES = 2**18
-"""Scores held at a time: larger tiles fall out of the cache, smaller ones make the matrix products inefficient."""
+TILE_SCORES, TILE_KEYS = 2**18, 2**18
+"""Scores, and numbers of the keys, held at a time: larger tiles fall out of the cache."""
 MIN_TILE, MAX_TILE = 256, 8192
-"""Fewest and most keys in a tile."""
+"""Fewest and most keys in a tile: smaller ones make the matrix products inefficient."""
 
 SAFE_SUM = (1e-30, 1e30)
 """A sum of plain exponentials in this range lost nothing to underflow or overflow."""
@@ -193,7 +193,7 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
     # One product serves queries and momentum queries where they meet the same keys.
     same_keys = momentum_query is not None and all(part.momentum is part.online for part in keys)
     stacked = torch.cat([query, momentum_query]) if same_keys and momentum_query is not None else query
-    size = tile_size(stacked.shape[0])
+    size = tile_size(*stacked.shape)
     longest = min(size, max(part.online.shape[0] for part in keys))
     buffer = query.new_empty(stacked.shape[0] * longest)
     scores_buffer = query.new_empty(0 if same_keys else teacher.total.shape[0] * longest)
@@ -313,9 +313,10 @@ def _merged(parts: list[tuple[Any, Any, Any]]) -> tuple[Tensor, Tensor, Tensor]:
     return lse, torch.as_tensor(mean_key), torch.as_tensor(mean_logit)
 
 
-def tile_size(rows: int) -> int:
-    """How many keys make a tile for so many queries."""
-    return min(max(TILE_SCORES // max(rows, 1), MIN_TILE), MAX_TILE)
+def tile_size(rows: int, width: int) -> int:
+    """How many keys of this width make a tile for so many queries."""
+    fitting = min(TILE_SCORES // max(rows, 1), TILE_KEYS // max(width, 1))
+    return min(max(fitting, MIN_TILE), MAX_TILE)
 
 
 def sort_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,10 +385,10 @@ def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: Statistics,
         grads: Gradients for `lse` $g$, `positive_lse` $g^+$, `momentum_mean_key` $G$ and `class_sums` $G^{class}$.
         inside: As for :func:`attend`.
     """
-    count = rows.query.shape[0]
+    size = tile_size(*rows.query.shape)
     grad = torch.empty_like(part.online, dtype=rows.query.dtype)
-    for start in range(0, part.online.shape[0], tile_size(count)):
-        chosen = slice(start, start + tile_size(count))
+    for start in range(0, part.online.shape[0], size):
+        chosen = slice(start, start + size)
         absent = ~part.present[chosen]
         keys, lengths = part.prepare(part.online[chosen].masked_fill(absent[:, None], 0.0))
         classes = class_of(part.labels[chosen], rows.sorted_labels, absent)

@@ -1102,21 +1102,16 @@ def ema_update(average: Sequence[Tensor], online: Sequence[Tensor], *, decay: fl
             if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
                 wrong_type(name, "a floating tensor", describe(tensor))
         check_shape(f"online[{index}]", new, tuple(old.shape))
-    lerp_(average, online, decay)
+    if average:
+        lerp_(list(average), [new.to(old) for old, new in zip(average, online, strict=True)], decay)
 
 
-def lerp_(average: Sequence[Tensor], online: Sequence[Tensor], decay: float) -> None:
-    """:func:`ema_update` without checks; a dtype that differs is widened for the update."""
-    if decay == 1 or not average:
-        return
+def lerp_(average: list[Tensor], online: list[Tensor], decay: float) -> None:
+    """:func:`ema_update` without checks, of at least one tensor, all of one dtype and device; 0 and 1 take any."""
     if decay == 0:
-        torch._foreach_copy_(list(average), list(online))
-        return
-    widened = [
-        new if (new.dtype, new.device) == (old.dtype, old.device) else new.to(old)
-        for old, new in zip(average, online, strict=True)
-    ]
-    torch._foreach_lerp_(list(average), widened, weight=1 - decay)
+        torch._foreach_copy_(average, online)
+    elif decay != 1:
+        torch._foreach_lerp_(average, online, weight=1 - decay)
 
 
 def straight_through(average: Tensor, online: Tensor) -> Tensor:
