@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example test check bench format setup clean
+.PHONY: example test stress check bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	$(BIN)/python examples/mtmd_mosi.py --out runs/example
 
 test: setup  ## the whole suite, with the examples in docstrings, README and docs
 	$(BIN)/python -m pytest
+
+stress: setup  ## the tests of chance with many more repetitions, hours
+	MOMENTUM_DISTILL_STRESS=1 $(BIN)/python -m pytest -m stress
 
 check: setup  ## style and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from momentum_distill import _streaming
+from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,3 +26,11 @@ def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_streaming, "DENSE_SCORES", 2**62 if request.param == "matrices" else -1)
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for `ranks.run(world, "module:function", ...)`."""
+    pool = Ranks()
+    yield pool
+    pool.close()

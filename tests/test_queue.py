@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -833,22 +832,6 @@ def test_inference_tensors_can_be_stored_and_read_into_a_graph():
     q = queries()
     (q @ queue.read("t")[0].T).sum().backward()
     assert torch.isfinite(q.grad).all()
-
-
-def test_a_group_of_several_ranks_is_gathered_or_refused_but_never_ignored():
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    queue, alone = make_queue(), make_queue(group=None)
-    before = clone_state(queue)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        with pytest.raises(NotImplementedError, match=r"^group: expected .*, got .*2 ranks"):
-            queue.enqueue(*batch(4))
-        alone.enqueue(*batch(4))
-    finally:
-        dist.destroy_process_group()
-    assert_same_state(clone_state(queue), before)
-    assert len(alone) == 4
 
 
 def test_enqueue_uses_no_random_numbers():

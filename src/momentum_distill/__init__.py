@@ -32,6 +32,7 @@ from momentum_distill import diagnostics as diagnostics
 from momentum_distill import functional as functional
 from momentum_distill._ema import EMAWrapper as EMAWrapper
 from momentum_distill._fusion import MomentumFusionFactors as MomentumFusionFactors
+from momentum_distill._group import gather_rows as gather_rows
 from momentum_distill._hard_sample import HardSampleFusionLoss as HardSampleFusionLoss
 from momentum_distill._queue import ClassQueue as ClassQueue
 from momentum_distill._response import ResponseDistillLoss as ResponseDistillLoss
@@ -48,4 +49,5 @@ __all__ = [
     "SupConDistillLoss",
     "diagnostics",
     "functional",
+    "gather_rows",
 ]

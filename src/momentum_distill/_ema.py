@@ -26,6 +26,7 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
+from momentum_distill._group import Group, check_group, find_ranks, require_in_sync
 from momentum_distill._precision import WideModule, is_16_bit
 from momentum_distill.functional import lerp_
 
@@ -237,6 +238,27 @@ class EMAWrapper(WideModule):
         finally:
             _assign(tensors, own, movable)
             self._swapped = False
+
+    def check_in_sync(self, *, group: Group = "auto") -> None:
+        """Refuse an average that is not the same, bit for bit, on all ranks; all of them have to call it.
+
+        Averages need no traffic: they stay the same as long as the online models do, which DDP sees to. This finds out
+        whether they did (other seeds, another checkpoint on one rank). Reads all of it: for tests, and after loading.
+        Sharded tensors (FSDP2) are left out, for each rank holds another part of them.
+
+        Args:
+            group: `"auto"`, None (nothing to compare with) or a process group.
+
+        Raises:
+            TypeError: If `group` is something else.
+            RuntimeError: On all ranks, naming the first tensor that differs.
+        """
+        check_group(group)
+        whole = {name: tensor for name, tensor in _tensors(self.module).items() if not _is_sharded(tensor)}
+        ranks = find_ranks(group)
+        if ranks is not None:
+            whole["step"] = torch.tensor(self._step)
+        require_in_sync(ranks, whole, what="EMAWrapper")
 
     @override
     def train(self, mode: bool = True) -> EMAWrapper:
@@ -553,6 +575,11 @@ def _check_initialised(name: str, module: nn.Module) -> None:
     for path, parameter in module.named_parameters():
         if is_lazy(parameter):
             wrong_value(name, "initialised parameters (run a forward pass first)", f"lazy {path!r}")
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of it only, as of a DTensor."""
+    return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
 
 
 def _is_plain(tensor: Tensor) -> bool:

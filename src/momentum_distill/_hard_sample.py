@@ -5,7 +5,7 @@ from typing_extensions import override
 
 from momentum_distill import functional
 from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_int
-from momentum_distill._group import Group, check_group, require_single_process
+from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill.functional import ClassWeight, Reduction
 
 
@@ -23,8 +23,9 @@ class HardSampleFusionLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
         detach_teacher: Stop the gradient at the fused outputs. The weights never carry one.
         ignore_index: Label of a row that is absent.
-        group: Which processes a step belongs to: `"auto"`, None or a process group. More than one rank is refused in
-            this version.
+        group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
+            else this process), None (this process) or a process group. Then the value is that of the whole batch, the
+            same bits on every rank, and gradients after DDP's averaging are those of one process.
         validate: Also check tensor values at every call; makes the host wait for the device.
 
     Raises:
@@ -102,9 +103,7 @@ class HardSampleFusionLoss(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or device is wrong, or a part is incomplete.
-            NotImplementedError: If `group` stands for several ranks.
         """
-        require_single_process(self.group)
         return functional.hard_sample_fusion_loss(
             student_scores=student_scores,
             student_logits=student_logits,
@@ -118,6 +117,7 @@ class HardSampleFusionLoss(nn.Module):
             reduction=self.reduction,
             detach_teacher=self.detach_teacher,
             ignore_index=self.ignore_index,
+            group=self.group,
             validate=self.validate,
         )
 
@@ -125,5 +125,5 @@ class HardSampleFusionLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"hard_attention={self.hard_attention}, class_weight={self.class_weight!r}, "
-            f"reduction={self.reduction!r}, detach_teacher={self.detach_teacher}, group={self.group!r}"
+            f"reduction={self.reduction!r}, detach_teacher={self.detach_teacher}, group={describe_group(self.group)}"
         )

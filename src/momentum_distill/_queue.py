@@ -21,7 +21,16 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
-from momentum_distill._group import Group, check_group, require_single_process
+from momentum_distill._group import (
+    Group,
+    Ranks,
+    check_group,
+    describe_group,
+    errors_shared_by_gather,
+    find_ranks,
+    gather,
+    require_in_sync,
+)
 from momentum_distill._precision import WideModule
 from momentum_distill._streaming import may_ask, row_lengths, shortest
 from momentum_distill.functional import UNLABELLED, normalize_rows
@@ -47,8 +56,10 @@ class ClassQueue(WideModule):
         normalize: L2-normalise rows on entry.
         dtype: Floating dtype of the stored rows, whatever the batches have; `.half()` on a parent does not change it.
         device: Where the queue lives; `.to()` moves it.
-        group: Whose rows the queue holds: `"auto"`, None (this process) or a process group. More than one rank is
-            refused in this version.
+        group: Whose rows the queue holds: `"auto"` (those of torch.distributed's default group where there is one, else
+            of this process), None (of this process) or a process group. The batches of all ranks are stored in rank
+            order, uneven and empty ones too, so that every rank holds the same queue, bit for bit, as one process
+            would that is given all rows.
         validate: Also check tensor values at every call; makes the host wait for the device.
 
     Raises:
@@ -148,6 +159,9 @@ class ClassQueue(WideModule):
     ) -> None:
         """Store a batch, the oldest samples giving way. Makes no device wait.
 
+        With several ranks this is for all of them to call: their batches travel in two collectives, one with the
+        number of rows and one with labels, masks and streams in one piece.
+
         Call it after the loss: keys of the batch itself are passed to the loss as a part of their own.
 
         Args:
@@ -161,14 +175,17 @@ class ClassQueue(WideModule):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If names, shapes or devices are wrong, or a label reaches `num_classes` in a balanced queue (an
-                accelerator asserts on its own instead, unless `validate` looks first). The queue is then unchanged.
-            NotImplementedError: If `group` stands for several ranks.
+                accelerator asserts on its own instead, unless `validate` looks first). Of several ranks all raise what
+                one does, or where names, widths or dtypes differ. The queue is then unchanged.
         """
-        require_single_process(self.group)
+        ranks = find_ranks(self.group)
         valid = {} if valid is None else valid
-        self._check(labels, features, valid)
-        if self.validate:
-            self._validate(labels, features, valid)
+        with errors_shared_by_gather(ranks, self._buffer("labels")):
+            self._check(labels, features, valid)
+            if self.validate:
+                self._validate(labels, features, valid)
+        if ranks is not None:
+            labels, features, valid = self._gather(ranks, labels, features, valid)
         if labels.shape[0] == 0:
             return
 
@@ -195,6 +212,30 @@ class ClassQueue(WideModule):
         torch._foreach_zero_([bank[self.size] for bank in banks])
         self.labels.index_copy_(1, slots, torch.where(stored, marks, EMPTY).expand(len(banks), -1))
         self.count.add_(given)
+
+    def _gather(
+        self, ranks: Ranks, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The batch of all ranks. A rank may give other masks than the next, so every stream travels with one."""
+        everyone = torch.ones_like(labels, dtype=torch.bool)
+        sent = {f"features[{stream!r}]": features[stream] for stream in self.dims}
+        sent |= {f"valid[{stream!r}]": valid.get(stream, everyone) for stream in self.dims}
+        came = gather(ranks, {"labels": labels.to(torch.int64), **sent}, about=f"ClassQueue({self._settings()})")
+        return (
+            came["labels"],
+            {stream: came[f"features[{stream!r}]"] for stream in self.dims},
+            {stream: came[f"valid[{stream!r}]"] for stream in self.dims},
+        )
+
+    def check_in_sync(self) -> None:
+        """Refuse a queue that is not the same, bit for bit, on all ranks of its group; all of them have to call it.
+
+        Reads all of it: for tests, and after loading.
+
+        Raises:
+            RuntimeError: On all ranks, naming the first buffer that differs.
+        """
+        require_in_sync(find_ranks(self.group), dict(self.named_buffers()), what="ClassQueue")
 
     def _run(self, labels: Tensor) -> slice | None:
         """The slots of a batch that is stored whole and in one piece, or None where it is not, or one may not ask.
@@ -319,12 +360,16 @@ class ClassQueue(WideModule):
             kept = kept & valid[stream] if stream in valid else kept
             check_finite(f"features[{stream!r}]", features[stream], kept)
 
-    @override
-    def extra_repr(self) -> str:
+    def _settings(self) -> str:
+        """What has to be the same on all ranks, in words."""
         return (
             f"size={self.size}, dims={self.dims}, num_classes={self.num_classes}, "
-            f"balanced={self.balanced}, normalize={self.normalize}, group={self.group!r}"
+            f"balanced={self.balanced}, normalize={self.normalize}"
         )
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self._settings()}, group={describe_group(self.group)}"
 
 
 def _unit_rows(rows: list[Tensor]) -> list[Tensor]:

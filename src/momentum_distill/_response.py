@@ -5,7 +5,7 @@ from typing_extensions import override
 
 from momentum_distill import functional
 from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_number
-from momentum_distill._group import Group, check_group, require_single_process
+from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill.functional import Reduction, Task
 
 
@@ -22,8 +22,9 @@ class ResponseDistillLoss(nn.Module):
         temperature: $T > 0$ of Hinton et al. (2015), for classification, with the factor $T^2$. Paper: 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
         detach_teacher: Stop the gradient at the teacher. The momentum outputs never get one.
-        group: Which processes a step belongs to: `"auto"`, None or a process group. More than one rank is refused in
-            this version.
+        group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
+            else this process), None (this process) or a process group. Then the value is that of the whole batch, the
+            same bits on every rank, and gradients after DDP's averaging are those of one process.
         validate: Also check tensor values at every call; makes the host wait for the device.
 
     Raises:
@@ -93,9 +94,7 @@ class ResponseDistillLoss(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or device is wrong.
-            NotImplementedError: If `group` stands for several ranks.
         """
-        require_single_process(self.group)
         return functional.response_distill_loss(
             student,
             teacher,
@@ -106,6 +105,7 @@ class ResponseDistillLoss(nn.Module):
             temperature=self.temperature,
             reduction=self.reduction,
             detach_teacher=self.detach_teacher,
+            group=self.group,
             validate=self.validate,
         )
 
@@ -113,5 +113,5 @@ class ResponseDistillLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"task={self.task!r}, alpha={self.alpha:g}, temperature={self.temperature:g}, "
-            f"reduction={self.reduction!r}, detach_teacher={self.detach_teacher}, group={self.group!r}"
+            f"reduction={self.reduction!r}, detach_teacher={self.detach_teacher}, group={describe_group(self.group)}"
         )

@@ -12,7 +12,7 @@ from momentum_distill._checks import (
     check_int,
     check_number,
 )
-from momentum_distill._group import Group, check_group, require_single_process
+from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._precision import WideModule
 from momentum_distill._temperature import check_temperature, exp_in_range, project_
 from momentum_distill.functional import (
@@ -54,8 +54,9 @@ class SupConDistillLoss(WideModule):
         normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
             of them, are unit rows as a `ClassQueue` stores them), or neither (False).
         ignore_index: Label of a row or key that is absent. A padded read of a `ClassQueue` marks empty slots with -1.
-        group: Which processes a step belongs to: `"auto"`, None (this one alone) or a process group. More than one rank
-            is refused in this version.
+        group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
+            else this process), None (this process) or a process group. Then the value is that of the whole batch, the
+            same bits on every rank, and gradients after DDP's averaging are those of one process.
         validate: Also check tensor values at every call; makes the host wait for the device.
 
     Raises:
@@ -151,7 +152,6 @@ class SupConDistillLoss(WideModule):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or device is wrong, or only one momentum input is given.
-            NotImplementedError: If `group` stands for several ranks.
         """
         return self.terms(
             query,
@@ -179,7 +179,6 @@ class SupConDistillLoss(WideModule):
         Returns:
             `total`, `supervised` (modality-shared), `distill` (modality-specific), `rows`, `rows_with_positive`.
         """
-        require_single_process(self.group)
         return functional.supcon_distill_terms(
             query,
             keys,
@@ -193,6 +192,7 @@ class SupConDistillLoss(WideModule):
             reduction=self.reduction,
             normalize=self.normalize,
             ignore_index=self.ignore_index,
+            group=self.group,
             validate=self.validate,
         )
 
@@ -221,5 +221,5 @@ class SupConDistillLoss(WideModule):
         return (
             f"temperature={float(self.temperature):g} ({kind}), alpha={self.alpha:g}, "
             f"positives={self.positives!r}, reduction={self.reduction!r}, "
-            f"normalize={self.normalize!r}, group={self.group!r}"
+            f"normalize={self.normalize!r}, group={describe_group(self.group)}"
         )

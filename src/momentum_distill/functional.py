@@ -31,6 +31,7 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
+from momentum_distill._group import Group, Ranks, check_group, errors_shared_by_sum, find_ranks, sum_over_ranks
 from momentum_distill._precision import full_precision
 from momentum_distill._streaming import Keys, Prepare, Rows, Statistics, shortest
 
@@ -40,6 +41,7 @@ __all__ = [
     "ema_update",
     "hard_sample_fusion_loss",
     "l2_normalize",
+    "mean_rows",
     "response_distill_loss",
     "straight_through",
     "supcon_distill_loss",
@@ -185,6 +187,7 @@ def supcon_distill_loss(
     reduction: Reduction = "mean",
     normalize: Normalize = True,
     ignore_index: int = -1,
+    group: Group = None,
     validate: bool = False,
 ) -> Tensor:
     r"""Supervised contrastive loss of one direction, with soft targets from a momentum model.
@@ -230,6 +233,10 @@ def supcon_distill_loss(
         normalize: True: rows of queries and keys are L2-normalised here; `"query"`: only those of the queries, the keys
             (every part) are unit rows as a `ClassQueue` stores them; False: plain dot products.
         ignore_index: Label of what is absent.
+        group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
+            where there is one) or a process group. One collective of 64 bytes; none with `"none"`, which returns the
+            rows of this rank. The keys are those given: a queue that all ranks share, the batch's through
+            :func:`~momentum_distill.gather_rows`.
         validate: Also check values: finite features, labels of at least -2, unit rows where keys must have them. Makes
             the host wait for the device.
 
@@ -267,6 +274,7 @@ def supcon_distill_loss(
         reduction=reduction,
         normalize=normalize,
         ignore_index=ignore_index,
+        group=group,
         validate=validate,
     ).total
 
@@ -286,6 +294,7 @@ def supcon_distill_terms(
     reduction: Reduction = "mean",
     normalize: Normalize = True,
     ignore_index: int = -1,
+    group: Group = None,
     validate: bool = False,
 ) -> SupConTerms:
     r"""The parts of :func:`supcon_distill_loss`, same arguments.
@@ -301,17 +310,22 @@ def supcon_distill_terms(
         >>> int(terms.rows), int(terms.rows_with_positive)
         (3, 2)
     """
-    _check_choices(temperature, momentum_temperature, alpha, positives, reduction, normalize, ignore_index, validate)
-    keys, key_labels, momentum_keys = _check_features(
-        query, keys, query_labels, key_labels, momentum_query, momentum_keys
-    )
-    if validate:
-        _validate_contrast(query, keys, query_labels, key_labels, normalize, ignore_index)
-        if momentum_query is not None:
-            # The momentum rows stand for the same samples.
-            _validate_contrast(
-                momentum_query, momentum_keys, query_labels, key_labels, normalize, ignore_index, "momentum_"
-            )
+    check_group(group)
+    ranks = find_ranks(group) if reduction != "none" else None
+    with errors_shared_by_sum(ranks, query):
+        _check_choices(
+            temperature, momentum_temperature, alpha, positives, reduction, normalize, ignore_index, validate
+        )
+        keys, key_labels, momentum_keys = _check_features(
+            query, keys, query_labels, key_labels, momentum_query, momentum_keys
+        )
+        if validate:
+            _validate_contrast(query, keys, query_labels, key_labels, normalize, ignore_index)
+            if momentum_query is not None:
+                # The momentum rows stand for the same samples.
+                _validate_contrast(
+                    momentum_query, momentum_keys, query_labels, key_labels, normalize, ignore_index, "momentum_"
+                )
 
     # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
     query_labels = query_labels.to(torch.int64)
@@ -331,6 +345,7 @@ def supcon_distill_terms(
         Prepare(dtype, bool(normalize)),
         positives,
         reduction,
+        ranks,
     )
     weights = alpha if momentum_query is not None else 0.0
     with full_precision(query):
@@ -353,6 +368,7 @@ class _Problem(NamedTuple):
     prepare: Prepare  # of the queries
     positives: Positives
     reduction: Reduction
+    ranks: Ranks | None
 
     def tensors(self) -> list[Tensor]:
         """All that is read again if the gradient cannot be made at once."""
@@ -365,6 +381,14 @@ class _Problem(NamedTuple):
     def inside(self) -> bool:
         """Whether the sum over the positive keys stands inside the logarithm."""
         return self.positives != "outside"
+
+    def signature(self) -> str:
+        """What has to be the same on all ranks, in words."""
+        targets = "without" if self.momentum_query is None else "with"
+        return (
+            f"SupConDistillLoss of width {self.keys[0].online.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
+            f"positives={self.positives!r}, reduction={self.reduction!r}"
+        )
 
 
 def _supervised_rows(positive_log: Tensor, positive_count: Tensor, positives: Positives) -> Tensor:
@@ -400,7 +424,10 @@ def _reduce_terms(rows: tuple[Tensor, Tensor, Tensor], problem: _Problem, alpha:
     supervised, distill, positive_count = rows
     row_count, positive_rows = problem.present.sum(), ((positive_count > 0) & problem.present).sum()
     if problem.reduction != "none":
-        supervised, distill = supervised.sum(), distill.sum()
+        signature = "" if problem.ranks is None else problem.signature()
+        supervised, distill, row_count, positive_rows = sum_over_ranks(
+            problem.ranks, signature, supervised.sum(), distill.sum(), row_count, positive_rows
+        )
     if problem.reduction == "mean":
         supervised, distill = supervised / positive_rows.clamp(min=1), distill / row_count.clamp(min=1)
     # A copy: an autograd.Function must not return one tensor as two of its outputs.
@@ -544,6 +571,8 @@ class _Solved(NamedTuple):
             rows, positive_rows = counts
             grad_supervised = grad_supervised / positive_rows.clamp(min=1)
             grad_distill = grad_distill / rows.clamp(min=1)
+        if problem.ranks is not None:  # as in sum_over_ranks
+            grad_supervised, grad_distill = grad_supervised * problem.ranks.size, grad_distill * problem.ranks.size
         # A row without positive key has no part in the supervised term, one that is left out in none.
         grad_supervised = torch.where(self.way.positive_count > 0, grad_supervised, 0.0)
         if self.absent is not None:
@@ -828,6 +857,7 @@ def response_distill_loss(
     temperature: float = 1.0,
     reduction: Reduction = "mean",
     detach_teacher: bool = True,
+    group: Group = None,
     validate: bool = False,
 ) -> Tensor:
     r"""A student's outputs drawn to those of a teacher and of its own momentum model.
@@ -850,6 +880,7 @@ def response_distill_loss(
         temperature: $T > 0$ of Hinton et al. (2015), for classification; both terms get the factor $T^2$.
         reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
         detach_teacher: Stop the gradient at `teacher`.
+        group: Whose rows sum and mean run over, as in :func:`supcon_distill_loss`.
         validate: Also check values: student finite, teacher and momentum free of NaN. Makes the host wait.
 
     Returns:
@@ -869,24 +900,27 @@ def response_distill_loss(
     References:
         MTMD, Eq. 7 and 10. The paper has no temperature here: 1 is its setting.
     """
-    check_choice("task", task, TASKS)
-    check_floating("student", student, shape=("N",) if task == "regression" else ("N", "C"))
-    if task == "classification":
-        _check_has_classes("student", student)
-    others = [("teacher", teacher)] + ([] if momentum is None else [("momentum", momentum)])
-    for name, other in others:
-        check_floating(name, other, shape=tuple(student.shape))
-        check_device(name, other, student.device, like="student")
-    mask = _row_mask(mask, student, like="student")
-    check_scalar("alpha", alpha, low=0.0, high=1.0)
-    check_number("temperature", temperature, low=0.0, open_low=True)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_bool("detach_teacher", detach_teacher)
-    check_bool("validate", validate)
-    if validate:
-        check_finite("student", student, mask)
+    check_group(group)
+    ranks = find_ranks(group) if reduction != "none" else None
+    with errors_shared_by_sum(ranks, student):
+        check_choice("task", task, TASKS)
+        check_floating("student", student, shape=("N",) if task == "regression" else ("N", "C"))
+        if task == "classification":
+            _check_has_classes("student", student)
+        others = [("teacher", teacher)] + ([] if momentum is None else [("momentum", momentum)])
         for name, other in others:
-            check_finite(name, other if task == "regression" else _teacher_logits(other), mask)
+            check_floating(name, other, shape=tuple(student.shape))
+            check_device(name, other, student.device, like="student")
+        mask = _row_mask(mask, student, like="student")
+        check_scalar("alpha", alpha, low=0.0, high=1.0)
+        check_number("temperature", temperature, low=0.0, open_low=True)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_bool("detach_teacher", detach_teacher)
+        check_bool("validate", validate)
+        if validate:
+            check_finite("student", student, mask)
+            for name, other in others:
+                check_finite(name, other if task == "regression" else _teacher_logits(other), mask)
 
     dtype = _sum_dtype(student, *(other for _, other in others))
     distance = _absolute_error if task == "regression" else _soft_cross_entropy
@@ -898,7 +932,11 @@ def response_distill_loss(
         if momentum is not None:
             momentum = _keep_rows(momentum.detach().to(dtype), mask)
             rows = _blend(rows, distance(momentum * scale, student), alpha)
-        return _reduce_rows(rows / scale**2, mask, reduction)
+        rows = torch.where(mask, rows / scale**2, 0.0)
+        if reduction == "none":
+            return rows
+        total, kept = sum_over_ranks(ranks, f"ResponseDistillLoss, {task=}, {reduction=}", rows.sum(), mask.sum())
+        return total if reduction == "sum" else total / kept.clamp(min=1)
 
 
 def _absolute_error(teacher: Tensor, student: Tensor) -> Tensor:
@@ -932,6 +970,7 @@ def hard_sample_fusion_loss(
     reduction: Reduction = "mean",
     detach_teacher: bool = True,
     ignore_index: int = -1,
+    group: Group = None,
     validate: bool = False,
 ) -> Tensor:
     r"""The fused prediction teaches one modality, most where the fusion itself is still wrong.
@@ -959,6 +998,7 @@ def hard_sample_fusion_loss(
         reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
         detach_teacher: Stop the gradient at the fused outputs.
         ignore_index: Label of a row that is absent.
+        group: Whose rows sum, mean and $w_{cls}$ run over, as in :func:`supcon_distill_loss`; with `"none"`, $w_{cls}$.
         validate: Also check values: finite inputs, labels in [-2, C). Makes the host wait for the device.
 
     Returns:
@@ -981,68 +1021,68 @@ def hard_sample_fusion_loss(
     References:
         MTMD, Eq. 14 and 15; the sum over modalities of Eq. 16 is the caller's.
     """
-    check_bool("hard_attention", hard_attention)
-    check_choice("class_weight", class_weight, CLASS_WEIGHTS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_bool("detach_teacher", detach_teacher)
-    check_int("ignore_index", ignore_index)
-    check_bool("validate", validate)
-    scores = _complete_part(
-        ("student_scores", student_scores),
-        ("fused_scores", fused_scores),
-        ("targets", targets),
-        shape=("N",),
-        truth_needed=hard_attention,
-    )
-    logits = _complete_part(
-        ("student_logits", student_logits),
-        ("fused_logits", fused_logits),
-        ("labels", labels),
-        shape=("N", "C"),
-        truth_needed=hard_attention,
-    )
-    given = scores if scores is not None else logits
-    if given is None:
-        wrong_value("student_scores", "scores, logits or both (student and fused)", "neither part")
-    first = given[0]
-    rows = first.shape[0]
-    like = "student_scores" if scores is not None else "student_logits"
-    if logits is not None:
-        check_shape("student_logits", logits[0], (rows, logits[0].shape[1]))
-        _check_has_classes("student_logits", logits[0])
-        check_device("student_logits", logits[0], first.device, like=like)
-    if targets is not None:
-        check_floating("targets", targets, shape=(rows,))
-        check_device("targets", targets, first.device, like=like)
-    if labels is not None:
-        check_labels("labels", labels, shape=(rows,))
-        check_device("labels", labels, first.device, like=like)
-        labels = labels.to(torch.int64)
-    mask = _row_mask(mask, first, like=like)
-    if labels is not None:
-        mask = mask & (labels != ignore_index)
-    if validate:
-        _validate_fusion(scores, logits, targets, labels, mask)
+    check_group(group)
+    ranks = find_ranks(group)
+    with errors_shared_by_sum(ranks, student_logits if student_scores is None else student_scores):
+        check_bool("hard_attention", hard_attention)
+        check_choice("class_weight", class_weight, CLASS_WEIGHTS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_bool("detach_teacher", detach_teacher)
+        check_int("ignore_index", ignore_index)
+        check_bool("validate", validate)
+        scores = _complete_part(
+            ("student_scores", student_scores),
+            ("fused_scores", fused_scores),
+            ("targets", targets),
+            shape=("N",),
+            truth_needed=hard_attention,
+        )
+        logits = _complete_part(
+            ("student_logits", student_logits),
+            ("fused_logits", fused_logits),
+            ("labels", labels),
+            shape=("N", "C"),
+            truth_needed=hard_attention,
+        )
+        labels, mask = _check_fusion(scores, logits, targets, labels, mask, ignore_index)
+        if validate:
+            _validate_fusion(scores, logits, targets, labels, mask)
 
     tensors = [*(scores or ()), *(logits or ()), *(() if targets is None else (targets,))]
     dtype = _sum_dtype(*tensors)
-    with full_precision(first):
-        total = torch.zeros(rows, dtype=dtype, device=first.device)
+    with full_precision(mask):
+        # Rows with a weight of their own, rows that wait for w_cls, and what w_cls is the mean of.
+        weighted = torch.zeros(len(mask), dtype=dtype, device=mask.device)
+        waiting = distances = torch.zeros_like(weighted)
+        labelled = torch.zeros_like(mask)
         if scores is not None:
             student, fused = (_keep_rows(part.to(dtype), mask) for part in scores)
-            teacher = fused.detach() if detach_teacher else fused
-            part = _absolute_error(teacher, student)
+            part = _absolute_error(fused.detach() if detach_teacher else fused, student)
             if hard_attention and targets is not None:
                 part = _hard_sample_weight(fused, _keep_rows(targets.to(dtype), mask)) * part
-            total = total + part
+            weighted = weighted + part
         if logits is not None:
             student, fused = (_keep_rows(part.to(dtype), mask) for part in logits)
-            teacher = fused.detach() if detach_teacher else fused
-            part = _soft_cross_entropy(teacher, student)
-            if hard_attention and labels is not None:
-                part = _hard_class_weight(fused, labels, mask, class_weight) * part
-            total = total + part
-        return _reduce_rows(total, mask, reduction)
+            part = torch.where(mask, _soft_cross_entropy(fused.detach() if detach_teacher else fused, student), 0.0)
+            if not hard_attention or labels is None:
+                weighted = weighted + part
+            else:
+                labelled = mask & (labels >= 0)
+                distances = torch.where(labelled, _class_distance(fused, labels, class_weight), 0).to(dtype)
+                if class_weight == "per_sample":
+                    weighted, waiting = weighted + distances * part, torch.where(labelled, 0.0, part)
+                else:
+                    waiting = part
+        if reduction != "none":
+            weighted, waiting = weighted.sum(), waiting.sum()
+        signature = "" if ranks is None else _fusion_signature(scores, logits, hard_attention, class_weight, reduction)
+        numbers = (distances.sum(), labelled.sum(), mask.sum())
+        if reduction == "none":
+            distance, count, _ = sum_over_ranks(ranks, signature, *numbers)
+        else:
+            weighted, waiting, distance, count, kept = sum_over_ranks(ranks, signature, weighted, waiting, *numbers)
+        total = weighted + distance / count.clamp(min=1) * waiting
+        return total / kept.clamp(min=1) if reduction == "mean" else total
 
 
 def _hard_sample_weight(fused_scores: Tensor, targets: Tensor) -> Tensor:
@@ -1050,15 +1090,50 @@ def _hard_sample_weight(fused_scores: Tensor, targets: Tensor) -> Tensor:
     return (targets - fused_scores).detach().abs().tanh()
 
 
-def _hard_class_weight(fused_logits: Tensor, labels: Tensor, mask: Tensor, class_weight: ClassWeight) -> Tensor:
-    r"""$w_{cls} = \frac1N\sum_i|p^i - \arg\max\hat p_f^i|$, Eq. 14, shape `()`; `(N,)` by sample."""
-    labelled = mask & (labels >= 0)
+def _class_distance(fused_logits: Tensor, labels: Tensor, class_weight: ClassWeight) -> Tensor:
+    r"""$|p^i - \arg\max\hat p_f^i|$, whose mean is $w_{cls}$ in Eq. 14, or whether it is not 0; int64, shape `(N,)`."""
     distance = (labels - fused_logits.detach().argmax(dim=1)).abs()
-    if class_weight == "error_rate":
-        distance = (distance > 0).long()
-    distance = torch.where(labelled, distance, 0).to(fused_logits.dtype)
-    mean = distance.sum() / labelled.sum().clamp(min=1)
-    return torch.where(labelled, distance, mean) if class_weight == "per_sample" else mean
+    return (distance > 0).long() if class_weight == "error_rate" else distance
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Means over the rows of all ranks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def mean_rows(values: Tensor, *, mask: Tensor | None = None, group: Group = None) -> Tensor:
+    r"""The mean over the rows of all ranks, for losses of one's own beside those of this library.
+
+    $$\frac{\sum_r\sum_{i\in r} m_i v_i}{\sum_r\sum_{i\in r} m_i}$$
+
+    The mean of the ranks' means, which DDP makes of a local mean, is another number wherever ranks have different
+    numbers of rows. This one is the same on all ranks, and gradients after DDP's averaging are those of one process.
+
+    Args:
+        values: One value per row, say `cross_entropy(..., reduction="none")`, floating, shape `(N,)`.
+        mask: True keeps a row, bool, shape `(N,)`. What a masked row holds changes nothing.
+        group: None (this process), `"auto"` (torch.distributed's default group where there is one) or a process group.
+
+    Returns:
+        The mean, shape `()`, float32 or wider; with no row kept 0, connected to the graph.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong.
+
+    Example:
+        >>> import torch
+        >>> mean_rows(torch.tensor([1.0, 2.0, 9.0]), mask=torch.tensor([True, True, False]))
+        tensor(1.5000)
+    """
+    check_group(group)
+    ranks = find_ranks(group)
+    with errors_shared_by_sum(ranks, values):
+        check_floating("values", values, shape=("N",))
+        mask = _row_mask(mask, values, like="values")
+    kept = _keep_rows(values.to(_sum_dtype(values)), mask)
+    total, count = sum_over_ranks(ranks, "mean_rows", kept.sum(), mask.sum())
+    return total / count.clamp(min=1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1204,15 +1279,6 @@ def _keep_rows(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask if values.ndim == 1 else mask[:, None], values, 0.0)
 
 
-def _reduce_rows(rows: Tensor, mask: Tensor, reduction: Reduction) -> Tensor:
-    """`(N,)` to what `reduction` asks for, over the rows kept."""
-    rows = torch.where(mask, rows, 0.0)
-    if reduction == "none":
-        return rows
-    total = rows.sum()
-    return total if reduction == "sum" else total / mask.sum().clamp(min=1)
-
-
 def _complete_part(
     student: tuple[str, Tensor | None],
     fused: tuple[str, Tensor | None],
@@ -1239,6 +1305,50 @@ def _complete_part(
     if truth_needed and truth_value is None:
         wrong_value(truth_name, f"a tensor beside {student_name} with hard_attention", "None")
     return student_value, fused_value
+
+
+def _check_fusion(
+    scores: tuple[Tensor, Tensor] | None,
+    logits: tuple[Tensor, Tensor] | None,
+    targets: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor | None, Tensor]:
+    """What belongs to the parts of the fusion loss; returns the labels as int64 and the mask of the rows that count."""
+    given = scores if scores is not None else logits
+    if given is None:
+        wrong_value("student_scores", "scores, logits or both (student and fused)", "neither part")
+    first = given[0]
+    rows = first.shape[0]
+    like = "student_scores" if scores is not None else "student_logits"
+    if logits is not None:
+        check_shape("student_logits", logits[0], (rows, logits[0].shape[1]))
+        _check_has_classes("student_logits", logits[0])
+        check_device("student_logits", logits[0], first.device, like=like)
+    if targets is not None:
+        check_floating("targets", targets, shape=(rows,))
+        check_device("targets", targets, first.device, like=like)
+    mask = _row_mask(mask, first, like=like)
+    if labels is not None:
+        check_labels("labels", labels, shape=(rows,))
+        check_device("labels", labels, first.device, like=like)
+        labels = labels.to(torch.int64)
+        mask = mask & (labels != ignore_index)
+    return labels, mask
+
+
+def _fusion_signature(
+    scores: tuple[Tensor, Tensor] | None,
+    logits: tuple[Tensor, Tensor] | None,
+    hard_attention: bool,
+    class_weight: ClassWeight,
+    reduction: Reduction,
+) -> str:
+    """What has to be the same on all ranks, in words."""
+    parts = [] if scores is None else ["scores"]
+    parts += [] if logits is None else [f"logits of {logits[0].shape[1]} classes"]
+    return f"HardSampleFusionLoss of {' and '.join(parts)}, {hard_attention=}, {class_weight=}, {reduction=}"
 
 
 def _check_choices(
