@@ -34,6 +34,7 @@ from momentum_distill._ema import EMAWrapper as EMAWrapper
 from momentum_distill._fusion import MomentumFusionFactors as MomentumFusionFactors
 from momentum_distill._group import gather_rows as gather_rows
 from momentum_distill._hard_sample import HardSampleFusionLoss as HardSampleFusionLoss
+from momentum_distill._optim import param_groups as param_groups
 from momentum_distill._queue import ClassQueue as ClassQueue
 from momentum_distill._response import ResponseDistillLoss as ResponseDistillLoss
 from momentum_distill._supcon import SupConDistillLoss as SupConDistillLoss
@@ -50,4 +51,5 @@ __all__ = [
     "diagnostics",
     "functional",
     "gather_rows",
+    "param_groups",
 ]

@@ -16,6 +16,7 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
+from momentum_distill._optim import IdleWatch
 from momentum_distill._precision import WideModule
 from momentum_distill.functional import lerp_, straight_through
 
@@ -52,6 +53,9 @@ class MomentumFusionFactors(WideModule):
 
     average: Tensor
 
+    undecayed = ("weight",)
+    """Learned scalars, for `param_groups`."""
+
     def __init__(
         self,
         modalities: Sequence[str],
@@ -76,6 +80,7 @@ class MomentumFusionFactors(WideModule):
         for value in values:
             check_number("init", value, low=-float("inf"))
         self.weight = nn.Parameter(torch.tensor([float(value) for value in values]))
+        self._watch = IdleWatch("the weight of MomentumFusionFactors", patience=100)
         self.register_buffer("average", self.weight.detach().clone())
 
     @override
@@ -109,6 +114,8 @@ class MomentumFusionFactors(WideModule):
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the learned weights (Eq. 6); call it after the optimizer step."""
+        self._watch.look(self.weight)
+        self._watch.left(self.weight)
         lerp_([self.average], [self.weight.to(self.average)], self.decay)
 
     def factors(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from momentum_distill._checks import (
     check_number,
 )
 from momentum_distill._group import Group, check_group, describe_group
+from momentum_distill._optim import IdleWatch
 from momentum_distill._precision import WideModule
 from momentum_distill._temperature import check_temperature, exp_in_range, project_
 from momentum_distill.functional import (
@@ -77,6 +78,9 @@ class SupConDistillLoss(WideModule):
         `docs/paper_map.md`.
     """
 
+    undecayed = ("log_temperature_ratio",)
+    """Learned scalars, for `param_groups`."""
+
     def __init__(
         self,
         *,
@@ -104,6 +108,7 @@ class SupConDistillLoss(WideModule):
         self.initial_temperature = float(temperature)
         # log(temperature / initial_temperature): zero now, so the start is exact in every precision.
         self.log_temperature_ratio = nn.Parameter(torch.zeros(())) if learnable_temperature else None
+        self._watch = IdleWatch("the temperature of SupConDistillLoss", patience=500)  # several calls make a step
         self.alpha = float(alpha)
         self.positives: Positives = positives
         self.reduction: Reduction = reduction
@@ -200,7 +205,9 @@ class SupConDistillLoss(WideModule):
         """The temperature with its gradient, in float64 where the features are."""
         if self.log_temperature_ratio is None:
             return self.initial_temperature
+        self._watch.look(self.log_temperature_ratio)
         project_(self.log_temperature_ratio, self.initial_temperature, *self.temperature_range)
+        self._watch.left(self.log_temperature_ratio)
         wide = any(getattr(feature, "dtype", None) == torch.float64 for feature in features)
         ratio = self.log_temperature_ratio.to(torch.float64) if wide else self.log_temperature_ratio
         return exp_in_range(ratio, self.initial_temperature, *self.temperature_range)

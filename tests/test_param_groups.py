@@ -1,0 +1,110 @@
+"""The learned scalars of the blocks: no weight decay, and a warning where no optimizer has them."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import momentum_distill as md
+
+
+def contrast_loss(contrast):
+    labels = torch.tensor([0, 1, 0, 1])
+    return contrast(torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), labels, labels)
+
+
+def test_scalars_of_blocks_are_not_decayed_wherever_they_are():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(3, 2)
+            self.fuse = md.MomentumFusionFactors(["a", "b"])
+            self.average = md.EMAWrapper(nn.Linear(2, 2))
+
+    model, contrast = Model(), md.SupConDistillLoss()
+    fixed = md.SupConDistillLoss(learnable_temperature=False)
+    decayed, scalars = md.param_groups(model, contrast, fixed, model, weight_decay=0.1, lr=0.5)
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in model.body.parameters()]
+    assert [id(p) for p in scalars["params"]] == [id(model.fuse.weight), id(contrast.log_temperature_ratio)]
+    assert (decayed["weight_decay"], scalars["weight_decay"]) == (0.1, 0.0)
+    assert decayed["lr"] == scalars["lr"] == 0.5
+    torch.optim.AdamW([decayed, scalars])
+
+
+def test_without_scalars_there_is_one_group():
+    [group] = md.param_groups(nn.Linear(2, 2), weight_decay=0.1)
+    assert len(group["params"]) == 2
+
+
+def test_with_decay_the_temperature_would_move_and_without_it_stays():
+    contrast = md.SupConDistillLoss(temperature=0.5)
+    with torch.no_grad():
+        contrast.log_temperature_ratio.fill_(1.0)
+    optimizer = torch.optim.SGD(md.param_groups(contrast, weight_decay=0.5, lr=0.1))
+    contrast.log_temperature_ratio.grad = torch.zeros(())
+    optimizer.step()
+    assert contrast.log_temperature_ratio.item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("modules", "decay", "error", "message"),
+    [
+        (["model"], 0.1, TypeError, r"^modules\[0\]: expected a torch.nn.Module, got 'model'"),
+        ([nn.Linear(1, 1)], -1.0, ValueError, "^weight_decay: expected a finite number"),
+        ([nn.Linear(1, 1)], "0", TypeError, "^weight_decay: expected a number"),
+        ([], 0.1, ValueError, "^modules: expected something that requires a gradient, got nothing"),
+        ([nn.ReLU()], 0.1, ValueError, "^modules: expected something"),
+    ],
+)
+def test_bad_input_is_named(modules, decay, error, message):
+    with pytest.raises(error, match=message):
+        md.param_groups(*modules, weight_decay=decay)
+
+
+def train(contrast, optimizer, steps):
+    for _ in range(steps):
+        if optimizer is not None:
+            optimizer.zero_grad()
+        contrast_loss(contrast).backward()
+        if optimizer is not None:
+            optimizer.step()
+
+
+def test_a_temperature_that_no_optimizer_has_is_told_once():
+    contrast = md.SupConDistillLoss()
+    with pytest.warns(UserWarning, match=r"^the temperature of SupConDistillLoss has a gradient") as told:
+        train(contrast, None, 1100)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_temperature_that_an_optimizer_has_is_not_told_of(make):
+    contrast = md.SupConDistillLoss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(contrast, make(contrast.parameters(), lr=1e-4), 520)
+        for _ in range(300):  # accumulation
+            contrast_loss(contrast).backward()
+        contrast.log_temperature_ratio.requires_grad_(False)
+        contrast.log_temperature_ratio.grad = None
+        train(contrast, None, 520)  # frozen on purpose
+
+
+def test_factors_that_no_optimizer_has_are_told_once():
+    fuse = md.MomentumFusionFactors(["a", "b"])
+    features = {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}
+
+    def steps(optimizer, number):
+        for _ in range(number):
+            sum(value.sum() for value in fuse(features).values()).backward()
+            if optimizer is not None:
+                optimizer.step()
+            fuse.update()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(torch.optim.SGD(fuse.parameters(), lr=1e-4), 150)
+    with pytest.warns(UserWarning, match=r"^the weight of MomentumFusionFactors has a gradient") as told:
+        steps(None, 250)
+    assert len(told) == 1

@@ -1,0 +1,68 @@
+"""Names and arguments that users call: a change here is a change for them, and a line in the CHANGELOG."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import momentum_distill as md
+
+PINNED = Path(__file__).with_name("public_api.txt")
+
+OWN_DUNDERS = ("__init__", "__len__")
+OF_MODULES = ("extra_repr", "train", "get_extra_state", "set_extra_state")  # what torch calls, not the user
+
+
+def members(cls: type) -> Iterator[tuple[str, object]]:
+    """Methods and properties that a block defines itself."""
+    for name, member in vars(cls).items():
+        public = name in OWN_DUNDERS or not (name.startswith("_") or name in OF_MODULES)
+        if public and (callable(member) or isinstance(member, property)):
+            yield name, member
+
+
+def arguments(function: object) -> str:
+    """The arguments of a function as they stand in its definition, without annotations."""
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+    bare = [p.replace(annotation=p.empty) for p in parameters]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+def found() -> list[str]:
+    """A line for each name."""
+    names = {}
+    for module in (md, md.functional, md.diagnostics):
+        for name in module.__all__:
+            path, item = f"{module.__name__}.{name}", getattr(module, name)
+            if inspect.isclass(item) and hasattr(item, "_fields"):
+                names[path] = ", ".join(item._fields)
+            elif inspect.isclass(item):
+                for member, value in members(item):
+                    names[f"{path}.{member}"] = "property" if isinstance(value, property) else arguments(value)
+            elif callable(item):
+                names[path] = arguments(item)
+    return [f"{name}({listed})" if listed != "property" else name for name, listed in names.items()]
+
+
+def test_names_and_arguments_are_those_that_were_promised():
+    assert found() == PINNED.read_text().splitlines()
+
+
+def test_version_is_that_of_the_package():
+    assert md.__version__.count(".") == 2
+
+
+def test_what_a_bug_report_says():
+    done = subprocess.run([sys.executable, "-m", "momentum_distill"], capture_output=True, text=True, check=True)
+    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert lines["momentum-distill"].strip() == md.__version__
+    assert {"torch", "python", "devices", "distributed", "contrastive loss", "Triton kernel"} <= lines.keys()
+    assert "cpu" in lines["devices"]
+
+
+@pytest.mark.parametrize("name", md.__all__)
+def test_everything_public_is_documented(name):
+    assert inspect.getdoc(getattr(md, name))
