@@ -2,21 +2,37 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example test stress check bench format setup clean
+.PHONY: example test stress check bandit audit docs dist bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	$(BIN)/python examples/mtmd_mosi.py --out runs/example
 
 test: setup  ## the whole suite, with the examples in docstrings, README and docs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 stress: setup  ## the tests of chance with many more repetitions, hours
 	MOMENTUM_DISTILL_STRESS=1 $(BIN)/python -m pytest -m stress
 
-check: setup  ## style and types
+check: setup bandit  ## style, types, security lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
+
+# Tests may unpickle (B301, B614) what they have pickled themselves.
+bandit: setup  ## security lint
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src examples benchmarks
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive tests --skip B301,B614
+
+audit: bandit  ## the same, and known vulnerabilities of what constraints.txt pins, which asks an advisory service
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group audit
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
+docs: setup  ## the site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: setup  ## the wheel and the sdist, into dist/; the same bytes whenever and wherever they are built
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 bench: setup  ## every benchmark at small sizes, about ten minutes
 	$(BIN)/python benchmarks/run_all.py
@@ -29,9 +45,10 @@ setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "pip>=25.3"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
+		--editable ".[examples]" --group dev
 	touch $@
 
 clean:
-	rm -rf .venv runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv dist runs site .hypothesis .mypy_cache .pytest_cache .ruff_cache

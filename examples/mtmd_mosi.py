@@ -8,6 +8,8 @@
         the paper's settings from a file; any option given beside it goes before the file
     python examples/mtmd_mosi.py ablate --arms all --seeds 1 2 3 --out runs/ablation
         another command; `COMMAND --help` explains it
+    torchrun --nproc-per-node=2 examples/mtmd_mosi.py --data mosi.pkl --text-encoder bert-base-uncased
+        several processes, on CPUs or GPUs; batches, losses and queue are those of one
 
 Training writes results.json, metrics.jsonl, predictions.csv, figures and a checkpoint per seed to --out. The model and
 what it minimises stand in mtmd/model.py and mtmd/objective.py; how the paper is read, in docs/paper_map.md.
@@ -18,14 +20,15 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from mtmd import cli
+from mtmd import cli, processes
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code."""
     try:
-        parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
-        return run(parsed, Console()) or 0
+        command, parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+        with processes.started(command):
+            return run(parsed, Console(quiet=not processes.leads())) or 0
     except (ValueError, OSError, FloatingPointError) as error:  # data, settings, a loss of NaN: one line, no traceback
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2

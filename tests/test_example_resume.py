@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch._dynamo  # the optimiser imports it at its first step; the processe
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import checkpoint, experiment
+from mtmd import checkpoint, experiment, training
 from mtmd.checkpoint import load_state, replacing, save_state
 from mtmd.config import Config
 from mtmd.experiment import load_predictions, run_experiment
@@ -122,6 +123,80 @@ def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(settings, tmp_p
         assert_same_run(whole, run)
 
 
+def frozen(value):
+    """The bits of nested tensors, arrays and numbers, for comparison: a NaN equals itself."""
+    if isinstance(value, dict):
+        return {key: frozen(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [frozen(entry) for entry in value]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().numpy()
+    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else repr(value)
+
+
+def all_of(training_now):
+    """Whatever training changes: the objective holds the averages and the queue, the model the fusion factors."""
+    return frozen(
+        {
+            "model": training_now.run.model.state_dict(),
+            "objective": training_now.objective.state_dict(),
+            "optimizer": training_now.optimizer.state_dict(),
+            "schedule": training_now.schedule.state_dict(),
+            "torch": torch.get_rng_state(),
+            "numpy": np.random.get_state(),  # noqa: NPY002
+            "python": random.getstate(),
+        }
+    )
+
+
+def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """Everything live is compared, not what was saved of it: what the state forgets would show."""
+    config = Config(**{**SMALL, "batch_size": 4, "epochs": 3}, save_every=1)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    trainings, saved = [], []
+    begin, train_step, save = training.begin, training.train_step, training.save_state
+
+    def remembering(*arguments):
+        trainings.append(begin(*arguments))
+        return trainings[-1]
+
+    def drawing(*arguments):  # the example draws from torch alone; with this, from all generators
+        return train_step(*arguments) | {"drawn": random.gauss(0, 1) + np.random.standard_normal()}  # noqa: NPY002
+
+    def copying(folder, *arguments):
+        save(folder, *arguments)
+        saved.append(shutil.copytree(folder, tmp_path / f"copy{len(saved)}"))
+
+    def run_all(state_dir):
+        told, ends = [], []
+
+        def on_step(record):
+            told.append(record)
+            if len(told) == 30:  # afterwards the model gets the weights of the best epoch
+                ends.append(all_of(trainings[-1]))
+
+        run = train(config, folds, dataset.widths, 7, CPU, on_step, state_dir=state_dir, on_note=lambda _note: None)
+        return run, [*ends, all_of(trainings[-1])]
+
+    monkeypatch.setattr(training, "begin", remembering)
+    monkeypatch.setattr(training, "train_step", drawing)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_state", copying)
+        whole, ends = run_all(tmp_path / "whole")
+    assert len(saved) == 30 + 3  # at each step, and again at the end of each epoch
+    config.resume, config.save_every = True, 0
+    for number, state_dir in enumerate(saved):
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+        torch.manual_seed(number)
+        run, ends_here = run_all(state_dir)
+        assert ends_here == ends
+        assert_same_run(whole, run)
+    names = [*trainings[-1].objective.state_dict(), *run.model.state_dict()]
+    assert {"momentum", "queue", "contrast", "fusion"} <= {name.partition(".")[0] for name in names}
+
+
 def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
     config = Config(**SMALL, save_every=1, resume=True)
     dataset = small_dataset()
@@ -183,12 +258,13 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_used(damage, ending, 
     with pytest.raises(Stop):
         train_until(config, folds, dataset.widths, tmp_path / "state", stop=6)
     names = sorted(path.name for path in (tmp_path / "state").iterdir())
-    states = [f"state_{step:09d}.{kind}" for step in (4, 5) for kind in ("json", "safetensors")]
+    # five steps and the end of an epoch were saved: six states
+    states = [f"state_{number:09d}.{kind}" for number in (5, 6) for kind in ("json", "safetensors")]
     assert names == states
-    damage(tmp_path / "state" / f"state_{5:09d}.{ending}")
+    damage(tmp_path / "state" / f"state_{6:09d}.{ending}")
     config.resume = True
     run, notes = train_until(config, folds, dataset.widths, tmp_path / "state")
-    assert f"state_{5:09d}.{ending}" in notes[0]
+    assert f"state_{6:09d}.{ending}" in notes[0]
     assert notes[1:] == ["seed 7 goes on in epoch 2, after step 4"]
     assert_same_run(whole, run)
 
@@ -226,11 +302,13 @@ def test_a_state_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
     assert load_state(tmp_path, print)[1] == {"step": 2}
 
 
-def test_a_state_of_another_format_is_kept_and_named(tmp_path):
+@pytest.mark.parametrize("other", [checkpoint.STATE_FORMAT - 1, checkpoint.STATE_FORMAT + 1], ids=["older", "newer"])
+def test_a_state_of_another_format_is_kept_and_named(other, tmp_path):
     save_state(tmp_path, 1, {"weight": torch.ones(3)}, {"step": 1})
     (path,) = tmp_path.glob("*.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(ValueError, match=r"state_000000001\.json: expected a training state of format 1, got 2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": other}))
+    expected = rf"state_000000001\.json: expected a training state of format {checkpoint.STATE_FORMAT}, got {other}"
+    with pytest.raises(ValueError, match=expected):
         load_state(tmp_path, print)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -318,7 +396,7 @@ def experiment_process(out, resume, die_at, log):
 
         return wrapped
 
-    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint, "save_file")):
+    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint, "write_tensors")):
         setattr(owner, name, deadly(getattr(owner, name)))
     # Figures take longer than all the rest, and are written like nothing else is.
     experiment.plot_losses = experiment.plot_factors = lambda *_arguments, **_options: None

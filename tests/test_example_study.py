@@ -771,6 +771,6 @@ def test_the_papers_settings_do_not_move_with_the_defaults(name):
     assert set(read_toml(path)) == {entry.name for entry in dataclasses.fields(Config)} - NOT_PINNED
     text = path.read_text(encoding="utf-8").replace("\\\n#", "")
     (command,) = re.findall(r"mtmd_mosi\.py (search .*)", text)
-    arguments, _ = cli.parse(command.split(), "")
+    _, arguments, _ = cli.parse(command.split(), "")
     assert (arguments.seeds, arguments.final_seeds) == ([1111], read_toml(path)["seeds"])
     assert arguments.config == Path(f"examples/configs/{name}.toml")

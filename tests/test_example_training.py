@@ -258,7 +258,7 @@ def test_wrong_data_or_settings_end_in_one_line(arguments, message, tmp_path, ca
 def test_a_command_is_imported_when_it_is_chosen(monkeypatch):
     absent = cli.Command("mtmd.no_such_module", "add_arguments", "run", "nothing")
     monkeypatch.setitem(cli.COMMANDS, "absent", absent)
-    parsed, run = cli.parse(["--epochs", "3"], "")
+    _, parsed, run = cli.parse(["--epochs", "3"], "")
     assert (parsed.epochs, run) == (3, experiment.run)
     with pytest.raises(ModuleNotFoundError):
         cli.parse(["absent"], "")
@@ -388,10 +388,10 @@ def test_averages_and_queue_move_once_for_each_optimiser_step(monkeypatch):
 def test_dropped_modalities_are_drawn_anew_each_epoch_and_again_with_the_same_seed(monkeypatch):
     missing = []
 
-    def spying(fold, batch_size, *, generator=None, device="cpu"):
+    def spying(fold, batch_size, *, generator=None, device="cpu", place=(0, 1)):
         if generator is not None:
             missing.append(presence(fold))
-        return batches(fold, batch_size, generator=generator, device=device)
+        return batches(fold, batch_size, generator=generator, device=device, place=place)
 
     monkeypatch.setattr(training, "batches", spying)
     dataset = synthetic_dataset(seed=5, sizes=(400, 8, 8), missing={"audio": 0, "vision": 0})

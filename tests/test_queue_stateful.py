@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import momentum_distill as md
+from stress import STRESS, times
 
 DIMS = {"t": 3, "a": 2, "v": 1, "a_momentum": 2}
 
@@ -205,8 +206,10 @@ class QueueMachine(RuleBasedStateMachine):
         assert {k: (v.shape, v.dtype) for k, v in self.tensors().items()} == self.shapes
 
 
-QueueMachine.TestCase.settings = settings(deadline=None, max_examples=80, stateful_step_count=15)
-TestQueueAgainstDeque = QueueMachine.TestCase
+QueueMachine.TestCase.settings = settings(
+    max_examples=times(80, 2_000), deadline=None, derandomize=not STRESS, stateful_step_count=15
+)
+TestQueueAgainstDeque = pytest.mark.stress(QueueMachine.TestCase)
 
 
 def test_the_reference_itself_keeps_the_newest():

@@ -1,6 +1,8 @@
 """Hostile pickles are refused without running; honest ones of every protocol are read."""
 
+import builtins
 import collections
+import contextlib
 import copyreg
 import datetime
 import fractions
@@ -207,6 +209,169 @@ def test_the_attacks_would_work_on_pickle(tmp_path, monkeypatch):
         (tmp_path / "ran").unlink()
 
 
+# Every name below by every way that pickle has of calling something, and in every place where an array wants a name.
+
+SHELL, CODE, PATH = text("mkdir ran"), text("__import__('os').mkdir('ran')"), text("ran")
+
+# Pickle runs these, and there is a folder afterwards whose name begins with "ran".
+WORKING = [
+    *[(module, "system", SHELL) for module in ("os", "posix")],
+    *[(module, "mkdir", PATH) for module in ("os", "posix")],
+    *[("subprocess", function, SHELL) for function in ("getoutput", "getstatusoutput")],
+    *[("builtins", function, CODE) for function in ("eval", "exec")],
+    ("os", "makedirs", PATH),
+    ("timeit", "timeit", text("pass"), CODE),
+    ("cProfile", "run", CODE),
+    ("tempfile", "mkdtemp", text(""), PATH, text(".")),
+    ("numpy", "save", PATH, number(1)),
+]
+# Modules with what they have that would be of use to somebody.
+OTHERS = """
+    builtins: compile __import__ getattr setattr delattr open breakpoint input globals vars type memoryview
+    __builtin__: eval execfile apply file reload
+    os: popen execv spawnl remove putenv fork kill _exit _wrap_close
+    nt: system
+    subprocess: Popen run call check_call check_output
+    commands: getoutput
+    operator: attrgetter methodcaller itemgetter call
+    functools: partial reduce cached_property
+    itertools: starmap
+    copyreg: _reconstructor __newobj__ __newobj_ex__ add_extension
+    importlib: import_module reload __import__
+    types: FunctionType CodeType ModuleType MethodType SimpleNamespace
+    codecs: open encode decode lookup register
+    runpy: run_path run_module _run_code
+    pydoc: pipepager locate safeimport
+    webbrowser: open get register
+    pickle: loads load Unpickler _loads
+    _pickle: loads load Unpickler
+    marshal: loads
+    shelve: open
+    dbm: open
+    sqlite3: connect
+    torch: load save from_file compile
+    torch.hub: load load_state_dict_from_url download_url_to_file
+    torch.storage: _load_from_bytes
+    torch._utils: _rebuild_tensor_v2 _rebuild_parameter
+    numpy: load fromfile memmap savetxt genfromtxt fromregex vectorize
+    numpy.core.multiarray: fromfile array frombuffer _ARRAY_API
+    numpy.f2py: compile run_main
+    numpy.f2py.crackfortran: getlincoef
+    numpy.ctypeslib: load_library as_array
+    numpy.testing: runstring rundocs measure
+    joblib: load dump
+    yaml: load
+    dill: loads
+    pathlib: Path PosixPath
+    io: open FileIO open_code
+    ctypes: CDLL cast string_at
+    sys: exit settrace setrecursionlimit _getframe
+    socket: create_connection
+    urllib.request: urlopen
+    smtplib: SMTP
+    multiprocessing: Process Pool
+    threading: Thread
+    signal: raise_signal alarm
+    code: InteractiveInterpreter interact
+    bdb: Bdb
+    pdb: run
+    pty: spawn
+    doctest: debug_script
+    shutil: rmtree copyfile
+    zipfile: ZipFile
+    tarfile: open
+    venv: create
+    mtmd.safe_pickle: load _Reader
+    __main__: anything
+"""
+
+
+def stack_name(module, attribute):
+    return b"\x80\x04" + text(module) + text(attribute) + b"\x93"
+
+
+WAYS = {
+    "REDUCE": lambda module, function, *arguments: call(name(module, function), *arguments),
+    "STACK_GLOBAL": lambda module, function, *arguments: call(stack_name(module, function), *arguments),
+    "INST": lambda module, function, *arguments: b"(" + b"".join(arguments) + b"i" + name(module, function)[1:],
+    "OBJ": lambda module, function, *arguments: b"(" + name(module, function) + b"".join(arguments) + b"o",
+    "NEWOBJ": lambda module, function, *arguments: name(module, function) + group(*arguments) + b"\x81",
+    "NEWOBJ_EX": lambda module, function, *arguments: name(module, function) + group(*arguments) + b"}\x92",
+    "BUILD": lambda module, function, *arguments: name(module, function) + group(*arguments) + b"b",
+    "not called": lambda module, function, *_: b"]" + name(module, function) + b"a",
+    "framed": lambda *target: framed(WAYS["STACK_GLOBAL"](*target)),
+    "as the type of an array": lambda module, function, *_: call(RECONSTRUCT, name(module, function), group(number(0))),
+    "as the dtype of an array": lambda *target: array_of((1,), dtype=WAYS["REDUCE"](*target)),
+    "as the data of an array": lambda *target: call(FROMBUFFER, WAYS["REDUCE"](*target), FLOAT, group(number(1))),
+    "as a value": lambda *target: b"}" + text("train") + WAYS["REDUCE"](*target) + b"s",
+    "as a key": lambda *target: b"}" + WAYS["REDUCE"](*target) + NONE + b"s",
+}
+
+
+def framed(content):
+    return b"\x80\x05\x95" + struct.pack("<Q", len(content)) + content
+
+
+# From a name that is permitted to what it hangs on to.
+WALKS = [
+    *[("numpy", f"ndarray.{rest}") for rest in ("__class__", "tofile", "__reduce__", "__init__.__objclass__", "dump")],
+    *[("numpy", f"dtype.{rest}") for rest in ("__class__.__base__", "__new__", "type", "__reduce__.__self__")],
+    *[("numpy", f"{rest}.system") for rest in ("os", "lib._utils_impl.os", "f2py.os", "testing._private.utils.os")],
+    *[("_codecs", f"encode.{rest}") for rest in ("__globals__", "__self__", "__module__", "__self__.__loader__")],
+    *[("collections", f"OrderedDict.{rest}") for rest in ("__init__.__globals__", "__class__", "__subclasses__")],
+    *[("builtins", f"bytes.{rest}") for rest in ("__class__", "__base__.__subclasses__", "fromhex", "__new__")],
+    *[(f"numpy.{core}.multiarray", "_reconstruct.__globals__") for core in ("core", "_core")],
+    *[(f"numpy.{core}.multiarray", "scalar.__self__") for core in ("core", "_core")],
+    *[(f"numpy.{core}.numeric", "_frombuffer.__globals__") for core in ("core", "_core")],
+    *[("numpy.core", "multiarray._reconstruct"), ("numpy", "core.multiarray._reconstruct"), ("", "numpy.ndarray")],
+    *[("numpy ", "ndarray"), ("Numpy", "ndarray"), ("numpy", "ndarray "), ("numpy", "ndarray\0")],
+]
+LISTED = [line.split() for line in OTHERS.strip().splitlines()]
+TARGETS = [*WORKING, *((module[:-1], function, SHELL) for module, *functions in LISTED for function in functions)]
+HOSTILE = {f"{target[0]}.{target[1]}, {way}": make(*target) for target in TARGETS for way, make in WAYS.items()}
+HOSTILE |= {f"{'.'.join(walk)!a}, {how.__name__}": call(how(*walk)) for walk in WALKS for how in (name, stack_name)}
+
+
+def test_there_are_more_than_two_hundred_different_ways():
+    assert len(set(HOSTILE.values())) == len(HOSTILE) > 200
+
+
+def test_no_way_to_call_anything_runs_or_imports_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    watched = []
+    loaded = set(sys.modules)
+    monkeypatch.setattr(builtins, "__import__", lambda *arguments, **_: watched.append(arguments[0]))
+    for way, content in HOSTILE.items():
+        assert refuse(tmp_path, content + STOP), way
+        assert [path.name for path in tmp_path.iterdir()] == ["hostile.pkl"], way
+    assert watched == []
+    assert set(sys.modules) == loaded
+
+
+@pytest.mark.parametrize("target", WORKING, ids=lambda target: ".".join(target[:2]))
+def test_pickle_would_run_them(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    ways = {"REDUCE", "STACK_GLOBAL", "framed", "as a value", "as the data of an array", "INST", "OBJ"}
+    for way in sorted(ways):
+        with contextlib.suppress(Exception):  # what comes of it is another matter
+            pickle.loads(WAYS[way](*target) + STOP)
+        (made,) = tmp_path.glob("ran*")
+        made.unlink() if made.is_file() else made.rmdir()
+
+
+@pytest.mark.parametrize("opcode", [b"\x82\xf0", b"\x83\xf0\0", b"\x84\xf0\0\0\0"], ids=["EXT1", "EXT2", "EXT4"])
+def test_the_registry_of_extensions_runs_nothing(tmp_path, monkeypatch, opcode):
+    monkeypatch.chdir(tmp_path)
+    copyreg.add_extension("os", "mkdir", 0xF0)
+    try:
+        refuse(tmp_path, call(opcode, PATH) + STOP)
+        assert not (tmp_path / "ran").exists()
+        pickle.loads(call(opcode, PATH) + STOP)
+        assert (tmp_path / "ran").exists()
+    finally:
+        copyreg.remove_extension("os", "mkdir", 0xF0)
+
+
 class Evil:
     def __init__(self, reduction):
         self.reduction = reduction
@@ -262,14 +427,6 @@ def test_object_array_is_refused_with_a_way_out(tmp_path, protocol):
     message = refuse(tmp_path, pickle.dumps(value, protocol))
     assert "dtype object" in message
     assert "tolist()" in message
-
-
-def test_extension_registry_is_not_asked(tmp_path):
-    copyreg.add_extension("builtins", "print", 0xF0)
-    try:
-        assert "EXT1" in refuse(tmp_path, b"\x82\xf0" + STOP)
-    finally:
-        copyreg.remove_extension("builtins", "print", 0xF0)
 
 
 def test_using_the_same_bytes_again_and_again_is_refused(tmp_path):

@@ -204,7 +204,8 @@ def load_arm(config: Config, known: dict[str, Any] | None) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     results = load_experiment(config.out)
-    theirs, ours = Config.from_json(results["config"]).identity(), config.identity()
+    source = str(config.out / "results.json")
+    theirs, ours = Config.from_json(results["config"], source=source).identity(), config.identity()
     differing = [setting for setting in ours if theirs[setting] != ours[setting]]
     if differing:
         raise ValueError(f"{config.out}: expected the settings of this call, got other ones ({', '.join(differing)})")

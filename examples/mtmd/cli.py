@@ -39,8 +39,8 @@ COMMANDS = {
 
 def parse(
     arguments: list[str], description: str
-) -> tuple[argparse.Namespace, Callable[[argparse.Namespace, Console], int | None]]:
-    """What was asked for: the parsed options, and the function that runs the command.
+) -> tuple[str, argparse.Namespace, Callable[[argparse.Namespace, Console], int | None]]:
+    """What was asked for: the command, its parsed options, and the function that runs it.
 
     argparse ends the program after `--help`, or with exit code 2 and a message where an option is wrong.
     """
@@ -65,7 +65,7 @@ def parse(
         allow_abbrev=False,
     )
     getattr(module, command.add_arguments)(parser)
-    return parser.parse_args(rest), getattr(module, command.run)
+    return name, parser.parse_args(rest), getattr(module, command.run)
 
 
 def overview() -> str:

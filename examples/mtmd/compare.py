@@ -49,6 +49,8 @@ def read_scores(
         raise ValueError(f"{path}: expected predictions of seed {absent[0] if absent else 'any'}, got those of {there}")
     tables = [loaded[seed][split] for seed in seeds]
     ids, targets = tables[0]["id"], tables[0]["target"]
+    if not ids:
+        raise ValueError(f"{path}: expected predictions on the {split} fold, got none")
     for seed, table in zip(seeds, tables, strict=True):
         if table["id"] != ids or not np.array_equal(table["target"], targets):
             raise ValueError(f"{path}: expected the same utterances for every seed, but seed {seed} has others")

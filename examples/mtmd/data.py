@@ -14,7 +14,7 @@ Nothing is repaired in silence: what is unusual about a file is counted and told
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mtmd import safe_pickle
+from mtmd.files import is_plain, is_text, shown
 
 __all__ = [
     "Batch",
@@ -36,6 +37,7 @@ __all__ = [
     "drop_modalities",
     "examine_mmsa",
     "from_mmsa",
+    "key_names",
     "load_mmsa",
     "one_text",
     "presence",
@@ -46,6 +48,7 @@ __all__ = [
 FOLDS = ("train", "valid", "test")
 MODALITIES = ("text", "audio", "vision")
 CLASSES = ("negative", "neutral", "positive")
+ABSENT = -1  # the label of a row or key that is not there
 MOSI_RANGE = (-3.0, 3.0)  # of the scores of CMU-MOSI and CMU-MOSEI
 SIMS_RANGE = (-1.0, 1.0)  # of the scores of CH-SIMS
 UNIMODAL_LABELS = {"text": "regression_labels_T", "audio": "regression_labels_A", "vision": "regression_labels_V"}
@@ -208,7 +211,7 @@ def _read(
         if absent:
             raise DataError(
                 f"{source}: expected the folds {', '.join(FOLDS)}, each a dictionary; "
-                f"{absent[0]!r} is missing or something else, there is: {_names(content)}"
+                f"{absent[0]!r} is missing or something else, there is: {key_names(content)}"
             )
     if score_range is None:
         unimodal = set(UNIMODAL_LABELS.values())
@@ -263,7 +266,8 @@ def _read_fold(
         ids = _strings(content, "id", where, n)
     with _noting(errors):
         if not {"text_bert", "text", "raw_text"} & set(content):
-            raise DataError(f"{where}: expected at least one of text_bert, text, raw_text, there is: {_names(content)}")
+            there = key_names(content)
+            raise DataError(f"{where}: expected at least one of text_bert, text, raw_text, there is: {there}")
     if "raw_text" in content:
         with _noting(errors):
             raw_text = _strings(content, "raw_text", where, n)
@@ -405,7 +409,8 @@ def _feature_notes(where: str, original: Any, array: np.ndarray, length: np.ndar
 def _array(content: Mapping[str, Any], key: str, where: str, expected: str, *, ndims: tuple[int, ...]) -> np.ndarray:
     value = _value(content, key, where)
     try:
-        array = np.asarray(value)
+        # numpy gives every text in a list the room of the longest: a few kilobytes become gigabytes.
+        array = np.asarray(None if isinstance(value, list | tuple) and _has_text(value) else value)
     except (ValueError, TypeError, OverflowError, RecursionError):
         array = np.asarray(None)  # a ragged list, say
     if array.dtype.kind not in "iuf":
@@ -416,6 +421,18 @@ def _array(content: Mapping[str, Any], key: str, where: str, expected: str, *, n
     return array
 
 
+def _has_text(value: Sequence[Any]) -> bool:
+    """Whether a text is anywhere in nested lists."""
+    waiting = [value]
+    while waiting:
+        for one in waiting.pop():
+            if isinstance(one, list | tuple):
+                waiting.append(one)
+            elif isinstance(one, str | bytes) or (isinstance(one, np.ndarray) and one.dtype.kind in "US"):
+                return True
+    return False
+
+
 def _strings(content: Mapping[str, Any], key: str, where: str, n: int) -> list[str]:
     value = _value(content, key, where)
     if isinstance(value, np.ndarray):
@@ -424,17 +441,23 @@ def _strings(content: Mapping[str, Any], key: str, where: str, n: int) -> list[s
         raise DataError(f"{where}: {key}: expected {n} strings, got {type(value).__name__}")
     if len(value) != n:
         raise DataError(f"{where}: {key}: expected {n} strings, got {len(value)}")
+    fits = is_plain if key == "id" else is_text  # an id stands in tables and messages, a text holds what it likes
+    for row, one in enumerate(value):
+        if not (fits(one) if isinstance(one, str) else abs(one) < 2**63):
+            raise DataError(f"{where}: {key}: expected strings that can be written, got {shown(one)} in row {row}")
     return [str(one) for one in value]
 
 
 def _value(content: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in content:
-        raise DataError(f"{where}: the key {key!r} is missing, there is: {_names(content)}")
+        raise DataError(f"{where}: the key {key!r} is missing, there is: {key_names(content)}")
     return content[key]
 
 
-def _names(content: Mapping[str, Any]) -> str:
-    return ", ".join(str(key) for key in content) or "nothing"
+def key_names(content: Iterable[Any]) -> str:
+    """The keys of a dictionary, for a message."""
+    names = [str(key) if is_plain(key) and len(key) < 40 else shown(key) for key in content]
+    return ", ".join(names[:30] + ["..."] * (len(names) > 30)) or "nothing"
 
 
 def _check_folds_agree(folds: dict[str, Fold], source: str, errors: list[str] | None) -> None:
@@ -537,7 +560,12 @@ class Standardizer:
             name, _, kind = key.rpartition(".")
             if kind not in ("mean", "std") or not name:
                 raise DataError(f"state: expected keys like 'audio.mean', 'audio.std', got {key!r}")
-            (mean if kind == "mean" else std)[name] = np.asarray(values, np.float64)
+            array = np.asarray(values)
+            if array.dtype.kind != "f" or array.ndim != 1 or not np.isfinite(array).all():
+                raise DataError(f"state: {key}: expected (d,) finite numbers, got others")
+            if kind == "std" and not (array > 0).all():
+                raise DataError(f"state: {key}: expected numbers above 0, got others")
+            (mean if kind == "mean" else std)[name] = array.astype(np.float64)
         if {name: array.shape for name, array in mean.items()} != {name: array.shape for name, array in std.items()}:
             raise DataError("state: expected a mean and a std of equal shape for each modality")
         return cls(mean, std)
@@ -677,6 +705,7 @@ class Batch:
     features: dict[str, Tensor]  # (N, T, d) float32
     lengths: dict[str, Tensor]  # (N,) int64, 0 = missing
     present: dict[str, Tensor]  # (N,) bool; has "text" also where the text is tokens alone
+    total: int  # N, or with several processes the rows that all of them have of this batch
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -692,6 +721,7 @@ class Batch:
             features=move(self.features),
             lengths=move(self.lengths),
             present=move(self.present),
+            total=self.total,
         )
 
 
@@ -701,20 +731,36 @@ def batches(
     *,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
+    place: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Go once through `fold`: shuffled if a generator is given, in order if not.
 
     The last batch may be smaller. Sequences and token columns are cut to the longest of the batch,
-    but never to less than one step.
+    but never to less than one step. Of several processes `place` says which one this is, and of how many: it gets its
+    share of each batch. Where there is none left for it, it gets a row in which everything is marked absent, for the
+    encoders know no empty batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     order = np.arange(len(fold)) if generator is None else torch.randperm(len(fold), generator=generator).numpy()
     starts = range(0, len(fold), batch_size)
-    return (_make_batch(fold, order[start : start + batch_size]).to(device) for start in starts)
+    return (_share(fold, order[start : start + batch_size], *place).to(device) for start in starts)
 
 
-def _make_batch(fold: Fold, rows: np.ndarray) -> Batch:
+def _share(fold: Fold, rows: np.ndarray, rank: int, processes: int) -> Batch:
+    """The rows of a batch that are this process's."""
+    own = np.array_split(rows, processes)[rank]
+    if len(own):
+        return _make_batch(fold, own, len(rows))
+    batch = _make_batch(fold, rows[:1], len(rows))
+    for absent in (batch.index, batch.labels):
+        absent.fill_(ABSENT)
+    for there in batch.present.values():
+        there.fill_(False)
+    return batch
+
+
+def _make_batch(fold: Fold, rows: np.ndarray, total: int) -> Batch:
     features = {}
     lengths = {name: length[rows] for name, length in fold.lengths.items()}
     for name, array in fold.features.items():
@@ -736,4 +782,5 @@ def _make_batch(fold: Fold, rows: np.ndarray) -> Batch:
         features=features,
         lengths={name: torch.from_numpy(length) for name, length in lengths.items()},
         present={name: torch.from_numpy(there) for name, there in _presence(lengths, tokens).items()},
+        total=total,
     )

@@ -44,9 +44,24 @@ from mtmd.checkpoint import (
 )
 from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
 from mtmd.data import Dataset, Fold
+from mtmd.files import (
+    COUNT,
+    MEASURES,
+    NAME,
+    NUMBER,
+    OBJECT,
+    SWITCH,
+    Rule,
+    check_layout,
+    is_number,
+    is_plain,
+    parse_json,
+    shown,
+)
 from mtmd.metrics import metrics_for
 from mtmd.own_format import open_dataset
 from mtmd.plots import plot_factors, plot_losses
+from mtmd.processes import from_leader, leads
 from mtmd.synthetic import synthetic_dataset
 from mtmd.training import Run, compare_configs, prepare, train
 
@@ -67,6 +82,29 @@ SIMS_COLUMNS = {
     "F1": ("f1",),
     "MAE": ("mae",),
     "Corr": ("corr",),
+}
+
+BY_MODALITY = Rule(
+    "numbers by modality",
+    lambda value: OBJECT.fits(value) and set(value) <= set(MODALITIES) and all(map(MEASURES.fits, value.values())),
+)
+RESULTS = {
+    "config": OBJECT,
+    "dataset": {"name": NAME, "synthetic": SWITCH, "sha256": NAME},
+    "runs": [
+        {
+            "seed": COUNT,
+            "best_epoch": COUNT,
+            "seconds": NUMBER,
+            "epochs": Rule("a whole number above 0", lambda value: COUNT.fits(value) and value > 0),
+            "valid": MEASURES,
+            "test": MEASURES,
+            "valid_unimodal": BY_MODALITY,
+            "test_unimodal": BY_MODALITY,
+        }
+    ],
+    "mean": MEASURES,
+    "std": MEASURES,
 }
 
 
@@ -95,6 +133,8 @@ class Finished:
 def run_experiment(config: Config, console: Console, *, dataset: Dataset | None = None) -> dict[str, Any]:
     """Train every seed of `config.seeds` that is not finished, and write the files of `config.out`.
 
+    Of several processes the leader does; the others train along and return {}.
+
     Args:
         config: The settings. With `config.resume` what the folder holds is gone on with, else begun anew.
         console: Where progress and the table go.
@@ -117,6 +157,9 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
         say(note)
     folds, standardizer = prepare(dataset, config)
     device = choose_device(config.device)
+    if not leads():
+        follow(config, folds, dataset, device)
+        return {}
     config.out.mkdir(parents=True, exist_ok=True)
     sweep(config.out)
     finished = Finished()
@@ -148,6 +191,7 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
                 progress.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
             state_dir = config.out / f"state_seed{seed}"
+            from_leader(seed)
             run = train(
                 config,
                 folds,
@@ -172,6 +216,7 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
             write_json(config.out / "results.json", summarise(config, dataset, finished))
             remove_states(state_dir)
 
+    from_leader(NO_MORE)
     results = finite_or_none(summarise(config, dataset, finished))
     write_json(config.out / "results.json", results)
     console.print(results_table(title, results))
@@ -180,6 +225,24 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
         f"Results, predictions, figures and checkpoints: {config.out.resolve()}", markup=False, soft_wrap=True
     )
     return results
+
+
+NO_MORE = -1
+"""What the leader says in place of a seed when all are done."""
+
+
+def follow(config: Config, folds: dict[str, Fold], dataset: Dataset, device: torch.device) -> None:
+    """Train along with the leader, seed by seed as it goes."""
+    while (seed := int(from_leader(NO_MORE))) != NO_MORE:
+        train(
+            config,
+            folds,
+            dataset.widths,
+            seed,
+            device,
+            state_dir=config.out / f"state_seed{seed}",
+            on_note=lambda _: None,
+        )
 
 
 # Before training
@@ -216,7 +279,7 @@ def read_finished(config: Config, dataset: Dataset, on_note: Callable[[str], Non
     if not path.exists():
         return finished
     results = load_experiment(config.out)
-    compare_configs(path, Config.from_json(results["config"]).identity(), config.identity())
+    compare_configs(path, Config.from_json(results["config"], source=str(path)).identity(), config.identity())
     if results["dataset"]["sha256"] != dataset.fingerprint:
         raise ValueError(f"--resume: expected the data of {path}, got other data; choose another --out")
     epochs, predictions = read_epochs(config.out), read_predictions(config.out)
@@ -322,6 +385,21 @@ def load_experiment(folder: Path) -> dict[str, Any]:
     for key in ("config", "dataset", "runs", "mean", "std"):
         if not isinstance(results, dict) or key not in results:
             raise ValueError(f"{path}: expected the results of `train`, got a file without {key!r}")
+    check_layout(results, RESULTS, str(path))
+    runs, names = results["runs"], results["mean"].keys()
+    if not runs:
+        raise ValueError(f"{path}: runs: expected at least one, got none")
+    columns = PAPER_COLUMNS if "acc7" in names else SIMS_COLUMNS
+    if not {name for column in columns.values() for name in column} <= names:
+        raise ValueError(f"{path}: mean: expected the metrics of a score, got {shown(list(names))}")
+    for entry in (*runs, {"std": results["std"]}):
+        measured = [entry[key] for key in ("valid", "test", "std") if key in entry]
+        measured += [*entry.get("valid_unimodal", {}).values(), *entry.get("test_unimodal", {}).values()]
+        if any(metrics.keys() != names for metrics in measured):
+            raise ValueError(f"{path}: expected the same metrics in each place, got others in {shown(entry)}")
+    seeds = [entry["seed"] for entry in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{path}: runs: expected each seed once, got {shown(seeds)}")
     return results
 
 
@@ -334,12 +412,11 @@ def read_epochs(out: Path) -> dict[int, list[dict[str, Any]]]:
     """The records of metrics.jsonl by seed; none if there is no such file."""
     path = out / "metrics.jsonl"
     records: dict[int, list[dict[str, Any]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
-        try:
-            record = json.loads(line)
-            records.setdefault(record["seed"], []).append(record)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a record of an epoch in line {number}, got {line[:60]!r}") from error
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        where = f"{path}: expected a record of an epoch in line {number}"
+        record = parse_json(line, where)
+        check_layout(record, {"seed": COUNT}, where)
+        records.setdefault(record["seed"], []).append(record)
     return records
 
 
@@ -393,10 +470,10 @@ def is_prediction(row: list[str]) -> bool:
     if len(row) != len(PREDICTION_COLUMNS) or row[1] not in ("valid", "test"):
         return False
     try:
-        _ = int(row[0]), [float(value) for value in row[3:5]], [float(value) for value in row[5:] if value]
+        numbers = [float(value) for value in (*row[3:5], *filter(None, row[5:]))]
+        return int(row[0]) >= 0 and is_plain(row[2]) and all(map(is_number, numbers))
     except ValueError:
         return False
-    return True
 
 
 def load_predictions(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:

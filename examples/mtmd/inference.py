@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from torch.export._patches import register_lstm_while_loop_decomposition
 from mtmd.checkpoint import finite_or_none, load_checkpoint
 from mtmd.config import Config
 from mtmd.data import (
-    CLASSES,
     FOLDS,
     Batch,
     DataError,
@@ -38,9 +38,11 @@ from mtmd.data import (
     Standardizer,
     batches,
     drop_modalities,
+    key_names,
     one_text,
     presence,
 )
+from mtmd.files import is_plain, read_npy, read_table, shown
 from mtmd.metrics import metrics_for
 from mtmd.model import MTMD
 from mtmd.own_format import load_fold, open_dataset
@@ -112,7 +114,7 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
         device: "cpu", "cuda" or "auto".
     """
     model, standardizer, about = load_checkpoint(path)
-    config = Config.from_json(about["config"])
+    config = Config.from_json(about["config"], source=str(path))
     if text_encoder is not None:
         if config.text_encoder == "features":
             raise ValueError("--text-encoder: expected none, for this checkpoint reads text as features")
@@ -126,8 +128,8 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
         standardizer=standardizer,
         config=config,
         widths=about["widths"],
-        classes=tuple(about.get("classes", CLASSES)),
-        data_sha256=about.get("data_sha256", ""),
+        classes=tuple(about["classes"]),
+        data_sha256=about["data_sha256"],
         device=torch.device(device),
     )
 
@@ -583,28 +585,22 @@ def read_utterances(path: Path, fold: str) -> Fold:
 def read_csv(path: Path) -> list[dict[str, Any]]:
     """Lines as `build_fold` takes them; paths in them are relative to the folder of the file."""
     known = ("text", "text_features", "audio", "vision")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
-            lines = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: expected a CSV file in UTF-8, got something else: {error}") from None
-    if not set(known) & set(columns):
-        raise DataError(f"{path}: expected a column named {' or '.join(known)}, got {', '.join(columns) or 'nothing'}")
+    headings, lines = read_table(path)
+    if not set(known) & set(headings):
+        raise DataError(f"{path}: expected a column named {' or '.join(known)}, got {key_names(headings)}")
     if not lines:
         raise DataError(f"{path}: expected at least one utterance, got none")
-    for line in lines:
-        if None in line or None in line.values():
-            raise DataError(f"{path}: expected {len(columns)} cells in each line, got another number: {line!r:.80}")
-    return [
-        {
-            "id": line.get("id") or str(number),
-            "text": line.get("text"),
-            **{name: path.parent / line[name].strip() for name in known[1:] if (line.get(name) or "").strip()},
-        }
-        for number, line in enumerate(lines)
-    ]
+    utterances = []
+    for number, line in enumerate(lines):
+        files = {name: path.parent / line[name].strip() for name in known[1:] if line.get(name, "").strip()}
+        for name, file in files.items():
+            if not os.path.isfile(file):  # what Path.is_file raises for impossible names is False here
+                raise DataError(f"{path}: {name}: expected the name of a file in each line, got {shown(line[name])}")
+        name = line.get("id") or str(number)
+        if not is_plain(name):
+            raise DataError(f"{path}: id: expected ids without control characters, got {shown(name)}")
+        utterances.append({"id": name, "text": line.get("text"), **files})
+    return utterances
 
 
 def build_fold(lines: Sequence[Mapping[str, Any]]) -> Fold:
@@ -635,19 +631,9 @@ def build_fold(lines: Sequence[Mapping[str, Any]]) -> Fold:
 
 def read_sequence(path: Path, name: str) -> np.ndarray:
     """An array (T, d) from an .npy file; (d,) is one step."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can provoke nearly any of them
-        raise DataError(f"{path}: expected a file of numpy.save, got something else: {error}") from None
-    if (
-        not isinstance(array, np.ndarray)
-        or array.dtype.kind not in "iuf"
-        or array.ndim not in (1, 2)
-        or not array.shape[-1]
-    ):
-        got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+    array = read_npy(path)
+    if array.dtype.kind not in "iuf" or array.ndim not in (1, 2) or not array.shape[-1]:
+        got = f"{array.dtype} of shape {array.shape}"
         raise DataError(f"{path}: expected {name} as numbers (T, d) or (d,), got {got}")
     with np.errstate(over="ignore"):
         return np.atleast_2d(array).astype(np.float32)
@@ -716,7 +702,7 @@ class Deployed(nn.Module):
             present["text"] = (tokens[:, 1] > 0).any(dim=1)
         n = present[self.modalities[0]].shape[0]
         nothing = torch.zeros(n, dtype=torch.int64, device=present[self.modalities[0]].device)
-        batch = Batch(nothing, nothing.float(), nothing, tokens, features, lengths, present)
+        batch = Batch(nothing, nothing.float(), nothing, tokens, features, lengths, present, total=n)
         fused = self.model.predict(batch)
         return {"scores": fused.scores, "logits": fused.logits}
 

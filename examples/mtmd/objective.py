@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 from mtmd.config import Config
-from mtmd.data import Batch
+from mtmd.data import ABSENT, Batch
 from mtmd.model import CLASSES, MTMD, STUDENTS, TEACHER, Outputs, Prediction
-
-ABSENT = -1  # the label of a row or key that is not there
 
 
 class Objective(nn.Module):
@@ -60,7 +58,10 @@ class Objective(nn.Module):
         self.by_instance = config.sampling == "instance"
         self.detach_text = config.detach_text
         self.contrast = md.SupConDistillLoss(
-            temperature=config.temperature, alpha=config.alpha, positives=config.positives
+            temperature=config.temperature,
+            learnable_temperature="feat" in self.gammas,  # DDP waits for the gradient of whatever may have one
+            alpha=config.alpha,
+            positives=config.positives,
         )
         self.respond_scores = md.ResponseDistillLoss(task="regression", alpha=config.alpha)
         self.respond_classes = md.ResponseDistillLoss(task="classification", alpha=config.alpha)
@@ -113,13 +114,19 @@ class Objective(nn.Module):
         targets = self.contrast_labels(batch)
         labels = {name: torch.where(batch.present[name], targets, ABSENT) for name in self.modalities}
 
-        def keys(stream: str, features: Tensor) -> tuple[Tensor, ...]:
+        # Keys are the samples of all processes; the queries of each are its own.
+        here = {name: outputs.unimodal[name].features for name in self.students} | {TEACHER: text}
+        here |= {f"{name}_momentum": prediction.features for name, prediction in momentum.items()}
+        here = md.gather_rows(here | {f"{name}_labels": marks for name, marks in labels.items()})
+
+        def keys(stream: str) -> tuple[Tensor, ...]:
             """The batch followed by the queue, as it stood before this batch."""
-            return (features,) if self.queue is None else (features, self.queue.read(stream, padded=True)[0])
+            batch = (here[stream],)
+            return batch if self.queue is None else (*batch, self.queue.read(stream, padded=True)[0])
 
         def key_labels(name: str) -> tuple[Tensor, ...]:
-            here = labels[name]
-            return (here,) if self.queue is None else (here, self.queue.read(name, padded=True)[1])
+            batch = (here[f"{name}_labels"],)
+            return batch if self.queue is None else (*batch, self.queue.read(name, padded=True)[1])
 
         sums = {"feat": 0.0, "feat_shared": 0.0, "feat_specific": 0.0}
         for name in self.students:
@@ -129,15 +136,13 @@ class Objective(nn.Module):
                 student_momentum = momentum[name].features
                 text_targets = {
                     "momentum_query": text,
-                    "momentum_keys": keys(f"{name}_momentum", student_momentum),
+                    "momentum_keys": keys(f"{name}_momentum"),
                 }
-                student_targets = {"momentum_query": student_momentum, "momentum_keys": keys(TEACHER, text)}
+                student_targets = {"momentum_query": student_momentum, "momentum_keys": keys(TEACHER)}
             # Pairs: a query counts where the sample has both modalities, a key where it has its own.
             both = torch.where(batch.present[TEACHER], labels[name], ABSENT)
-            text_to_student = self.contrast.terms(text, keys(name, student), both, key_labels(name), **text_targets)
-            student_to_text = self.contrast.terms(
-                student, keys(TEACHER, text), both, key_labels(TEACHER), **student_targets
-            )
+            text_to_student = self.contrast.terms(text, keys(name), both, key_labels(name), **text_targets)
+            student_to_text = self.contrast.terms(student, keys(TEACHER), both, key_labels(TEACHER), **student_targets)
             for term, part in zip(sums, ("total", "supervised", "distill"), strict=True):
                 sums[term] = sums[term] + (getattr(text_to_student, part) + getattr(student_to_text, part)) / 2
         return sums
@@ -181,9 +186,8 @@ class Objective(nn.Module):
 
 def ground_truth_loss(prediction: Prediction, batch: Batch, name: str | None) -> Tensor:
     """MAE plus cross-entropy over the samples that have this modality; None: the fusion (Eq. 5, 13)."""
-    keep = torch.ones_like(batch.labels, dtype=torch.bool) if name is None else batch.present[name]
-    error = torch.where(keep, (prediction.scores - batch.scores).abs(), 0.0)
-    entropy = F.cross_entropy(
-        prediction.logits, torch.where(keep, batch.labels, ABSENT), ignore_index=ABSENT, reduction="none"
-    )
-    return (error + entropy).sum() / keep.sum().clamp(min=1)
+    there = batch.labels != ABSENT
+    keep = there if name is None else there & batch.present[name]
+    error = (prediction.scores - batch.scores).abs()
+    entropy = F.cross_entropy(prediction.logits, batch.labels, ignore_index=ABSENT, reduction="none")
+    return md.functional.mean_rows(error + entropy, mask=keep, group="auto")

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,12 @@ from mtmd.data import (
     class_labels,
     examine_mmsa,
     from_mmsa,
+    key_names,
     load_mmsa,
     presence,
     read_fold,
 )
+from mtmd.files import is_number, is_plain, read_json, read_npz, shown
 
 __all__ = ["load_dataset", "load_fold", "open_dataset", "save_dataset"]
 
@@ -87,7 +89,7 @@ def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
     folder = Path(folder)
     about = _read_about(folder)
     dataset = from_mmsa(
-        {fold: _read_npz(folder / f"{fold}.npz") for fold in FOLDS},
+        {fold: _read_arrays(folder / f"{fold}.npz") for fold in FOLDS},
         name=about["name"],
         source=str(folder),
         synthetic=about["synthetic"],
@@ -107,7 +109,7 @@ def load_fold(path: str | os.PathLike[str]) -> Fold:
         DataError: As `load_dataset`.
         OSError: If the file cannot be read.
     """
-    content = _read_npz(Path(path))
+    content = _read_arrays(Path(path))
     sizes = {len(array) for key, array in content.items() if key in READ and array.ndim}
     if len(sizes) != 1:
         raise DataError(
@@ -127,40 +129,41 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder}: expected a folder with {ABOUT}, found none in it")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected JSON, got something else ({error})") from None
+        about = read_json(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         got = about.get("format") if isinstance(about, dict) else type(about).__name__
-        raise DataError(f"{path}: format: expected {FORMAT!r}, got {got!r}")
+        raise DataError(f"{path}: format: expected {FORMAT!r}, got {shown(got)}")
     if about.get("version") != VERSION:
-        raise DataError(f"{path}: version: expected {VERSION}, got {about.get('version')!r}")
+        raise DataError(f"{path}: version: expected {VERSION}, got {shown(about.get('version'))}")
     about = {"synthetic": False, "classes": list(CLASSES), **about}
 
     def expect(key: str, what: str, fits: bool) -> None:
         if not fits:
-            raise DataError(f"{path}: {key}: expected {what}, got {about.get(key)!r}")
+            raise DataError(f"{path}: {key}: expected {what}, got {shown(about.get(key))}")
 
-    def is_list(key: str, kind: type | tuple[type, ...]) -> bool:
-        return isinstance(about.get(key), list) and all(type(one) in kind for one in about[key])
+    def is_list(key: str, fits: Callable[[object], bool]) -> bool:
+        return isinstance(about.get(key), list) and all(fits(one) for one in about[key])
 
     def is_table(key: str, names: tuple[str, ...]) -> bool:
         table = about.get(key)
         return isinstance(table, dict) and set(table) <= set(names) and all(type(n) is int for n in table.values())
 
     name, scores = about.get("name"), about.get("score_range")
-    expect("name", "a name", isinstance(name, str) and name.strip() != "")
+    expect("name", "a name", is_plain(name) and name.strip() != "")
     expect("synthetic", "true or false", isinstance(about["synthetic"], bool))
     expect(
         "score_range",
         "two numbers, one below 0 and one above, for the sign of a score is its class",
-        is_list("score_range", (int, float)) and len(scores) == 2 and -np.inf < scores[0] < 0 < scores[1] < np.inf,
+        is_list("score_range", is_number) and len(scores) == 2 and scores[0] < 0 < scores[1],
     )
-    expect("classes", "three names, from low to high scores", is_list("classes", (str,)) and len(about["classes"]) == 3)
+    three = is_list("classes", is_plain) and len(about["classes"]) == 3
+    expect("classes", "three names, from low to high scores", three)
     expect(
         "texts",
         f"a list of some of {', '.join(TEXT_FORMS)}",
-        is_list("texts", (str,)) and set(about["texts"]) <= set(TEXT_FORMS),
+        is_list("texts", is_plain) and set(about["texts"]) <= set(TEXT_FORMS),
     )
     expect("widths", f"a width for some of {', '.join(MODALITIES)}", is_table("widths", MODALITIES))
     sizes = about.get("folds")
@@ -168,21 +171,12 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return {**about, "score_range": (float(scores[0]), float(scores[1])), "classes": tuple(about["classes"])}
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of the file. Nothing of it is run: arrays of Python objects are refused."""
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-        for key, array in arrays.items():
-            if not isinstance(array, np.ndarray):  # bytes, where a member is no array
-                raise ValueError(f"{key} is no array")
-        return arrays
-    except OSError:
-        raise
-    except Exception as error:  # a damaged archive can provoke nearly any of them
-        if "Object arrays" in str(error):
-            error = ValueError("an array of Python objects; save texts as `np.array(list_of_str)`")
-        raise DataError(f"{path}: expected a file of numpy.savez, got something else: {error}") from None
+        return read_npz(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def _contradictions(about: dict[str, Any], folds: Mapping[str, Fold]) -> list[str]:
@@ -195,7 +189,7 @@ def _contradictions(about: dict[str, Any], folds: Mapping[str, Fold]) -> list[st
     if train is not None:
         widths = {key: array.shape[2] for key, array in train.features.items()}
         if widths != about["widths"]:
-            errors.append(f"train: expected the feature widths {about['widths']} of {ABOUT}, got {widths}")
+            errors.append(f"train: expected the feature widths {shown(about['widths'])} of {ABOUT}, got {widths}")
         if _text_forms(train) != set(about["texts"]):
             there = ", ".join(sorted(_text_forms(train)))
             errors.append(f"train: expected texts as {', '.join(about['texts'])} ({ABOUT}), got {there}")
@@ -342,7 +336,7 @@ def examine(path: Path, *, name: str = "") -> tuple[dict[str, Fold], list[str], 
             errors.append(str(error))
         for fold in FOLDS:
             try:
-                content[fold] = _read_npz(path / f"{fold}.npz")
+                content[fold] = _read_arrays(path / f"{fold}.npz")
             except (DataError, OSError) as error:
                 errors.append(f"{fold}: {error}")
     else:
@@ -367,9 +361,9 @@ def _further_notes(content: Any, folds: Mapping[str, Fold]) -> list[str]:
     """What does no harm to reading but may not be meant."""
     notes = []
     for name in folds:
-        unread = [str(key) for key in content[name] if key not in READ | NOT_USED]
+        unread = [key for key in content[name] if key not in READ | NOT_USED]
         if unread:
-            notes.append(f"{name}: not read: {', '.join(unread)}")
+            notes.append(f"{name}: not read: {key_names(unread)}")
     # An id is VIDEO$_$CLIP. Clips of one video on both sides of a split let a model recognise the speaker.
     videos = {name: {one.split("$_$")[0] for one in fold.ids if "$_$" in one} for name, fold in folds.items()}
     for first, second in itertools.combinations(videos, 2):

@@ -9,9 +9,8 @@ experiments are compared with the first one by a paired bootstrap; they must hav
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from rich.console import Console
 from mtmd.bootstrap import RESAMPLES
 from mtmd.compare import SIMS_LIMIT, Scores, compare_experiments, read_scores
 from mtmd.config import MODALITIES
+from mtmd.data import key_names
 from mtmd.experiment import load_experiment
+from mtmd.files import is_number, read_npz, read_table, reason, shown
 from mtmd.metrics import SIMS_BORDERS
 from mtmd.plots import plot_confusion, plot_embedding, plot_errors, plot_factors, plot_losses
 from mtmd.tables import METRICS, Row, row_of, write_table
@@ -124,9 +125,12 @@ class Experiment:
     folder: Path
     results: dict[str, Any]
     test: Scores
+    steps: dict[int, list[dict[str, float]]] = field(default_factory=dict)  # by seed
+    representations: dict[int, dict[str, np.ndarray] | None] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "Experiment":
+        """Read all of it, so that a damaged file is told before anything is written."""
         if not (folder / "results.json").is_file():
             inside = ", ".join(sorted(path.parent.name for path in folder.glob("*/results.json")))
             got = "one without results.json" if folder.is_dir() else "no folder"
@@ -137,6 +141,9 @@ class Experiment:
         one = cls(name, folder, load_experiment(folder), read_scores(folder))
         if one.is_sims:
             one.test = replace(one.test, scores=np.clip(one.test.scores, -SIMS_LIMIT, SIMS_LIMIT))
+        for seed in one.seeds:
+            one.steps[seed] = read_steps(folder / f"steps_seed{seed}.csv")
+            one.representations[seed] = read_representations(folder / f"representations_seed{seed}.npz", one.test.ids)
         return one
 
     @property
@@ -157,7 +164,7 @@ class Experiment:
     @property
     def branches(self) -> list[str]:
         """The modalities whose branches predict by themselves."""
-        every = [one.get("test_unimodal") or {} for one in self.results["runs"]]
+        every = [one["test_unimodal"] for one in self.results["runs"]]
         return [name for name in MODALITIES if all(name in one for one in every)]
 
     @property
@@ -191,27 +198,39 @@ class Experiment:
             axis=1,
         )
 
-    def steps(self, seed: int) -> list[dict[str, float]]:
-        """The terms of the loss and the fusion factors by optimiser step; empty if there is no such file."""
-        path = self.folder / f"steps_seed{seed}.csv"
-        if not path.is_file():
-            return []
-        with path.open(encoding="utf-8", newline="") as file:
-            try:
-                return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: expected a table of numbers: {error}") from error
 
-    def representations(self, seed: int) -> dict[str, np.ndarray] | None:
-        """Fused representations of the test fold; None if there is no such file."""
-        path = self.folder / f"representations_seed{seed}.npz"
-        if not path.is_file():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            absent = {"features", "initial", "scores", "ids"} - set(arrays)
-            if absent:
-                raise ValueError(f"{path}: expected an array {min(absent)!r}, got {', '.join(arrays)}")
-            return dict(arrays)
+def read_steps(path: Path) -> list[dict[str, float]]:
+    """The terms of the loss and the fusion factors by optimiser step; empty if there is no such file."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in read_table(path)[1]:
+        try:
+            records.append({name: float(value) for name, value in line.items()})
+        except ValueError as error:
+            raise ValueError(f"{path}: expected a table of numbers: {reason(error)}") from error
+        if not all(map(is_number, records[-1].values())):
+            raise ValueError(f"{path}: expected a table of finite numbers, got {shown(line)}")
+    return records
+
+
+def read_representations(path: Path, ids: list[str]) -> dict[str, np.ndarray] | None:
+    """Fused representations of the test fold, which has these ids; None if there is no such file."""
+    if not path.is_file():
+        return None
+    arrays = read_npz(path)
+    for name, kind, ndim in (("features", "f", 2), ("initial", "f", 2), ("scores", "f", 1), ("ids", "U", 1)):
+        if name not in arrays:
+            raise ValueError(f"{path}: expected an array {name!r}, got {key_names(arrays)}")
+        array = arrays[name]
+        if array.dtype.kind != kind or array.ndim != ndim or len(array) != len(ids) or 0 in array.shape:
+            expected = f"{name} of {len(ids)} utterances, {ndim}-dimensional, of kind {kind!r}"
+            raise ValueError(f"{path}: expected {expected}, got {array.dtype} of shape {array.shape}")
+        if kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinite ones")
+    if arrays["ids"].tolist() != ids:
+        raise ValueError(f"{path}: ids: expected the test utterances of predictions.csv, got others")
+    return arrays
 
 
 # Tables
@@ -259,7 +278,7 @@ def write_results(experiments: Sequence[Experiment], path: Path, *, resamples: i
 def draw_figures(one: Experiment, before: Experiment | None, folder: Path, seed: int | None) -> list[tuple[str, str]]:
     """All figures of an experiment; file name and caption of each one drawn."""
     drawn = []
-    logged = [(entry, steps) for entry in one.results["runs"] if (steps := one.steps(entry["seed"]))]
+    logged = [(entry, steps) for entry in one.results["runs"] if (steps := one.steps[entry["seed"]])]
     if logged:
         runs = [steps for _, steps in logged]
         over = f"mean of {len(runs)} seeds" if len(runs) > 1 else f"seed {logged[0][0]['seed']}"
@@ -298,7 +317,7 @@ def draw_figures(one: Experiment, before: Experiment | None, folder: Path, seed:
 
 def draw_embedding(one: Experiment, before: Experiment | None, seed: int, path: Path) -> str:
     """Fig. 6: representations of the test fold before and after distillation. Returns the caption; empty: no file."""
-    after = one.representations(seed)
+    after = one.representations[seed]
     if after is None:
         return ""
     ids, scores = [str(name) for name in after["ids"]], after["scores"]
@@ -306,7 +325,7 @@ def draw_embedding(one: Experiment, before: Experiment | None, seed: int, path: 
         earlier, headings = after["initial"], ("before training", "after training")
     else:
         other_seed = seed if seed in before.seeds else before.seeds[0]
-        other = before.representations(other_seed)
+        other = before.representations[other_seed]
         if other is None:
             raise ValueError(f"--before: expected a file representations_seed{other_seed}.npz in {before.folder}")
         if [str(name) for name in other["ids"]] != ids:

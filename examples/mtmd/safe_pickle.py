@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str]) -> object:
             # A map never hands out more bytes than the file has, whatever length an opcode claims.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 root = _Reader(content).load()
-            _check_types(root)
+                _check_types(root, len(content))
         except UnsafePickleError as error:
             raise type(error)(f"{os.fspath(path)}: {error}") from None
         except Exception as error:  # a stream of garbage can provoke nearly any of them
@@ -259,16 +259,25 @@ _Reader.dispatch[pickle.SETITEM[0]] = _Reader.load_setitem
 _Reader.dispatch[pickle.SETITEMS[0]] = _Reader.load_setitems
 
 
-def _check_types(root: object) -> None:
-    """Refuse what stands for a function or a type and was left over in the result."""
+def _check_types(root: object, size: int) -> None:
+    """Refuse what stands for a function or a type and was left over in the result, and lists that have no end.
+
+    An entry of a list takes at least one of the `size` bytes of the file. A dozen lists that hold each other ten times
+    are 10**12 entries to whoever makes an array of them.
+    """
     plain = (str, bytes, int, float, bool, type(None), np.generic, np.ndarray)
     seen: set[int] = set()
-    waiting = [root]
+    waiting, entries = [root], 0
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list | tuple):
-            if id(value) not in seen:  # containers may be shared and even hold themselves
+        if isinstance(value, list | tuple):  # each time that it is held
+            entries += len(value)
+            if entries > size:
+                raise DamagedPickleError("unfolds to far more data than the file holds: lists repeat the same lists")
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            if id(value) not in seen:  # may be shared and even hold itself
                 seen.add(id(value))
-                waiting.extend(value.values() if isinstance(value, dict) else value)
+                waiting.extend(value.values())
         elif not isinstance(value, plain):
             raise UnsafePickleError("holds a function or a type by itself, which is no data")

@@ -30,7 +30,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mtmd.config import NOT_IDENTITY, Config, add_config_arguments, config_from
+from mtmd.data import key_names
 from mtmd.experiment import progress_bars
+from mtmd.files import COUNT, MEASURE, MEASURES, NAME, NUMBER, OBJECT, Rule, check_layout, is_text, parse_json, shown
 from mtmd.jobs import run_many
 from mtmd.tables import write_csv
 
@@ -48,6 +50,14 @@ KINDS = (int, float, str, bool)  # of settings that a grid may hold
 TRIALS = 50  # the paper's number
 SHOWN = 10  # best trials in the terminal; search.csv has all
 STORE = "trials.jsonl"
+RUN = {"seed": COUNT, "valid": MEASURES, "best_epoch": COUNT, "epochs": COUNT, "seconds": NUMBER}
+TRIAL = {
+    "trial": COUNT,
+    "point": OBJECT,
+    "mae": MEASURE,
+    "sha256": Rule("a text or null", lambda value: value is None or NAME.fits(value)),
+    "runs": [RUN],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +98,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     trials = open_store(store, identity(base, grid, arguments.search_seed), console)
 
     points = list(itertools.islice(sample(grid, arguments.search_seed), arguments.trials))
+    check_trials(trials, points, store)
     run_trials(base, points, trials, store, console, jobs=arguments.jobs)
     ranked = rank(trials, points)
     write_csv(base.out / "search.csv", [trial_record(place, trial) for place, trial in enumerate(ranked, start=1)])
@@ -217,21 +228,33 @@ def open_store(store: Path, ours: dict[str, Any], console: Console) -> list[dict
         return []
     records = []
     for place, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{store}: line {place} is damaged; expected a JSON object: {error}") from error
-    if not isinstance(records[0], dict) or "grid" not in records[0]:
-        raise ValueError(f"{store}: line 1 is damaged; expected the settings of a search")
+        expected, layout = ("a trial", TRIAL) if place > 1 else ("the settings of a search", {"grid": OBJECT})
+        where = f"{store}: line {place} is damaged; expected {expected}"
+        records.append(parse_json(line, where))
+        check_layout(records[-1], layout, where)
     theirs, trials = with_defaults(records[0], store), records[1:]
     for name in sorted({*theirs, *ours}):
         if theirs.get(name) != ours.get(name):
             raise ValueError(
-                f"{store}: expected the search that began there, with {name} {theirs.get(name)!r}, "
-                f"got {ours.get(name)!r}; give another --out, or --no-resume, which deletes the {len(trials)} trials "
-                "there and begins anew"
+                f"{store}: expected the search that began there, with {key_names([name])} {shown(theirs.get(name))}, "
+                f"got {shown(ours.get(name))}; give another --out, or --no-resume, which deletes the {len(trials)} "
+                "trials there and begins anew"
             )
     return trials
+
+
+def check_trials(trials: Sequence[Mapping[str, Any]], points: Sequence[dict[str, Any]], store: Path) -> None:
+    """Raise if a trial is there twice, or is not that of its point, or has a mean that is not its runs'."""
+    numbers = [trial["trial"] for trial in trials]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{store}: expected each trial once, got trials {shown(numbers)}")
+    for trial in trials:
+        maes = [entry["valid"].get("mae") for entry in trial["runs"]]
+        mean = None if not maes or None in maes else float(np.mean(maes))
+        whole = (trial["mae"] is None) is (mean is None) and (mean is None or math.isclose(trial["mae"], mean))
+        whole &= all("corr" in entry["valid"] for entry in trial["runs"]) and is_text(trial.get("error", ""))
+        if not whole or (trial["trial"] < len(points) and trial["point"] != points[trial["trial"]]):
+            raise ValueError(f"{store}: trial {trial['trial']} is damaged; expected what was trained at that point")
 
 
 def with_defaults(header: dict[str, Any], store: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import momentum_distill as md
 from mtmd.checkpoint import load_state, remove_states, save_state, section
 from mtmd.config import Config
-from mtmd.data import Dataset, Fold, Standardizer, batches, drop_modalities, one_text, presence, tokenize
+from mtmd.data import Batch, Dataset, Fold, Standardizer, batches, drop_modalities, one_text, presence, tokenize
 from mtmd.metrics import msa_metrics
 from mtmd.model import MTMD, TEACHER, used_modalities
 from mtmd.objective import Objective
+from mtmd.processes import from_leader, in_parallel, leads, place
 
 WARM_UP = 0.1  # share of the steps of a cosine schedule in which the rates rise
 
@@ -124,6 +126,7 @@ class Training:
 
     run: Run
     objective: Objective
+    step_module: nn.Module  # model and objective in one, under DDP where there are several processes
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     steps_per_epoch: int
@@ -172,12 +175,13 @@ def train(
         identity = {"config": config.identity(), "seed": seed, "data": fingerprint(folds) if state_dir else None}
 
         def save() -> None:
-            if state_dir is not None:
+            if state_dir is not None:  # asks the other processes for their random states
                 run.seconds = time.perf_counter() - started
                 save_training(state_dir, training, identity, device)
 
         if state_dir is not None and not config.resume:
-            remove_states(state_dir)
+            if leads():
+                remove_states(state_dir)
         elif state_dir is not None and restore_training(state_dir, training, identity, device, on_note):
             on_note(f"seed {seed} goes on in epoch {training.epoch}, after step {len(run.steps)}")
             started -= run.seconds
@@ -192,36 +196,40 @@ def train(
                 if config.save_every and len(run.steps) % config.save_every == 0:
                     save()
 
-            scores = score_fold(run.model, folds["valid"], config.batch_size, device)
-            check_finite(scores, folds["valid"], f"seed {seed}, epoch {training.epoch}")
-            valid = metrics(scores.fused, folds["valid"].scores)
-            records = run.steps[-training.steps_per_epoch :]
-            run.epochs.append(
-                {
-                    "seed": seed,
-                    "epoch": training.epoch,
-                    "seconds": time.perf_counter() - started,
-                    **{name: float(np.mean([record[name] for record in records])) for name in records[0]},
-                    "valid": valid,
-                    "valid_unimodal": unimodal_metrics(scores, folds["valid"], metrics),
-                }
-            )
-            if on_epoch is not None:
-                on_epoch(run.epochs[-1])
-            if valid["mae"] < training.best_mae:
-                training.best_mae, run.best_epoch = valid["mae"], training.epoch
+            mae = math.nan
+            if leads():
+                scores = score_fold(run.model, folds["valid"], config.batch_size, device)
+                check_finite(scores, folds["valid"], f"seed {seed}, epoch {training.epoch}")
+                valid = metrics(scores.fused, folds["valid"].scores)
+                records = run.steps[-training.steps_per_epoch :]
+                run.epochs.append(
+                    {
+                        "seed": seed,
+                        "epoch": training.epoch,
+                        "seconds": time.perf_counter() - started,
+                        **{name: float(np.mean([record[name] for record in records])) for name in records[0]},
+                        "valid": valid,
+                        "valid_unimodal": unimodal_metrics(scores, folds["valid"], metrics),
+                    }
+                )
+                if on_epoch is not None:
+                    on_epoch(run.epochs[-1])
+                mae = valid["mae"]
+            mae = from_leader(mae)  # all stop at the same epoch
+            if mae < training.best_mae:
+                training.best_mae, run.best_epoch = mae, training.epoch
                 training.best_weights = copy.deepcopy(run.model.state_dict())
             training.epoch, training.step = training.epoch + 1, 0
             save()
 
         run.model.load_state_dict(training.best_weights)
-        for name in ("valid", "test"):
+        for name in ("valid", "test") if leads() else ():
             scores = score_fold(run.model, folds[name], config.batch_size, device)
             check_finite(scores, folds[name], f"seed {seed}, {name} fold, epoch {run.best_epoch}")
             run.predictions[name], run.unimodal_predictions[name] = scores.fused, scores.unimodal
             run.metrics[name] = metrics(scores.fused, folds[name].scores)
             run.unimodal_metrics[name] = unimodal_metrics(scores, folds[name], metrics)
-        run.representations["features"] = scores.features  # of the test fold
+            run.representations["features"] = scores.features  # in the end those of the test fold
         run.seconds = time.perf_counter() - started
         return run
 
@@ -234,7 +242,10 @@ def begin(config: Config, folds: dict[str, Fold], widths: dict[str, int], seed: 
     model = MTMD(config, widths).to(device)
     objective = Objective(config, model).to(device)
     run = Run(seed, model)
-    run.representations["initial"] = score_fold(model, folds["test"], config.batch_size, device).features
+    if leads():
+        run.representations["initial"] = score_fold(model, folds["test"], config.batch_size, device).features
+    else:  # all have the same weights, but not the same dropout
+        torch.manual_seed(derived_seed(seed, place()[0], "rank"))
 
     groups = model.parameter_groups(config)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]  # the temperature
@@ -246,7 +257,21 @@ def begin(config: Config, folds: dict[str, Fold], widths: dict[str, int], seed: 
     if config.compile:
         check_compiler(device)
         model.compile()
-    return Training(run, objective, optimizer, schedule, steps_per_epoch)
+    step_module: nn.Module = Step(model, objective)
+    if place()[1] > 1:
+        step_module = in_parallel(step_module)
+    return Training(run, objective, step_module, optimizer, schedule, steps_per_epoch)
+
+
+class Step(nn.Module):
+    """The loss of a batch in one forward pass, which is what DDP wraps."""
+
+    def __init__(self, model: MTMD, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(self.model, batch)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -268,10 +293,10 @@ def epoch_steps(training: Training, config: Config, fold: Fold, device: torch.de
     if any(rates.values()):
         fold = drop_modalities(fold, rates, derived_seed(seed, training.epoch, "drop"))
     order = torch.Generator().manual_seed(derived_seed(seed, training.epoch, "order"))
-    stream = batches(fold, config.batch_size, generator=order, device=device)
+    stream = batches(fold, config.batch_size, generator=order, device=device, place=place())
     stream = itertools.islice(stream, training.step * config.accumulate, None)
     while group := list(itertools.islice(stream, config.accumulate)):
-        record = train_step(run.model, training.objective, training.optimizer, group, config, device)
+        record = train_step(training, group, config, device)
         training.schedule.step()
         if not math.isfinite(record["total"]):
             raise FloatingPointError(
@@ -283,23 +308,19 @@ def epoch_steps(training: Training, config: Config, fold: Fold, device: torch.de
         yield record
 
 
-def train_step(
-    model: MTMD,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    group: list,
-    config: Config,
-    device: torch.device,
-) -> dict[str, float]:
+def train_step(training: Training, group: list[Batch], config: Config, device: torch.device) -> dict[str, float]:
     """One optimiser step on a group of batches, each with the weight of its samples; the mean terms."""
-    samples = sum(len(batch.index) for batch in group)
+    model, objective, optimizer = training.run.model, training.objective, training.optimizer
+    samples = sum(batch.total for batch in group)
     optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
     for batch in group:
-        share = len(batch.index) / samples
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            loss, terms = objective(model, batch)
-        (loss * share).backward()
+        share = batch.total / samples
+        last = batch is group[-1] or place()[1] == 1
+        with nullcontext() if last else training.step_module.no_sync():  # gradients travel once per optimiser step
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                loss, terms = training.step_module(batch)
+            (loss * share).backward()
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.float() * share
     if config.clip:
@@ -407,7 +428,10 @@ def deterministic_mode(on: bool) -> Iterator[None]:
 
 
 def save_training(folder: Path, training: Training, identity: dict[str, Any], device: torch.device) -> None:
-    """Store all that training changes; what is not in here follows from the settings and the seed."""
+    """Store all that training changes; what is not in here follows from the settings and the seed.
+
+    All processes call it, for each has random numbers of its own; the leader writes.
+    """
     run = training.run
     weights = {
         "model": run.model.state_dict(),
@@ -426,16 +450,21 @@ def save_training(folder: Path, training: Training, identity: dict[str, Any], de
     }
     pack_optimizer(training.optimizer, tensors, values)
     pack_random(device, tensors, values)
-    save_state(folder, len(run.steps), tensors, values)
+    if leads():
+        save_state(folder, len(run.steps), tensors, values)
 
 
 def restore_training(
     folder: Path, training: Training, identity: dict[str, Any], device: torch.device, on_note: Callable[[str], None]
 ) -> bool:
     """Go back to the newest state in the folder; False if there is none."""
-    found = load_state(folder, on_note)
-    if found is None:
+    found = load_state(folder, on_note) if leads() else None
+    step = int(from_leader(-1 if found is None else len(found[1]["steps"])))  # the others read what the leader left
+    if step < 0:
         return False
+    found = load_state(folder, on_note) if found is None else found
+    if found is None or len(found[1]["steps"]) != step:
+        raise ValueError(f"--out: expected a folder that all processes see, got {folder}, where they find other states")
     tensors, values = found
     check_identity(folder, values, identity)
     run = training.run
@@ -499,10 +528,11 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 
 
 def pack_random(device: torch.device, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """The states of all random number generators."""
-    tensors["random.torch"] = torch.get_rng_state()
+    """The states of all random number generators; torch's, which dropout uses, of each process."""
+    states = {"random.torch": torch.get_rng_state()[None]}
     if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+        states["random.cuda"] = torch.cuda.get_rng_state(device)[None]
+    tensors |= md.gather_rows(states)
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
     tensors["random.numpy"] = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     gauss = [numpy_state["has_gauss"], numpy_state["gauss"]]
@@ -510,9 +540,11 @@ def pack_random(device: torch.device, tensors: dict[str, Tensor], values: dict[s
 
 
 def unpack_random(device: torch.device, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["random.torch"])
-    if device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    rank, _ = place()
+    if rank < len(tensors["random.torch"]):  # one more process than before keeps what `begin` gave it
+        torch.set_rng_state(tensors["random.torch"][rank].clone())  # of a view it would read the whole
+        if device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"][rank].clone(), device)
     position, has_gauss, gauss = values["random"]["numpy"]
     key = tensors["random.numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002

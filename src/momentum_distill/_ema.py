@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -236,6 +237,7 @@ class EMAWrapper(WideModule):
             _assign(tensors, values, movable)
             yield
         finally:
+            plan.reshard()
             _assign(tensors, own, movable)
             self._swapped = False
 
@@ -254,11 +256,9 @@ class EMAWrapper(WideModule):
             RuntimeError: On all ranks, naming the first tensor that differs.
         """
         check_group(group)
-        whole = {name: tensor for name, tensor in _tensors(self.module).items() if not _is_sharded(tensor)}
-        ranks = find_ranks(group)
-        if ranks is not None:
-            whole["step"] = torch.tensor(self._step)
-        require_in_sync(ranks, whole, what="EMAWrapper")
+        local = {name: _local(tensor) for name, tensor in _tensors(self.module).items()}
+        whole = {name: tensor for name, tensor in local.items() if tensor is not None}
+        require_in_sync(find_ranks(group), {**whole, "number of updates": torch.tensor(self._step)}, what="EMAWrapper")
 
     @override
     def train(self, mode: bool = True) -> EMAWrapper:
@@ -272,6 +272,8 @@ class EMAWrapper(WideModule):
     def _match(self, model: nn.Module) -> _Plan:
         """The plan for `model`, made anew when one of its or our tensors is another object than before."""
         plan = self._plans.get(model)
+        if plan is not None:
+            plan.reshard()  # whole weights are other tensors, for which the plan would not be current
         if plan is None or not plan.is_current():
             plan = _Plan(self.module, model, self.buffers_mode, blame="model")
             self._plans[model] = plan
@@ -324,6 +326,8 @@ class _Plan:
     def __init__(self, average: nn.Module, online: nn.Module, buffers: Buffers, *, blame: str) -> None:
         _check_initialised(blame, average)
         _check_initialised("model", online)
+        self._sharded = [ref(module) for tree in (average, online) for module in _sharded_modules(tree)]
+        self.reshard()
         self.pairs: list[tuple[Tensor, Tensor]] = []
         parameters = {id(parameter) for parameter in online.parameters()}
         seen: dict[int, tuple[str, Tensor]] = {}
@@ -350,6 +354,17 @@ class _Plan:
         self._addressed = [new for new in online_tensors if _is_plain(new) and not new.is_meta]
         self._others = [new for new in online_tensors if not _is_plain(new) or new.is_meta]
         self._layout = self._find_layout()
+
+    def reshard(self) -> None:
+        """Let the modules of FSDP2 hold their shards again.
+
+        A forward pass may leave whole weights in their place. Those are copies: what is written there is lost, and what
+        is read there may be old.
+        """
+        for module in self._sharded:
+            alive: Any = module()
+            if alive is not None:
+                alive.reshard()
 
     def is_current(self) -> bool:
         """Whether both module trees still hold the very tensors and submodules this plan was made from, as they were.
@@ -394,6 +409,10 @@ class _Group:
         """Move the average towards the online tensors."""
         if not self.converts or decay in (0, 1):
             lerp_(self.average, self.online, decay)
+            return
+        if not _is_plain(self.average[0]):  # of shards no other shards can be cut
+            for old, new in zip(self.average, self.online, strict=True):
+                lerp_([old], [new.to(device=old.device, dtype=old.dtype)], decay)
             return
         for average, online, scratch in self._parts:
             torch._foreach_copy_(scratch, online)
@@ -528,7 +547,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     wrapped = {
         f"{path}.module".lstrip(".")
         for path, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        if isinstance(child, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     }
     tensors: dict[str, Tensor] = {}
     for name, tensor in [
@@ -549,7 +568,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _deepcopy(model: nn.Module) -> nn.Module:
     """A copy of the module that wrappers hold."""
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
             model = original
@@ -577,9 +596,18 @@ def _check_initialised(name: str, module: nn.Module) -> None:
             wrong_value(name, "initialised parameters (run a forward pass first)", f"lazy {path!r}")
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of it only, as of a DTensor."""
-    return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
+def _local(tensor: Any) -> Tensor | None:  # noqa: ANN401 - a Tensor, or a DTensor, whose import takes a second
+    """The tensor as this process holds it, or None where that is a part of it, as of a sharded DTensor."""
+    local: Tensor | None = tensor
+    if hasattr(tensor, "placements"):
+        local = tensor.to_local() if all(placement.is_replicate() for placement in tensor.placements) else None
+    return local
+
+
+def _sharded_modules(module: nn.Module) -> list[nn.Module]:
+    """Those that `fully_shard` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # an import would take a second, for nothing if none was made
+    return [] if fsdp is None else [child for child in module.modules() if isinstance(child, fsdp.FSDPModule)]
 
 
 def _is_plain(tensor: Tensor) -> bool:

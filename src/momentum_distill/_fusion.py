@@ -31,7 +31,7 @@ class MomentumFusionFactors(WideModule):
 
     Args:
         modalities: Names, each once, in a fixed order.
-        init: First value of every factor, or a mapping from name to value. Paper: 1.
+        init: First value of every factor, any finite number, or a mapping from name to value. Paper: 1.
         decay: Share $\eta$ that the average keeps at an update, in [0, 1]. Paper: 0.995. 0 uses the learned
             weights as the last update found them.
 

@@ -11,7 +11,6 @@ or `"cpu:gloo,cuda:nccl"`) it does not wait for the accelerator.
 
 import ctypes
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -252,15 +251,17 @@ def _gather_bytes(ranks: Ranks, sizes: list[int], tensors: list[Tensor]) -> list
     kept = torch.cat([rows[:size] for rows, size in zip(came, sizes, strict=True)])
     columns = torch.split(kept, [_row_bytes(tensor) for tensor in tensors], dim=1)
     return [
-        part.clone(memory_format=torch.contiguous_format).view(tensor.dtype).view(len(kept), *tensor.shape[1:])
+        # A copy begins at its own address, where it may be read as any dtype.
+        part.clone(memory_format=torch.contiguous_format).view(-1).view(tensor.dtype).view(len(kept), *tensor.shape[1:])
         for part, tensor in zip(columns, tensors, strict=True)
     ]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     """Its rows as bytes, shape `(N, bytes)`."""
-    flat = tensor.detach().contiguous().view(len(tensor), _row_bytes(tensor) // tensor.element_size())
-    return flat.view(torch.uint8)
+    rows, width = len(tensor), tensor.shape[1:].numel()
+    # A contiguous tensor may have any stride where its size is 1, which a view as bytes does not take.
+    return tensor.detach().contiguous().as_strided((rows, width), (width, 1)).view(torch.uint8)
 
 
 def _row_bytes(tensor: Tensor) -> int:
@@ -279,6 +280,8 @@ def _check_rows(tensors: object) -> None:
             wrong_type("tensors", "names that are strings", describe(name))
         if not isinstance(tensor, Tensor):
             wrong_type(f"tensors[{name!r}]", "a tensor", describe(tensor))
+        if tensor.is_complex():
+            wrong_type(f"tensors[{name!r}]", "a real tensor (torch.view_as_real makes one)", describe(tensor))
         if tensor.ndim == 0:
             wrong_value(f"tensors[{name!r}]", "at least one dimension", "a tensor of shape ()")
     first_name, first = next(iter(tensors.items()))
@@ -328,7 +331,8 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _checksum(signature: str) -> int:
-    return zlib.crc32(signature.encode())
+    """A number that float64 holds exactly; torch.compile cannot see into zlib or hashlib."""
+    return int.from_bytes(signature.encode(), "big") % (2**31 - 1)
 
 
 @contextmanager

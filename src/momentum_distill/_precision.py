@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+# Asked once: older versions of torch.compile cannot ask inside a graph.
+AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia") if torch.amp.is_autocast_available(name)
+)
+
 
 def is_16_bit(dtype: torch.dtype) -> bool:
     """A floating dtype too narrow to accumulate in: float16, bfloat16 and the 8-bit floats."""
@@ -17,7 +22,7 @@ def is_16_bit(dtype: torch.dtype) -> bool:
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off for the device of `tensor`: a bfloat16 matrix product would round the logits."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device_type=device, enabled=False)
 

@@ -48,9 +48,9 @@ class ClassQueue(WideModule):
     ignore. Every field is a buffer of fixed shape: a restored queue goes on bit for bit.
 
     Args:
-        size: Number of slots $Q$. Paper: 1,024 (MOSI), 8,192 (MOSEI).
-        dims: `{stream: width}`, say `{"text": 128, "audio": 128, "audio_momentum": 128}`.
-        num_classes: Number of classes $C$; needed for `balanced`, else known to `validate` alone.
+        size: Number of slots $Q$, at least 1 (`balanced`: one per class). Paper: 1,024 (MOSI), 8,192 (MOSEI).
+        dims: `{stream: width}`, widths of at least 1, say `{"text": 128, "audio": 128, "audio_momentum": 128}`.
+        num_classes: Number of classes $C$, at least 1; needed for `balanced`, else known to `validate` alone.
         balanced: Give each class its own share of the ring, `size // C` slots (one more for the first `size % C`
             classes), so that a rare class does not starve. Unlabelled samples (-2) have no share and are not stored.
         normalize: L2-normalise rows on entry.
@@ -364,7 +364,7 @@ class ClassQueue(WideModule):
         """What has to be the same on all ranks, in words."""
         return (
             f"size={self.size}, dims={self.dims}, num_classes={self.num_classes}, "
-            f"balanced={self.balanced}, normalize={self.normalize}"
+            f"balanced={self.balanced}, normalize={self.normalize}, dtype={self.dtype}"
         )
 
     @override

@@ -14,7 +14,7 @@ from momentum_distill._checks import check_number, describe, wrong_type, wrong_v
 
 def check_temperature(temperature: float, temperature_range: object) -> tuple[float, float]:
     """Check a temperature and its range; return the range as floats."""
-    if not isinstance(temperature_range, tuple | list) or len(temperature_range) != 2:
+    if not isinstance(temperature_range, (tuple, list)) or len(temperature_range) != 2:
         wrong_type("temperature_range", "a pair (low, high)", describe(temperature_range))
     for bound in temperature_range:
         check_number("temperature_range", bound, low=0.0, open_low=True)

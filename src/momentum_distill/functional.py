@@ -344,6 +344,7 @@ def supcon_distill_terms(
         present,
         Prepare(dtype, bool(normalize)),
         positives,
+        positives != "outside",
         reduction,
         ranks,
     )
@@ -367,6 +368,7 @@ class _Problem(NamedTuple):
     present: Tensor  # (N,) bool
     prepare: Prepare  # of the queries
     positives: Positives
+    inside: bool  # whether the sum over the positive keys stands inside the logarithm
     reduction: Reduction
     ranks: Ranks | None
 
@@ -376,11 +378,6 @@ class _Problem(NamedTuple):
         labels = [self.query_labels, *(part.labels for part in self.keys)]
         query = [] if self.momentum_query is None else [self.momentum_query]
         return [*(part.online for part in self.keys), *momentum, *labels, *query]
-
-    @property
-    def inside(self) -> bool:
-        """Whether the sum over the positive keys stands inside the logarithm."""
-        return self.positives != "outside"
 
     def signature(self) -> str:
         """What has to be the same on all ranks, in words."""
@@ -1151,7 +1148,7 @@ def ema_update(average: Sequence[Tensor], online: Sequence[Tensor], *, decay: fl
     share that the old average keeps. That is `decay` here.
 
     Args:
-        average: Tensors to update in place; their storage stays where it is.
+        average: Tensors of any shapes, to update in place; their storage stays where it is.
         online: As many tensors of the same shapes, in any floating dtype.
         decay: $\eta$ in [0, 1]: 0 copies, 1 changes nothing.
 
@@ -1168,7 +1165,7 @@ def ema_update(average: Sequence[Tensor], online: Sequence[Tensor], *, decay: fl
     """
     check_number("decay", decay, low=0.0, high=1.0)
     for name, tensors in (("average", average), ("online", online)):
-        if not isinstance(tensors, list | tuple):
+        if not isinstance(tensors, (list, tuple)):
             wrong_type(name, "a list or tuple of tensors", describe(tensors))
     if len(average) != len(online):
         wrong_value("online", f"{len(average)} tensors as average", f"{len(online)}")
@@ -1191,6 +1188,8 @@ def lerp_(average: list[Tensor], online: list[Tensor], decay: float) -> None:
 
 def straight_through(average: Tensor, online: Tensor) -> Tensor:
     r"""Value of `average`, gradient to `online`: the fusion factors of Eq. 12.
+
+    $$y = \bar w, \qquad \frac{\partial \mathcal L}{\partial w} = \frac{\partial \mathcal L}{\partial y}$$
 
     Args:
         average: What the forward pass uses, any shape. Gets no gradient.
@@ -1237,7 +1236,7 @@ def _parts(name: str, value: Parts) -> tuple[Tensor, ...]:
     """A tensor or a sequence of at least one tensor, as a tuple."""
     if isinstance(value, Tensor):
         return (value,)
-    if not isinstance(value, tuple | list):
+    if not isinstance(value, (tuple, list)):
         wrong_type(name, "a tensor or a tuple of tensors", describe(value))
     if not value:
         wrong_value(name, "at least one part", "an empty tuple")

@@ -1,0 +1,230 @@
+"""Files that nobody vouches for: what they hold, or one ValueError that names the file and says why.
+
+Whatever size a file claims is held against the bytes that are there before memory is taken. Pickles have a reader of
+their own, safe_pickle.py.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import reprlib
+import sys
+import tomllib
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+DEEPEST = 50  # levels of nesting: more than any file of ours has, and far from what Python's stack bears
+LARGEST_UNFOLDING = 100  # times its size that an archive may hold; CMU-MOSI in the own format: 20
+SMALL = 2**20  # bytes that any archive may hold: a few utterances, all of them missing, are zeros
+LONGEST_HEADER = 2_000  # characters that describe an array: more than 64 sizes of any length
+CHUNK = 2**18  # bytes of an array that are read at a time
+
+short = reprlib.Repr()
+short.maxstring = short.maxother = short.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """A value for an error message: on one line, and short whatever it is."""
+    try:
+        return short.repr(value)
+    except ValueError:  # a whole number with more digits than Python writes
+        return f"a huge {type(value).__name__}"
+
+
+def reason(error: Exception) -> str:
+    """What another library said, for an error message: on one line, and short."""
+    text = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) or not str(error) else str(error)
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split())[:200])
+
+
+def is_number(value: object) -> bool:
+    """Whether this is an int or float that float32 can hold, as which scores are computed; squares then fit float64."""
+    largest = float(np.finfo(np.float32).max)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
+
+
+def is_text(value: object) -> bool:
+    """Whether this is a text that a file can hold: half a surrogate pair, which pickle and JSON know, is none."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def is_plain(value: object) -> bool:
+    """Whether this is a text that can be shown as it is, on one line: no control characters either."""
+    return is_text(value) and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
+
+
+class Rule(NamedTuple):
+    """What a value in a JSON file has to be."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+
+
+COUNT = Rule("a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**63)
+NUMBER = Rule("a number", is_number)
+MEASURE = Rule("a number or null", lambda value: value is None or is_number(value))
+NAME = Rule("a text on one line", is_plain)
+SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
+OBJECT = Rule("an object", lambda value: isinstance(value, dict))
+MEASURES = Rule("numbers by name", lambda value: OBJECT.fits(value) and all(map(MEASURE.fits, value.values())))
+
+
+def check_layout(value: Any, layout: Any, where: str) -> None:
+    """Raise unless a value from a JSON file is laid out as it should be.
+
+    Args:
+        value: What was read.
+        layout: A rule; or a dictionary of layouts by key, for an object that has all of these and maybe others; or a
+            list of one layout, for a list of such.
+        where: Begins the error.
+    """
+    if isinstance(layout, dict):
+        check_layout(value, OBJECT, where)
+        for key, below in layout.items():
+            if key not in value:
+                raise ValueError(f"{where}: expected the key {key!r}, got {shown(list(value))}")
+            check_layout(value[key], below, f"{where}: {key}")
+    elif isinstance(layout, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {shown(value)}")
+        for place, entry in enumerate(value):
+            check_layout(entry, layout[0], f"{where}: [{place}]")
+    elif not layout.fits(value):
+        raise ValueError(f"{where}: expected {layout.expected}, got {shown(value)}")
+
+
+# Texts
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file."""
+    return parse_json(path.read_bytes(), f"{path}: expected a JSON file, got one that cannot be read")
+
+
+def parse_json(content: bytes, complaint: str) -> Any:
+    """A value in JSON; `complaint` begins the error."""
+    try:
+        return check_depth(json.loads(content.decode("utf-8-sig")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{complaint}: {reason(error)}") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file."""
+    content = path.read_bytes()
+    try:
+        if any(line.count(b".") > DEEPEST for line in content.splitlines()):
+            raise ValueError(f"more than {DEEPEST} dots in a line")  # a key of n parts takes tomllib n**2 memory
+        return check_depth(tomllib.loads(content.decode("utf-8-sig")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a TOML file, got one that cannot be read: {reason(error)}") from error
+
+
+def check_depth(value: Any) -> Any:
+    """The value, unless it is nested so deep that whoever walks it would fail."""
+    level = [value]
+    for _ in range(DEEPEST):
+        containers = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [one for container in containers for one in container]
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {DEEPEST} levels")
+
+
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The headings in the first line of a CSV file in UTF-8, and the other lines by heading, each with all cells."""
+    content = path.read_bytes()
+    try:
+        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        headings, lines = next(reader, []), []
+        if len(set(headings)) < len(headings):
+            raise ValueError(f"two columns of the same name in {shown(headings)}")
+        for cells in filter(None, reader):
+            if len(cells) != len(headings):
+                where = f"line {reader.line_num}"
+                raise ValueError(f"expected {len(headings)} cells in each line, got {len(cells)} in {where}")
+            lines.append(dict(zip(headings, cells, strict=True)))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: expected a CSV file in UTF-8, got something else: {reason(error)}") from error
+    return headings, lines
+
+
+# Arrays
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array in a file of numpy.save."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        try:
+            return read_array(file, size)
+        except Exception as error:  # a damaged file can provoke nearly any of them
+            raise ValueError(f"{path}: expected a file of numpy.save, got something else: {reason(error)}") from error
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in a file of numpy.savez or numpy.savez_compressed."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                check_members(members, size)
+                return {info.filename.removesuffix(".npy"): read_member(archive, info) for info in members}
+        except Exception as error:
+            raise ValueError(f"{path}: expected a file of numpy.savez, got something else: {reason(error)}") from error
+
+
+def check_members(members: list[zipfile.ZipInfo], size: int) -> None:
+    """Refuse what an archive of `size` bytes by numpy never is."""
+    if len({info.filename for info in members}) < len(members):
+        raise ValueError("two arrays of the same name")
+    for info in members:
+        # Of other methods a few bytes may stand for megabytes, which zipfile unfolds at once.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"compression method {info.compress_type}")
+    unfolded = sum(info.file_size for info in members)
+    if unfolded > SMALL + LARGEST_UNFOLDING * size:
+        raise ValueError(f"{size} bytes unfold to {unfolded}; where they should, use numpy.savez, uncompressed")
+
+
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as file:
+        try:
+            return read_array(file, info.file_size)
+        except Exception as error:
+            raise ValueError(f"{shown(info.filename)}: {reason(error)}") from error
+
+
+def read_array(file: IO[bytes], size: int) -> np.ndarray:
+    """An array in numpy's format, which with its header takes up all of `size` bytes."""
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another format than 1.0, in which numpy writes plain arrays")
+    with warnings.catch_warnings(action="error"):  # numpy warns where it begins to repair
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=LONGEST_HEADER)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects; save texts as `np.array(list_of_str)`")
+    if dtype.kind not in "biufUS":
+        raise ValueError(f"dtype {dtype}; read are booleans, real numbers and texts")
+    left = size - file.tell()
+    empty_but_huge = math.prod(max(1, length) for length in shape) > max(left, SMALL)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left or empty_but_huge:
+        raise ValueError(f"{left} bytes for an array of shape {shown(shape)} and dtype {dtype}")
+    content, filled = np.empty(left, np.uint8), 0
+    while filled < left:
+        count = file.readinto(content[filled : filled + CHUNK])
+        if not count:
+            raise ValueError(f"{filled} bytes where {left} should be")
+        filled += count
+    if dtype.kind == "U" and left and content.view(f"{dtype.byteorder}u4").max() > sys.maxunicode:
+        raise ValueError("a text with impossible characters")
+    array = np.ndarray(shape, dtype, content, order="F" if fortran else "C")
+    return array.astype(dtype.newbyteorder("="), copy=False)

@@ -1,0 +1,71 @@
+"""What the ranks of the tests in test_example_processes.py do."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtmd import cli, training
+from mtmd.config import config_from
+from mtmd.data import drop_modalities
+from mtmd.processes import place
+from mtmd.synthetic import synthetic_dataset
+
+
+def gradients(options: list[str], steps: int) -> tuple[dict[str, Tensor], list[dict[str, float]], list[int]]:
+    """The gradients of the first batches added up, the terms of each, and how many rows this process had of them."""
+    _, parsed, _ = cli.parse(["train", *options], "")
+    config = config_from(parsed)
+    dataset = synthetic_dataset(seed=0)
+    folds, _ = training.prepare(dataset, config)
+    fold = drop_modalities(folds["train"], {"audio": 0.3, "text": 0.2}, seed=7)
+    state = training.begin(config, folds, dataset.widths, 1, torch.device("cpu"))
+    state.run.model.train()
+    seen, rows = [], []
+    stream = training.batches(fold, config.batch_size, place=place())
+    for _, batch in zip(range(steps), stream, strict=False):
+        loss, terms = state.step_module(batch)
+        loss.backward()
+        state.objective.after_step(state.run.model)
+        seen.append({name: float(term) for name, term in terms.items()})
+        rows.append(int((batch.labels >= 0).sum()))
+    named = [*state.run.model.named_parameters(), *state.objective.named_parameters(prefix="objective")]
+    return {name: p.grad for name, p in named if p.grad is not None}, seen, rows
+
+
+def train_three_steps(options: list[str], folder: str) -> int:
+    """Train, save, and say after how many steps."""
+    config, folds, state, identity = _begin(options)
+    steps = training.epoch_steps(state, config, folds["train"], torch.device("cpu"))
+    for _ in range(3):
+        next(steps)
+    training.save_training(Path(folder), state, identity, torch.device("cpu"))
+    return len(state.run.steps)
+
+
+def go_on(options: list[str], folder: str) -> list[object]:
+    """Where a restored run goes on, digests of what it holds, and the loss of its next step."""
+    config, folds, state, identity = _begin(options)
+    assert training.restore_training(Path(folder), state, identity, torch.device("cpu"), print)
+    state.objective.queue.check_in_sync()
+    held = [digest(module) for module in (state.run.model, state.objective)]
+    record = next(training.epoch_steps(state, config, folds["train"], torch.device("cpu")))
+    return [state.epoch, state.step, *held, record["total"]]
+
+
+def _begin(options: list[str]):
+    _, parsed, _ = cli.parse(["train", *options], "")
+    config = config_from(parsed)
+    dataset = synthetic_dataset(seed=0)
+    folds, _ = training.prepare(dataset, config)
+    identity = {"config": config.identity(), "seed": 1, "data": training.fingerprint(folds)}
+    return config, folds, training.begin(config, folds, dataset.widths, 1, torch.device("cpu")), identity
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of all parameters and buffers."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(repr((name, tensor.tolist() if isinstance(tensor, Tensor) else tensor)).encode())
+    return found.hexdigest()

@@ -1,0 +1,225 @@
+"""docs/coming_from.md: what stands side by side gives the same numbers.
+
+A section of the page makes `theirs` and `ours`. Its `python` blocks run anywhere; its `py` blocks need the other
+library, and where that is missing the section is skipped. Below, the same comparisons over sizes, with gradients.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import momentum_distill as md
+from common import import_part
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming_from.md"
+FENCE = re.compile(r"^```(py|python)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+EXACT = {"rtol": 1e-12, "atol": 0}
+TOLERANCES = {
+    "pytorch_metric_learning": {"rtol": 1e-6, "atol": 0},  # adds 1e-7 to the number of positives
+    "lightly": EXACT,
+    "timm": EXACT,
+    "ema_pytorch": {"rtol": 1e-6, "atol": 1e-7},  # has its decay in float32
+}
+
+
+def sections():
+    """Title and blocks, `(language, code)`, of the page and of each section of it."""
+    parts = re.split(r"^##+ (.+)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    titles, texts = ["", *parts[1::2]], parts[0::2]
+    return [(title, FENCE.findall(text)) for title, text in zip(titles, texts, strict=True)]
+
+
+def compared():
+    """The sections that make both numbers."""
+    return [
+        title
+        for title, blocks in sections()
+        if re.search(r"^theirs\b", "".join(code for _, code in blocks), flags=re.M)
+    ]
+
+
+def import_library(name):
+    """Make `name` importable as the page imports it, also where torchvision is missing; else skip."""
+    try:
+        if name == "timm":
+            module = import_part("timm.utils.model_ema", bare=("timm", "timm.utils"))
+            sys.modules["timm.utils"].ModelEmaV3 = module.ModelEmaV3
+        elif name == "lightly":
+            packages = ("lightly.loss", "lightly.models", "lightly.models.modules", "lightly.utils")
+            module = import_part("lightly.loss.ntx_ent_loss", bare=packages)
+            sys.modules["lightly.loss"].NTXentLoss = module.NTXentLoss
+            import_part("lightly.models.utils", bare=("lightly.models",))
+        else:
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"no {error.name}")
+
+
+def run_up_to(title):
+    """The names after the section `title`, everything before it included but for other libraries' blocks."""
+    torch.manual_seed(0)
+    names = {}
+    for heading, blocks in sections():
+        for language, code in blocks:
+            if language == "py" and heading != title:
+                continue
+            exec(compile(code, str(PAGE), "exec"), names)  # nosec B102 - a page of this repository
+        if heading == title:
+            return names
+        names.pop("theirs", None)
+        names.pop("ours", None)
+    raise AssertionError(title)
+
+
+def as_tensor(value):
+    return torch.stack(list(value)) if isinstance(value, list) else value.detach()
+
+
+def test_the_page_compares_with_all_that_it_names():
+    assert compared() == [
+        "pytorch-metric-learning",
+        "CrossBatchMemory",
+        "lightly",
+        "SupContrast",
+        "ALBEF, MoCo, BLIP",
+        "torch.optim.swa_utils",
+        "timm",
+        "ema-pytorch",
+        "lightly's update_momentum",
+    ]
+
+
+@pytest.mark.parametrize("title", compared())
+def test_both_sides_of_a_section_give_the_same(title):
+    code = "".join(
+        code for heading, blocks in sections() for language, code in blocks if (heading, language) == (title, "py")
+    )
+    libraries = [name for name in TOLERANCES if re.search(rf"^from {name}\b", code, flags=re.MULTILINE)]
+    for library in libraries:
+        import_library(library)
+    with torch.random.fork_rng():
+        names = run_up_to(title)
+    theirs, ours = as_tensor(names["theirs"]), as_tensor(names["ours"])
+    assert theirs.dtype == torch.float64
+    assert theirs.abs().max() > 0
+    torch.testing.assert_close(ours.double(), theirs, **(TOLERANCES[libraries[0]] if libraries else EXACT))
+
+
+# ------------------------------------------------------------------------------------- over sizes, with gradients
+
+
+def unit_rows(rows, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_albef_has_our_gradient(seed):
+    """Its loss is ours plus alpha times the entropy of the targets, which has no gradient."""
+    rows, slots, width, temperature, alpha = 3 + seed, 20 + 7 * seed, 4 + seed, 0.07 + 0.1 * seed, 0.2 * seed
+    query, momentum, keys = (unit_rows(n, width, 10 * seed + i) for i, n in enumerate((rows, rows, slots)))
+    ids, key_ids = torch.arange(rows), torch.arange(slots) % rows
+    results = []
+    for ours in (True, False):
+        leaf = query.clone().requires_grad_()
+        tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+        if ours:
+            loss = md.functional.supcon_distill_loss(
+                leaf,
+                keys,
+                ids,
+                key_ids,
+                temperature=tau,
+                normalize=False,
+                alpha=alpha,
+                momentum_query=momentum,
+                momentum_keys=keys,
+            )
+        else:
+            soft = (momentum @ keys.T / temperature).softmax(dim=1)
+            same = (ids[:, None] == key_ids).double()
+            targets = alpha * soft + (1 - alpha) * same / same.sum(dim=1, keepdim=True)
+            loss = -(targets * (leaf @ keys.T / tau).log_softmax(dim=1)).sum(dim=1).mean()
+            loss = loss + alpha * (soft * soft.log()).sum(dim=1).mean()
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, tau.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_supcontrast_has_our_gradient(seed):
+    rows, width, temperature = 6 + 2 * seed, 3 + seed, 0.1 + 0.1 * seed
+    views, labels = unit_rows(rows, width, seed), torch.arange(rows) % 3
+    results = []
+    for ours in (True, False):
+        leaf = views.clone().requires_grad_()
+        total = 0.0
+        for row in range(rows):
+            others = torch.arange(rows) != row
+            if ours:
+                total = total + md.functional.supcon_distill_loss(
+                    leaf[row : row + 1],
+                    leaf[others],
+                    labels[row : row + 1],
+                    labels[others],
+                    temperature=temperature,
+                    normalize=False,
+                )
+            else:
+                logits = leaf[others] @ leaf[row] / temperature
+                total = total - logits.log_softmax(dim=0)[labels[others] == labels[row]].mean()
+        total.backward()
+        results.append((total.detach(), leaf.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_moco_has_our_gradient(seed):
+    """One positive key each, and a queue of negatives: the cross-entropy of class 0."""
+    width, slots, temperature = 4 + seed, 5 + 9 * seed, 0.07 + 0.1 * seed
+    query, positive, bank = (
+        unit_rows(1, width, seed),
+        unit_rows(1, width, 50 + seed),
+        unit_rows(slots, width, 99 - seed),
+    )
+    results = []
+    for ours in (True, False):
+        leaf = query.clone().requires_grad_()
+        if ours:
+            nobody = torch.full((slots,), -2)
+            one = torch.tensor([7])
+            loss = md.functional.supcon_distill_loss(
+                leaf, (positive, bank), one, (one, nobody), temperature=temperature, normalize=False
+            )
+        else:
+            logits = torch.cat([leaf @ positive.T, leaf @ bank.T], dim=1) / temperature
+            loss = F.cross_entropy(logits, torch.tensor([0]))
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pytorch_metric_learning_has_our_gradient(seed):
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    rows, slots, width = 5 + seed, 30 + seed, 6
+    keys, labels, key_labels = unit_rows(slots, width, seed + 20), torch.arange(rows) % 3, torch.arange(slots) % 3
+    results = []
+    for loss_fn in (
+        lambda q: losses.SupConLoss(temperature=0.2)(q, labels, ref_emb=keys, ref_labels=key_labels),
+        lambda q: md.functional.supcon_distill_loss(q, keys, labels, key_labels, temperature=0.2),
+    ):
+        leaf = (3 * unit_rows(rows, width, seed)).requires_grad_()
+        loss = loss_fn(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
