@@ -505,18 +505,10 @@ def gather_gradient(sizes: tuple[int, ...], nested: bool) -> tuple[dict[str, lis
     rows = md.gather_rows(batch)
     if nested:  # every rank brings all rows, so that they are there as often as there are ranks
         again = {name: rows[name].square() for name in WANTED}
-        rows |= (
-            md.gather_rows(again)
-            if world > 1
-            else {name: x.repeat(len(sizes), *[1] * (x.ndim - 1)) for name, x in again.items()}
-        )
-    losses = [
-        sum(
-            ((rows[name] * (seed + 1)).sin().flatten(1).sum(1).double() * rows[name].double().flatten(1)[:, 0]).sum()
-            for name in WANTED
-        )
-        for seed in mine
-    ]
+        copies = len(sizes) if world == 1 else 1
+        rows |= {name: torch.cat([x] * copies) for name, x in md.gather_rows(again).items()}
+    flat = [rows[name].double().flatten(1) for name in WANTED]
+    losses = [sum((x * (seed + 1)).sin().sum(dim=1) @ x[:, 0] for x in flat) for seed in mine]
     with counted() as calls:
         grads = torch.autograd.grad(sum(losses), [batch[name] for name in WANTED])
     assert not rows["plain"].requires_grad

@@ -1,6 +1,14 @@
-"""The small examples at tiny sizes."""
+"""The small examples at tiny sizes: they run, and say what their docstrings promise."""
 
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import image_text_streams
 import quickstart
+import two_views_digits
 
 
 def test_quickstart_has_a_loss_that_falls_and_a_line_for_each_block(capsys):
@@ -9,3 +17,57 @@ def test_quickstart_has_a_loss_that_falls_and_a_line_for_each_block(capsys):
     printed = capsys.readouterr().out
     blocks = ["EMAWrapper", "ClassQueue", "SupConDistillLoss", "ResponseDistillLoss", "HardSampleFusionLoss"]
     assert all(f"\n{block}" in printed for block in [*blocks, "MomentumFusionFactors"])
+
+
+@pytest.mark.parametrize("keys", ["momentum", "online"])
+def test_recall_rises_in_every_direction(keys, capsys):
+    recalls = image_text_streams.main(["--epochs=2", f"--keys={keys}"])
+    assert len(recalls) == 3
+    for direction, before in recalls[0].items():
+        assert before < 0.02
+        assert recalls[-1][direction] > 0.2
+    assert "text → sound" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("views", two_views_digits.PAIRS)
+def test_digits_give_a_table_a_figure_and_every_result(views, tmp_path, capsys):
+    results = two_views_digits.main(["--seeds=2", "--epochs=1", f"--views={views}", f"--out={tmp_path}"])
+    assert len(results) == 2 * len(two_views_digits.SETTINGS) * len(two_views_digits.ARMS)
+    with (tmp_path / f"{views}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["weak"]) for row in rows] == [result.weak for result in results]
+    assert (tmp_path / f"{views}.png").stat().st_size > 10_000
+    assert "all blocks" in capsys.readouterr().out
+
+
+def test_digits_of_the_test_set_are_never_trained_on():
+    _, pool, test = two_views_digits.load_views("halves")
+    assert len(test) == two_views_digits.TEST
+    assert not set(pool.tolist()) & set(test.tolist())
+
+
+def test_few_labels_are_so_many_of_each_class():
+    labels = two_views_digits.with_labels(torch.arange(1000) % 10, 10)
+    assert torch.bincount(labels[labels >= 0]).tolist() == [10] * 10
+    assert set(labels[labels < 0].tolist()) == {two_views_digits.UNLABELLED}
+
+
+def test_paired_interval_is_that_of_a_t_test():
+    mean, half = two_views_digits.paired_interval(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 1.0]))
+    assert mean == pytest.approx(3.0)
+    assert half == pytest.approx(4.302652729911275 / 3**0.5)  # t of two degrees of freedom
+
+
+def test_arms_without_a_block_train_without_it():
+    digits, pool, _ = two_views_digits.load_views("halves")
+    rows = digits.rows(pool[:64])
+    labels_alone, *_, blocks = two_views_digits.ARMS
+    torch.manual_seed(0)
+    model = two_views_digits.Model(32, 32)
+    for arm, trained in ((labels_alone, False), (blocks, True)):
+        objective = two_views_digits.Objective(arm, model)
+        model.zero_grad()
+        objective(model(rows.strong, rows.weak), rows).backward()
+        assert (model.fuse.weight.grad is not None) == trained
+        assert (objective.contrast.log_temperature_ratio.grad is not None) == trained
+        assert (len(objective.queue) > 0) == trained
