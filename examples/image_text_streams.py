@@ -19,6 +19,7 @@ import argparse
 from itertools import permutations
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ def main(arguments: list[str] | None = None) -> list[Recall]:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     recalls = train(**vars(options))
-    table = Table("epoch", *(f"{query} → {key}" for query, key in DIRECTIONS), "mean", title="Recall@1, %")
+    title = "Recall@1, %, by query → key"
+    table = Table("epoch", *(f"{query} → {key}" for query, key in DIRECTIONS), "mean", title=title, box=SIMPLE_HEAD)
     for epoch, recall in enumerate(recalls):
         values = [*recall.values(), sum(recall.values()) / len(recall)]
         table.add_row(str(epoch), *(f"{100 * value:.1f}" for value in values))

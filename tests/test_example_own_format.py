@@ -85,7 +85,9 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize(
-    "kept", [{"text"}, {"text_bert"}, {"raw_text"}, {"text", "text_bert", "raw_text"}], ids="+".join
+    "kept",
+    [{"text"}, {"text_bert"}, {"raw_text"}, {"text", "text_bert", "raw_text"}],
+    ids=lambda kept: "+".join(sorted(kept)),
 )
 def test_what_is_saved_is_loaded_to_the_bit(content, tmp_path, kept):
     for fold in content.values():

@@ -20,19 +20,20 @@ pytestmark = [
 
 STEPS, SAVE_EVERY = 13, 5  # ten steps in an epoch: saved in the middle and at the end of one
 
-# module of the recipe, package it needs, how its checkpoints are called
+# module of the recipe, packages it needs, how its checkpoints are called
 FRAMEWORKS = {
-    "plain": ("plain_loop", "torch", "step_{}.pt"),
-    "lightning": ("lightning_module", "lightning", "step={}.ckpt"),
-    "accelerate": ("accelerate_loop", "accelerate", "step_{}"),
-    "transformers": ("trainer_transformers", "transformers", "checkpoint-{}"),
+    "plain": ("plain_loop", [], "step_{}.pt"),
+    "lightning": ("lightning_module", ["lightning"], "step={}.ckpt"),
+    "accelerate": ("accelerate_loop", ["accelerate"], "step_{}"),
+    "transformers": ("trainer_transformers", ["transformers", "accelerate"], "checkpoint-{}"),
 }
 
 
 @pytest.fixture(scope="module", params=FRAMEWORKS)
 def recipe(request):
-    name, package, checkpoint = FRAMEWORKS[request.param]
-    pytest.importorskip(package)
+    name, packages, checkpoint = FRAMEWORKS[request.param]
+    for package in packages:
+        pytest.importorskip(package)
     return importlib.import_module(name), checkpoint
 
 

@@ -32,7 +32,7 @@ def train(
     out: Path, *, steps: int = 60, save_every: int = 20, resume: Path | None = None, dropout: float = 0.1
 ) -> tuple[Distillation, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=True)  # as the toy wants it
     task = Distillation(dropout=dropout)
     model, optimizer, loader = accelerator.prepare(task, make_optimizer(task), make_loader())
     progress = Progress()

@@ -44,7 +44,7 @@ class DistillationModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         if self.rng is not None:
-            torch.set_rng_state(self.rng.cpu())
+            torch.set_rng_state(self.rng)
 
 
 class ResumableLoader(DataLoader):
@@ -73,6 +73,7 @@ def train(
     saver = ModelCheckpoint(dirpath=out, filename="{step}", every_n_train_steps=save_every, save_top_k=-1)
     trainer = lightning.Trainer(
         max_steps=steps,
+        accelerator="cpu",  # as the toy wants it; a GPU has random numbers of its own to save
         devices=1,
         callbacks=[saver],
         logger=False,

@@ -25,6 +25,7 @@ def train(
     settings = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
+        use_cpu=True,  # as the toy wants it
         per_device_train_batch_size=BATCH,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
@@ -33,7 +34,7 @@ def train(
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=False,
         label_names=["labels"],
     )
     trainer = Trainer(task, settings, train_dataset=TwoViews(), optimizers=(make_optimizer(task), None))
