@@ -77,6 +77,7 @@ def make_batch(config: Config, rows: int, steps: int, device: str) -> Batch:
         features=features,
         lengths={name: steps * present[name].long() for name in features},
         present=present,
+        total=rows,
     ).to(device)
 
 

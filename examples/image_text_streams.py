@@ -81,11 +81,7 @@ def train(*, epochs: int, keys: str = "momentum", batch: int = 100, alpha: float
     banks = [f"{stream}_{kind}" for kind in {"momentum", keys} for stream in STREAMS]
     queue = md.ClassQueue(1000, dict.fromkeys(banks, WIDTH))
     contrast = md.SupConDistillLoss(temperature=0.07, temperature_range=(0.001, 0.5))
-    optimizer = torch.optim.AdamW(
-        [{"params": encoders.parameters()}, {"params": contrast.parameters(), "weight_decay": 0.0}],
-        lr=2e-3,
-        weight_decay=0.02,
-    )
+    optimizer = torch.optim.AdamW(md.param_groups(encoders, contrast, weight_decay=0.02, lr=2e-3))
 
     recalls = [recall_at_1(encoders, test)]
     steps = SCENES // batch  # in an epoch

@@ -78,15 +78,8 @@ class Trainer:
         self.regress = md.ResponseDistillLoss(task="regression")
         self.classify = md.ResponseDistillLoss(task="classification")
         self.fusion = md.HardSampleFusionLoss()
-        # No weight decay for biases, temperature and fusion factors: it would draw them to where they do not belong.
-        trained = [*self.model.parameters(), *self.contrast.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": 1e-2},
-                {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=3e-3,
-        )
+        # The temperature and the fusion factors are learned too, but without weight decay.
+        self.optimizer = torch.optim.AdamW(md.param_groups(self.model, self.contrast, weight_decay=1e-2, lr=3e-3))
 
     def losses(self, batch: Machines) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of the loss, and the rows for the queue."""

@@ -225,14 +225,7 @@ def train(arm: Arm, train_set: Digits, *, epochs: int, seed: int) -> Model:
     torch.manual_seed(seed)
     model = Model(train_set.strong.shape[1], train_set.weak.shape[1])
     objective = Objective(arm, model)
-    trained = [*model.parameters(), *objective.contrast.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": 0.1},
-            {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=3e-3,
-    )
+    optimizer = torch.optim.AdamW(md.param_groups(model, objective, weight_decay=0.1, lr=3e-3))
     batches = -(-len(train_set.labels) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     for _ in range(epochs):

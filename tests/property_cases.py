@@ -353,9 +353,10 @@ def no_direction(x: Tensor) -> float:
 def contrast_scales(case: Contrast) -> tuple[tuple[float, float], Named]:
     """Floors of value and gradients, and lengths of the rows, for :func:`assert_accurate`.
 
-    A gradient is a difference of scores, so its floor is the largest score there can be: 1/temperature for unit rows. A
-    score of size S also carries an error of S times the unit roundoff into the softmax, which no arithmetic can mend:
-    beyond 20, a temperature of 0.05, both floors grow with it. And a sum has the errors of all its rows.
+    A gradient is a difference of scores, so its floor is the largest score there can be, S: 1/temperature for unit
+    rows. A score of size S also carries an error of S times the unit roundoff into the softmax, which no arithmetic can
+    mend, and the KL term is a mean of differences of scores by such weights: beyond 20, a temperature of 0.05, the floor
+    of gradients grows with S once more, that of values with its square. And a sum has the errors of all its rows.
     """
     normalize, temperature = case.options["normalize"], case.options["temperature"]
     norms = {name: x.double().norm(dim=1, keepdim=True) for name, x in case.features.items()}
@@ -371,8 +372,8 @@ def contrast_scales(case: Contrast) -> tuple[tuple[float, float], Named]:
         lengths["keys"] = 1.0 if normalize == "query" else lengths["keys"]
         score = 1 / temperature
     rows = len(case.query_labels) if case.options["reduction"] == "sum" else 1
-    more = max(1.0, score / 20) * max(1, rows)
-    return (more, max(1.0, score) * more), lengths
+    more = max(1.0, score / 20)
+    return (max(1, rows) * more**2, max(1, rows) * max(1.0, score) * more), lengths
 
 
 def outcome(

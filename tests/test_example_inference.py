@@ -365,7 +365,7 @@ def with_encoder(dataset, tmp_path_factory):
     )
     transformers.BertModel(config).save_pretrained(folder)
     path = folder / "checkpoint"
-    save(path, dataset, text_encoder=str(folder))
+    save(path, dataset, text_encoder=str(folder), pooling="cls")
     return path, folder
 
 

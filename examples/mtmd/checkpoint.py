@@ -175,7 +175,7 @@ def load_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected the file that was written, got one cut short or changed ({known})")
     try:
         return load_file(path)
-    except OSError:
+    except (OSError, MemoryError):  # no fault of the file, which must not be taken for damaged
         raise
     except Exception as error:  # a type that torch does not have, say
         raise ValueError(

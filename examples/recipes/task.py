@@ -135,26 +135,13 @@ class Distillation(nn.Module):
         self.fuse.update()
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices alone.
-
-    Biases, the learned temperature and the fusion factors have fewer than two dimensions: decay would draw the factors
-    to zero and the temperature to where it began. The momentum model asks for no gradient and stays out.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def make_optimizer(task: Distillation) -> torch.optim.Optimizer:
-    """The optimizer, whose every step moves the averages.
+    """The optimizer, whose every step moves the averages. Temperature and fusion factors are in it, undecayed.
 
     Hung on the optimizer, the update follows its real steps under every framework: once however many batches are
     accumulated, and not after one that a GradScaler skips.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(task, weight_decay=1e-2), lr=3e-3)
+    optimizer = torch.optim.AdamW(md.param_groups(task, weight_decay=1e-2, lr=3e-3))
     optimizer.register_step_post_hook(lambda *_: task.update())
     return optimizer
 

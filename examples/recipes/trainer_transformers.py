@@ -5,8 +5,8 @@
     python examples/recipes/trainer_transformers.py --steps 90 --resume runs/recipe_trainer/checkpoint-60
 
 Takes a few seconds and ends with the accuracy of the weak view alone and the state of the blocks. The optimizer is
-given: the Trainer's own would decay the temperature and the fusion factors, which are neither biases nor norms to it,
-and nobody would move the averages.
+given: that of the Trainer puts the temperature and the fusion factors, which are neither biases nor norms to it, among
+what weight decay shrinks, and nobody would move the averages.
 """
 
 import argparse

@@ -108,7 +108,9 @@ class MomentumFusionFactors(WideModule):
         weighted = {}
         for name, factor in zip(self.modalities, factors, strict=True):
             check_shape(f"features[{name!r}]", features[name], (rows, features[name].shape[1]))
-            weighted[name] = features[name] * factor
+            # In the wider of both dtypes: the factor's gradient is a sum over all numbers, lost in 16 bits.
+            wide = torch.promote_types(features[name].dtype, factor.dtype)
+            weighted[name] = (features[name].to(wide) * factor).to(features[name].dtype)
         return weighted
 
     @torch.no_grad()

@@ -234,7 +234,9 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
     lse, mean_key, _ = student.results()
     momentum_lse, momentum_mean_key, momentum_mean_logit = teacher.results()
     nothing = query[:0]
-    positive_lse, positive_mean_key, _ = (nothing[:, 0], nothing, nothing) if positive is None else positive.results()
+    positive_lse, positive_mean_key, _ = (
+        (query.new_empty(0), nothing, nothing) if positive is None else positive.results()
+    )
     statistics = Statistics(
         lse, positive_lse, momentum_mean_key, class_sums, class_counts, momentum_lse, momentum_mean_logit
     )

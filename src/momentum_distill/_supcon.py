@@ -189,7 +189,7 @@ class SupConDistillLoss(WideModule):
             keys,
             query_labels,
             key_labels,
-            temperature=self._temperature(query, keys),
+            temperature=self._temperature(query, keys, momentum_query, momentum_keys),
             momentum_query=momentum_query,
             momentum_keys=momentum_keys,
             alpha=self.alpha if alpha is None else alpha,
@@ -208,7 +208,8 @@ class SupConDistillLoss(WideModule):
         self._watch.look(self.log_temperature_ratio)
         project_(self.log_temperature_ratio, self.initial_temperature, *self.temperature_range)
         self._watch.left(self.log_temperature_ratio)
-        wide = any(getattr(feature, "dtype", None) == torch.float64 for feature in features)
+        parts = [part for given in features for part in (given if isinstance(given, (tuple, list)) else (given,))]
+        wide = any(getattr(part, "dtype", None) == torch.float64 for part in parts)
         ratio = self.log_temperature_ratio.to(torch.float64) if wide else self.log_temperature_ratio
         return exp_in_range(ratio, self.initial_temperature, *self.temperature_range)
 

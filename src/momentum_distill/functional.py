@@ -469,7 +469,8 @@ class _Contrast(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         # Row by row, gradients for the keys are not known before the backward pass.
         if needs_grad and any(wanted) and not (problem.reduction == "none" and any(wanted[3:])):
-            ctx.grads = solved.gradients(problem, temperature, 1 - alpha, alpha, ctx.counts, wanted[3:])
+            share = _share(alpha, problem.prepare.dtype)
+            ctx.grads = solved.gradients(problem, temperature, 1 - share, share, ctx.counts, wanted[3:])
         ctx.difference = terms.distill - terms.supervised if wanted[0] else None
         return tuple(terms)
 
@@ -493,7 +494,7 @@ class _Contrast(torch.autograd.Function):
                 grads, scale = ctx.grads, grad_total
             else:
                 _check_versions(ctx.versions)
-                alpha = ctx.alpha
+                alpha = _share(ctx.alpha, ctx.problem.prepare.dtype)
                 nothing = torch.zeros((), dtype=ctx.problem.prepare.dtype, device=ctx.query.device)
                 total, supervised, distill = (nothing if grad is None else grad for grad in upstream)
                 solved = _Solved.of(ctx.problem, ctx.temperature, ctx.query)
@@ -1245,9 +1246,13 @@ def _parts(name: str, value: Parts) -> tuple[Tensor, ...]:
 
 def _blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
     """(1 - alpha) first + alpha second, in the dtype of `first`."""
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(first.dtype)
+    alpha = _share(alpha, first.dtype)
     return (1 - alpha) * first + alpha * second
+
+
+def _share(alpha: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """`alpha` in a dtype in which 1 - alpha loses nothing."""
+    return alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
 
 
 def _named(name: str, parts: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
