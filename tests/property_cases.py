@@ -355,8 +355,8 @@ def contrast_scales(case: Contrast) -> tuple[tuple[float, float], Named]:
 
     A gradient is a difference of scores, so its floor is the largest score there can be, S: 1/temperature for unit
     rows. A score of size S also carries an error of S times the unit roundoff into the softmax, which no arithmetic can
-    mend, and the KL term is a mean of differences of scores by such weights: beyond 20, a temperature of 0.05, the floor
-    of gradients grows with S once more, that of values with its square. And a sum has the errors of all its rows.
+    mend, and the KL term is a mean of differences of scores by such weights: beyond 20, a temperature of 0.05, the
+    floor of gradients grows with S once more, that of values with its square. And a sum has the errors of all its rows.
     """
     normalize, temperature = case.options["normalize"], case.options["temperature"]
     norms = {name: x.double().norm(dim=1, keepdim=True) for name, x in case.features.items()}
