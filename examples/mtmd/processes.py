@@ -6,8 +6,10 @@ Rank 0 leads: it alone reads and writes results, scores folds and talks. The oth
 queue of momentum_distill, and DDP, make of their steps what one process would make of the whole batch.
 """
 
+import gc
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,8 +34,14 @@ def started(command: str) -> Iterator[None]:
     dist.init_process_group()  # gloo for the CPU, and beside it nccl where there are GPUs
     try:
         yield
+        dist.barrier()  # nobody goes while another still listens
     finally:
+        gc.collect()  # DDP holds on to the group
         dist.destroy_process_group()
+    # gloo's threads may outlive the group, and end a process that is done with SIGABRT: leave before they can.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def place() -> tuple[int, int]:
