@@ -123,7 +123,7 @@ class Trainer:
 
     def step(self, batch: Machines) -> dict[str, float]:
         terms, rows = self.losses(batch)
-        loss = sum(terms.values())
+        loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -66,3 +67,18 @@ def test_what_a_bug_report_says():
 @pytest.mark.parametrize("name", md.__all__)
 def test_everything_public_is_documented(name):
     assert inspect.getdoc(getattr(md, name))
+
+
+def functions() -> list[object]:
+    found = []
+    for module in (md, md.functional, md.diagnostics):
+        public = [getattr(module, name) for name in module.__all__]
+        found += [item for item in public if inspect.isfunction(item)]
+        found += [each for item in public if inspect.isclass(item) for each in vars(item).values()]
+    return [each for each in found if inspect.isfunction(each)]
+
+
+@pytest.mark.parametrize("function", functions(), ids=lambda function: function.__qualname__)
+def test_types_can_be_asked_at_run_time(function):
+    asked = get_type_hints(function)
+    assert asked.keys() == function.__annotations__.keys()

@@ -1,4 +1,4 @@
-"""The wheel and the sdist: the same bytes whenever and wherever they are built, and only what belongs there."""
+"""The wheel and the sdist: the same bytes whenever and wherever they are built, only what belongs there, and enough."""
 
 import io
 import os
@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -72,3 +75,73 @@ def test_the_sdist_holds_what_building_and_testing_need(builds):
     assert {f"src/momentum_distill/{name}" for name in ("__init__.py", "py.typed")} <= names
     assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")} <= names
     assert [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".log"))] == []
+
+
+def closure(*names: str) -> dict[str, Distribution]:
+    """The installed packages and all that they require, without extras, by name."""
+    found, wanted = {}, list(names)
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found[name] = distribution(name)
+            required = map(Requirement, found[name].requires or ())
+            wanted += [each.name for each in required if not each.marker or each.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(builds, tmp_path_factory) -> Path:
+    """The Python of a new environment that holds torch, what it requires, and the wheel; links spare the download."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder / "env", symlinks=True)
+    python = folder / "env" / "bin" / "python"
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    for package in closure("torch").values():
+        for name in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
+            (site / name).symlink_to(package.locate_file(name))
+    (folder / WHEEL).write_bytes(builds[0][WHEEL])
+    # Without an index nothing can be fetched: what the wheel requires beyond torch's own would be an error here.
+    arguments = ["--quiet", "--disable-pip-version-check", "install", "--no-index", folder / WHEEL]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *arguments], check=True)
+    return python
+
+
+def run(*command: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user would give it, whatever is set for the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MYPY"))}
+    return subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True, check=False)
+
+
+def test_the_wheel_works_beside_torch_alone(installed, tmp_path):
+    shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
+    where = run(installed, "-c", "import momentum_distill as md; print(md.__file__, md.__version__)", folder=tmp_path)
+    assert where.stdout.split() == [str(next(installed.parents[1].rglob("momentum_distill/__init__.py"))), VERSION]
+    assert run(installed, "-c", "import numpy", folder=tmp_path).returncode == 1
+    assert run(installed, "-m", "momentum_distill", folder=tmp_path).returncode == 0
+    quickstart = run(installed, "quickstart.py", "--epochs", "2", folder=tmp_path)
+    assert quickstart.returncode == 0, quickstart.stderr
+    assert "MomentumFusionFactors" in quickstart.stdout
+
+
+def test_mypy_sees_the_types_of_the_wheel(installed, tmp_path):
+    shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
+    wrong = [
+        "md.ClassQueue('64', {'text': 8})",
+        "md.EMAWrapper(torch.nn.Linear(2, 2), decay='slow')",
+        "md.SupConDistillLoss(positives='everywhere')",
+        "md.SupConDistillLoss().terms(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2)).mean()",
+        "md.functional.normalize(torch.eye(2))",
+    ]
+    (tmp_path / "wrong.py").write_text("\n".join(["import torch", "import momentum_distill as md", *wrong, ""]))
+    # A few functions of torch have no types.
+    strict = [sys.executable, "-m", "mypy", "--python-executable", installed, "--strict", "--allow-untyped-calls"]
+    right = run(*strict, "quickstart.py", folder=tmp_path)
+    assert right.returncode == 0, right.stdout
+    lines = run(*strict, "wrong.py", folder=tmp_path).stdout.splitlines()
+    assert [line.split(":")[1] for line in lines if ": error:" in line] == [str(3 + i) for i in range(len(wrong))]
+
+
+def test_every_public_type_is_known(installed, tmp_path):
+    verify = [sys.executable, "-m", "basedpyright", "--ignoreexternal", "--verifytypes", "momentum_distill"]
+    done = run(*verify, folder=tmp_path, PATH=f"{installed.parent}{os.pathsep}{os.environ['PATH']}")
+    assert "Type completeness score: 100%" in done.stdout, done.stdout

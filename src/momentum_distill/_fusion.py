@@ -1,6 +1,7 @@
 """Fusion weights that are learned and move smoothly."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class MomentumFusionFactors(WideModule):
 
     average: Tensor
 
-    undecayed = ("weight",)
+    undecayed: ClassVar[tuple[str, ...]] = ("weight",)
     """Learned scalars, for `param_groups`."""
 
     def __init__(
@@ -72,14 +73,14 @@ class MomentumFusionFactors(WideModule):
         if not modalities or len(set(modalities)) < len(modalities):
             wrong_value("modalities", "at least one name, each once", describe(list(modalities)))
         check_number("decay", decay, low=0.0, high=1.0)
-        self.modalities = tuple(modalities)
-        self.decay = float(decay)
+        self.modalities: tuple[str, ...] = tuple(modalities)
+        self.decay: float = float(decay)
         if isinstance(init, Mapping):
             check_names("init", init, self.modalities)
         values = [init[name] if isinstance(init, Mapping) else init for name in self.modalities]
         for value in values:
             check_number("init", value, low=-float("inf"))
-        self.weight = nn.Parameter(torch.tensor([float(value) for value in values]))
+        self.weight: nn.Parameter = nn.Parameter(torch.tensor([float(value) for value in values]))
         self._watch = IdleWatch("the weight of MomentumFusionFactors", patience=100)
         self.register_buffer("average", self.weight.detach().clone())
 

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,16 +25,13 @@ from torch.autograd.function import once_differentiable
 from momentum_distill._checks import check_device, describe, wrong_type, wrong_value
 from momentum_distill._streaming import may_ask
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-Group: TypeAlias = "ProcessGroup | Literal['auto'] | None"
+Group: TypeAlias = dist.ProcessGroup | Literal["auto"] | None
 
 
 class Ranks(NamedTuple):
     """Several processes that work together, as seen by one of them."""
 
-    group: "ProcessGroup"
+    group: dist.ProcessGroup
     size: int
     rank: int
 
@@ -43,7 +40,7 @@ def check_group(group: object) -> None:
     """Refuse what is neither "auto", None nor a process group that this process belongs to."""
     if group is None or (isinstance(group, str) and group == "auto"):
         return
-    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+    if not isinstance(group, dist.ProcessGroup):
         got = describe(group)
         if dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER:
             got = "what new_group() returns to a rank that is not in the group"

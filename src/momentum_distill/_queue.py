@@ -120,7 +120,7 @@ class ClassQueue(WideModule):
         if size < groups:
             wrong_value("size", f"at least one slot for each of {groups} classes", str(size))
         self.size = size
-        self.dims = dict(dims)
+        self.dims: dict[str, int] = dict(dims)
         self.num_classes = num_classes
         self.balanced = balanced
         self.normalize = normalize

@@ -62,8 +62,8 @@ class ResponseDistillLoss(nn.Module):
         check_group(group)
         check_bool("validate", validate)
         self.task: Task = task
-        self.alpha = float(alpha)
-        self.temperature = float(temperature)
+        self.alpha: float = float(alpha)
+        self.temperature: float = float(temperature)
         self.reduction: Reduction = reduction
         self.detach_teacher = detach_teacher
         self.group = group

@@ -1,5 +1,7 @@
 """Feature-based distillation: the supervised contrastive loss with momentum targets."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -78,7 +80,7 @@ class SupConDistillLoss(WideModule):
         `docs/paper_map.md`.
     """
 
-    undecayed = ("log_temperature_ratio",)
+    undecayed: ClassVar[tuple[str, ...]] = ("log_temperature_ratio",)
     """Learned scalars, for `param_groups`."""
 
     def __init__(
@@ -97,7 +99,7 @@ class SupConDistillLoss(WideModule):
     ) -> None:
         super().__init__()
         check_bool("learnable_temperature", learnable_temperature)
-        self.temperature_range = check_temperature(temperature, temperature_range)
+        self.temperature_range: tuple[float, float] = check_temperature(temperature, temperature_range)
         check_number("alpha", alpha, low=0.0, high=1.0)
         check_choice("positives", positives, functional.POSITIVES)
         check_choice("reduction", reduction, REDUCTIONS)
@@ -105,11 +107,12 @@ class SupConDistillLoss(WideModule):
         check_int("ignore_index", ignore_index)
         check_group(group)
         check_bool("validate", validate)
-        self.initial_temperature = float(temperature)
+        self.initial_temperature: float = float(temperature)
         # log(temperature / initial_temperature): zero now, so the start is exact in every precision.
-        self.log_temperature_ratio = nn.Parameter(torch.zeros(())) if learnable_temperature else None
+        scalar = nn.Parameter(torch.zeros(())) if learnable_temperature else None
+        self.log_temperature_ratio: nn.Parameter | None = scalar
         self._watch = IdleWatch("the temperature of SupConDistillLoss", patience=500)  # several calls make a step
-        self.alpha = float(alpha)
+        self.alpha: float = float(alpha)
         self.positives: Positives = positives
         self.reduction: Reduction = reduction
         self.normalize: Normalize = normalize
