@@ -2,13 +2,16 @@
 
 A case changes some arguments of a call that works. The error has to be a plain ValueError (shape, range, device,
 choice, name) or TypeError (type, dtype) that reads ``argument: expected X, got Y``; parts of an argument may be named
-too (``features['a']``, ``keys[1]``).
+too (``features['a']``, ``keys[1]``). What each says stands word for word in ``error_messages.json``, which
+``python tests/pin.py`` writes.
 """
 
+import json
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,8 @@ from momentum_distill import diagnostics, functional
 V, T = ValueError, TypeError
 EITHER = (ValueError, TypeError)  # where a value is wrong in type and in range alike
 NAN, INF = math.nan, math.inf
+
+MESSAGES = Path(__file__).with_name("error_messages.json")
 
 
 def real(*shape, **kwargs):
@@ -114,6 +119,10 @@ def queue_method(name, **kwargs):
     return Call(queue.enqueue, batch | {"valid": {"a": bools(3)}}, (queue,))
 
 
+def parameters():
+    return {"modules": [nn.Linear(2, 2), md.SupConDistillLoss()], "weight_decay": 0.01}
+
+
 def fuse_forward():
     fuse = md.MomentumFusionFactors(["t", "a"])
     return Call(fuse, {"features": {"t": real(3, 3), "a": real(3, 2)}}, (fuse,))
@@ -133,6 +142,8 @@ CALLS = {
         functional.response_distill_loss, response_arguments(4, 3) | {"task": "classification"}
     ),
     "hard_sample_fusion_loss": lambda: Call(functional.hard_sample_fusion_loss, hard_arguments()),
+    "mean_rows": lambda: Call(functional.mean_rows, {"values": real(4), "mask": bools(4)}),
+    "straight_through": lambda: Call(functional.straight_through, {"average": real(2), "online": real(2)}),
     "ema_update": lambda: Call(
         functional.ema_update,
         {"average": [real(2), real(3, 2)], "online": [real(2) + 1, real(3, 2) + 1], "decay": 0.5},
@@ -154,12 +165,15 @@ CALLS = {
     "HardSampleFusionLoss()": lambda: Call(md.HardSampleFusionLoss),
     "HardSampleFusionLoss.forward": lambda: Call(md.HardSampleFusionLoss(), hard_arguments()),
     "HardSampleFusionLoss(validate).forward": lambda: Call(md.HardSampleFusionLoss(validate=True), hard_arguments()),
+    "gather_rows": lambda: Call(md.gather_rows, {"tensors": {"t": real(3, 3), "a": real(3, 2)}}),
+    "param_groups": lambda: Call(lambda modules, **options: md.param_groups(*modules, **options), parameters()),
     "MomentumFusionFactors()": lambda: Call(md.MomentumFusionFactors, {"modalities": ["t", "a"]}),
     "MomentumFusionFactors.forward": fuse_forward,
     "EMAWrapper()": lambda: Call(md.EMAWrapper, {"model": nn.Linear(2, 2)}),
     "EMAWrapper.update": lambda: ema_method("update"),
     "EMAWrapper.swap": lambda: ema_method("swap"),
     "EMAWrapper.copy_to": lambda: ema_method("copy_to"),
+    "EMAWrapper.check_in_sync": lambda: Call(md.EMAWrapper(nn.Linear(2, 2)).check_in_sync),
     "ClassQueue()": lambda: Call(md.ClassQueue, {"size": 4, "dims": {"t": 3, "a": 2}}),
     "ClassQueue.enqueue": lambda: queue_method("enqueue"),
     "ClassQueue(balanced).enqueue": lambda: queue_method("enqueue", balanced=True, num_classes=2),
@@ -538,6 +552,25 @@ bad(
     [("hold C", with_value(ints(4), 3), V), ("hold -3", with_value(ints(4), -3), V)],
 )
 
+# ---- rows ------------------------------------------------------------------------------------
+
+bad("mean_rows", "values", [*no_floats(4), ("is None", None, T), ("is a column", real(4, 1), V)])
+bad("mean_rows", "mask", no_mask(4))
+bad("mean_rows", "group", GROUPS)
+
+bad("gather_rows", "tensors", [("are one tensor", real(3), T), ("are a list", [real(3)], T), ("are none", {}, V)])
+bad("gather_rows", "tensors", [("have a name that is no string", {0: real(3)}, T), ("hold a list", {"t": [1.0]}, T)])
+bad(
+    "gather_rows",
+    "tensors",
+    [
+        ("hold a number", {"t": real()}, V),
+        ("hold another number of rows", {"t": real(3), "a": real(4)}, V),
+        ("are partly on another device", {"t": real(3), "a": real(3, device="meta")}, V),
+    ],
+)
+bad("gather_rows", "group", GROUPS)
+
 # ---- averages --------------------------------------------------------------------------------
 
 bad("ema_update", "decay", wrong_numbers(0, 1))
@@ -560,11 +593,18 @@ bad(
 )
 bad("ema_update", "average", [("has more tensors", [real(2)] * 3, V)], named="online|average")
 
+bad("straight_through", "average", [*no_floats(2), ("is None", None, T)])
+bad("straight_through", "online", [*no_floats(2), ("is None", None, T), ("is of another shape", real(3), V)])
+bad("straight_through", "online", [("is on another device", real(2, device="meta"), V)])
+
+bad("param_groups", "modules", [("hold a tensor", [real(2)], T), ("are none", [], V)])
+bad("param_groups", "weight_decay", wrong_numbers())
+
 bad("MomentumFusionFactors()", "modalities", [("is one string", "ta", T), ("is None", None, T), ("is a number", 2, T)])
 bad(
     "MomentumFusionFactors()",
     "modalities",
-    [("is a set without order", {"t", "a"}, T), ("holds a number", ["t", 3], T)],
+    [("is a set without order", {"t"}, T), ("holds a number", ["t", 3], T)],
 )
 bad("MomentumFusionFactors()", "modalities", [("is empty", [], V), ("has a name twice", ["t", "a", "t"], V)])
 bad("MomentumFusionFactors()", "init", wrong_numbers(-INF))
@@ -656,6 +696,8 @@ bad("EMAWrapper()", "device", NO_DEVICES)
 for call in ("EMAWrapper.update", "EMAWrapper.swap", "EMAWrapper.copy_to"):
     bad(call, "model", [*NO_MODULES, *OTHER_MODELS, ("is lazy", nn.LazyLinear(2), V)])
 bad("EMAWrapper.update", "decay", wrong_numbers(0, 1, optional=True))
+
+bad("EMAWrapper.check_in_sync", "group", GROUPS)
 
 # ---- the queue -------------------------------------------------------------------------------
 
@@ -796,8 +838,24 @@ def test_the_call_works_as_it_stands(name):
     call.function(**call.arguments)
 
 
+def messages():
+    """What each bad call says, by the case."""
+    said = {}
+    for case in CASES:
+        call = CALLS[case.call]()
+        with pytest.raises(EITHER) as caught:
+            call.function(**call.arguments | case.changes)
+        said[case.id] = str(caught.value)
+    return said
+
+
+@pytest.fixture(scope="module")
+def pinned():
+    return json.loads(MESSAGES.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_bad_call_is_refused_by_name_and_nothing_changes(case):
+def test_a_bad_call_is_refused_by_name_and_nothing_changes(case, pinned):
     call = CALLS[case.call]()
     arguments = call.arguments | case.changes
     watched = [t for t in tensors_of([*call.watched, arguments]) if t.device.type != "meta"]
@@ -807,6 +865,7 @@ def test_a_bad_call_is_refused_by_name_and_nothing_changes(case):
     message = str(caught.value)
     pattern = rf"(?s)({case.named})(\[[^\]]+\])*: expected .+, got .+"
     assert re.fullmatch(pattern, message), message
+    assert message == pinned[case.id]
     assert type(caught.value) in (ValueError, TypeError)
     after = [t for t in tensors_of([*call.watched, arguments]) if t.device.type != "meta"]
     for old, new in zip(before, after, strict=True):
@@ -827,3 +886,7 @@ def test_every_public_block_has_bad_calls():
     blocks = {name for name in md.__all__ if name[0].isupper()}
     assert blocks <= covered
     assert CALLS.keys() == {case.call for case in CASES}
+
+
+def test_every_message_that_is_pinned_is_said(pinned):
+    assert pinned.keys() == {case.id for case in CASES}

@@ -17,10 +17,10 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def describe(value: object) -> str:
-    """What came, in a few words: shape and dtype of a tensor, else a short `repr` with the type."""
+    """What came, in a few words: shape and dtype of a tensor, else a short `repr` in one line with the type."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
@@ -32,6 +32,13 @@ def wrong_value(name: str, expected: str, got: str) -> NoReturn:
 def wrong_type(name: str, expected: str, got: str) -> NoReturn:
     """Raise the TypeError for an argument of a wrong type or dtype."""
     raise TypeError(f"{name}: expected {expected}, got {got}")
+
+
+def interval(low: float, high: float, *, open_low: bool = False) -> str:
+    """[low, high] as it is written, open where a bound is infinite or excluded."""
+    left = "(" if open_low or math.isinf(low) else "["
+    right = ")" if math.isinf(high) else "]"
+    return f"{left}{low:g}, {high:g}{right}"
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -61,9 +68,7 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
     number = float(value)
     finite = -math.inf < number < math.inf  # not math.isfinite, which torch.compile cannot trace
     if not finite or number > high or number < low or (open_low and number == low):
-        left = "(" if open_low or math.isinf(low) else "["
-        right = ")" if math.isinf(high) else "]"
-        wrong_value(name, f"a finite number in {left}{low:g}, {high:g}{right}", str(value))
+        wrong_value(name, f"a finite number in {interval(low, high, open_low=open_low)}", str(value))
 
 
 def check_scalar(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
@@ -159,6 +164,6 @@ def check_values(name: str, value: Tensor, *, low: float, high: float = math.inf
     if bool(outside.any()):
         wrong_value(
             name,
-            f"values in [{low:g}, {high:g}]",
+            f"values in {interval(low, high)}",
             f"{value[outside].flatten()[0].item()} (and {int(outside.sum()) - 1} more)",
         )

@@ -1201,7 +1201,7 @@ def straight_through(average: Tensor, online: Tensor) -> Tensor:
 
     Raises:
         TypeError: If an argument is not a floating tensor.
-        ValueError: If the shapes differ.
+        ValueError: If shapes or devices differ.
 
     Example:
         >>> import torch
@@ -1214,6 +1214,7 @@ def straight_through(average: Tensor, online: Tensor) -> Tensor:
         wrong_type("average", "a floating tensor", describe(average))
     check_floating("average", average, shape=tuple(average.shape))
     check_floating("online", online, shape=tuple(average.shape))
+    check_device("online", online, average.device, like="average")
     return average.detach() + (online - online.detach())
 
 
