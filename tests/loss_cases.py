@@ -1,6 +1,7 @@
 """Random inputs for the losses, and one place for the tolerances."""
 
 import dataclasses
+import reprlib
 from collections.abc import Iterator
 
 import torch
@@ -27,7 +28,7 @@ def assert_close(actual: Tensor, expected: object, dtype: torch.dtype = torch.fl
     assert actual.shape == expected.shape
     error = (actual.detach().double() - expected).abs()
     bound = RTOL[dtype] * expected.abs().clamp_min(0.1)
-    assert (error <= bound).all(), f"error {error.tolist()}, bound {bound.tolist()}"
+    assert (error <= bound).all(), differs(actual, expected, error, bound)
 
 
 def assert_gradient_close(actual: Tensor, expected: object, dtype: torch.dtype) -> None:
@@ -35,7 +36,14 @@ def assert_gradient_close(actual: Tensor, expected: object, dtype: torch.dtype) 
     expected = torch.as_tensor(expected, dtype=torch.float64)
     assert actual.shape == expected.shape
     error = (actual.detach().double() - expected).norm()
-    assert error <= RTOL[dtype] * expected.norm().clamp_min(1e-3)
+    bound = RTOL[dtype] * expected.norm().clamp_min(1e-3)
+    assert error <= bound, differs(actual, expected, error, bound)
+
+
+def differs(actual: Tensor, expected: Tensor, error: Tensor, bound: Tensor) -> str:
+    """The wrong numbers and the right ones."""
+    numbers = {"got": actual.detach(), "expected": expected, "error": error, "bound": bound}
+    return ", ".join(f"{name} {reprlib.repr(x.tolist())}" for name, x in numbers.items())
 
 
 @dataclasses.dataclass

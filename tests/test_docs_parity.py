@@ -57,7 +57,7 @@ def import_library(name):
         else:
             importlib.import_module(name)
     except ModuleNotFoundError as error:
-        pytest.skip(f"no {error.name}")
+        pytest.skip(f"no {error.name}: pip install -e '.[bench]'")
 
 
 def run_up_to(title):

@@ -653,7 +653,7 @@ def test_state_of_a_queue_of_another_size_is_refused():
 
 
 def test_state_of_a_queue_with_other_streams_is_refused():
-    with pytest.raises(RuntimeError, match="vision"):
+    with pytest.raises(ValueError, match="vision"):
         make_queue(6).load_state_dict(md.ClassQueue(6, {**DIMS, "vision": 2}).state_dict())
 
 
@@ -977,3 +977,24 @@ def test_wrong_values_are_found_on_request_and_nothing_is_stored():
     assert_same_state(clone_state(queue), before)
     queue.enqueue(labels, features, valid={"a": torch.tensor([True, False, True])})
     assert len(queue) == 6
+
+
+def test_a_state_goes_to_its_streams_in_whatever_order_they_stand():
+    saved = md.ClassQueue(6, {"text": 4, "audio": 4})
+    heard = torch.tensor([True, False, True, True, False])
+    features = {"text": torch.randn(5, 4), "audio": torch.randn(5, 4)}
+    saved.enqueue(torch.arange(5), features, valid={"audio": heard})
+    loaded = md.ClassQueue(6, {"audio": 4, "text": 4})
+    loaded.load_state_dict(saved.state_dict())
+    for stream in saved.streams:
+        for padded in (False, True):
+            for one, two in zip(saved.read(stream, padded=padded), loaded.read(stream, padded=padded), strict=True):
+                assert torch.equal(one, two)
+    assert loaded.read("audio")[1].tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_other_streams_is_refused(strict):
+    saved = md.ClassQueue(6, {"text": 4, "audio": 4}).state_dict()
+    with pytest.raises(ValueError, match=r"expected streams \['text', 'video'\], got \['text', 'audio'\]"):
+        md.ClassQueue(6, {"text": 4, "video": 4}).load_state_dict(saved, strict=strict)

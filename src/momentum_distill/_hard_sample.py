@@ -125,5 +125,6 @@ class HardSampleFusionLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"hard_attention={self.hard_attention}, class_weight={self.class_weight!r}, "
-            f"reduction={self.reduction!r}, detach_teacher={self.detach_teacher}, group={describe_group(self.group)}"
+            f"reduction={self.reduction!r}, detach_teacher={self.detach_teacher}, "
+            f"ignore_index={self.ignore_index}, group={describe_group(self.group)}"
         )

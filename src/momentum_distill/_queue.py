@@ -1,5 +1,6 @@
 """A labelled ring of features in several streams that stay in step."""
 
+import json
 from collections.abc import Mapping
 
 import torch
@@ -329,6 +330,19 @@ class ClassQueue(WideModule):
         self.labels.fill_(EMPTY)
         for stream in self.dims:
             self._buffer(_buffer_name(stream)).zero_()
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        """The streams in their order, which is that of the rows of `labels`."""
+        return torch.tensor(list(json.dumps(self.streams).encode()), dtype=torch.uint8)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        saved = json.loads(bytes(state.tolist()))
+        if set(saved) != set(self.streams):
+            wrong_value("state_dict", f"streams {list(self.streams)}", f"{saved}")
+        if saved != list(self.streams):
+            self.labels = self.labels[[saved.index(stream) for stream in self.streams]]
 
     def _check(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
         """Names, shapes, dtypes and devices of a batch."""

@@ -232,5 +232,5 @@ class SupConDistillLoss(WideModule):
         return (
             f"temperature={float(self.temperature):g} ({kind}), alpha={self.alpha:g}, "
             f"positives={self.positives!r}, reduction={self.reduction!r}, "
-            f"normalize={self.normalize!r}, group={describe_group(self.group)}"
+            f"normalize={self.normalize!r}, ignore_index={self.ignore_index}, group={describe_group(self.group)}"
         )
