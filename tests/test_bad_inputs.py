@@ -84,6 +84,12 @@ def supcon_module(method, **kwargs):
     return Call(getattr(loss_fn, method), supcon_arguments(), (loss_fn,))
 
 
+def unit_keys_module():
+    call = supcon_module("__call__", normalize="query", validate=True)
+    keys = functional.l2_normalize(real(5, 3))
+    return Call(call.function, call.arguments | {"keys": keys, "momentum_keys": keys}, call.watched)
+
+
 def response_arguments(*shape):
     return {"student": real(*shape), "teacher": real(*shape), "momentum": real(*shape), "mask": bools(4)}
 
@@ -151,6 +157,7 @@ CALLS = {
     "SupConDistillLoss()": lambda: Call(md.SupConDistillLoss),
     "SupConDistillLoss.forward": lambda: supcon_module("__call__"),
     "SupConDistillLoss.terms": lambda: supcon_module("terms"),
+    "SupConDistillLoss(query, validate).forward": lambda: unit_keys_module(),
     "SupConDistillLoss(validate).forward": lambda: supcon_module("__call__", validate=True),
     "ResponseDistillLoss()": lambda: Call(md.ResponseDistillLoss, {"task": "regression"}),
     "ResponseDistillLoss(regression).forward": lambda: Call(
@@ -426,6 +433,13 @@ bad(VALIDATED, "momentum_keys", [("hold NaN", with_value(real(5, 3), NAN), V)])
 bad(VALIDATED, "query_labels", [("hold -3", with_value(ints(4), -3), V)])
 bad(VALIDATED, "key_labels", [("hold -100", with_value(ints(5), -100), V)])
 
+bad(
+    "SupConDistillLoss(query, validate).forward",
+    "keys",
+    [("are no unit rows", real(5, 3), V), ("hold a row of another length", with_value(real(5, 3), 0.1), V)],
+)
+bad("SupConDistillLoss(query, validate).forward", "momentum_keys", [("are no unit rows", real(5, 3), V)])
+
 # ---- the response loss -----------------------------------------------------------------------
 
 SCORES = ["response_distill_loss(regression)", "ResponseDistillLoss(regression).forward"]
@@ -541,7 +555,7 @@ bad(FUSION_OPTIONS, "reduction", choices())
 bad(FUSION_OPTIONS, "hard_attention", FLAGS)
 bad(FUSION_OPTIONS, "detach_teacher", FLAGS)
 bad(FUSION_OPTIONS, "validate", FLAGS)
-bad("hard_sample_fusion_loss", "ignore_index", WHOLE_NUMBERS)
+bad(FUSION_OPTIONS, "ignore_index", WHOLE_NUMBERS)
 bad("HardSampleFusionLoss()", "group", GROUPS)
 for argument in ("student_scores", "fused_scores", "targets"):
     bad("HardSampleFusionLoss(validate).forward", argument, [("holds NaN", with_value(real(4), NAN), V)])

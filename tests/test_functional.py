@@ -113,3 +113,19 @@ def test_average_takes_no_gradient():
     F.ema_update([average], [online], decay=0.5)
     assert not average.requires_grad
     assert average.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("kept", [[], [2], [0, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_mean_of_rows_is_that_of_the_rows_that_count(kept, dtype):
+    values = torch.tensor([1.0, -2.5, 7.0, 0.25], dtype=dtype, requires_grad=True)
+    mask = torch.tensor([row in kept for row in range(4)])
+    mean = F.mean_rows(values.masked_fill(~mask, float("nan")), mask=mask)
+    assert mean.item() == (values[mask].double().mean().item() if kept else 0.0)
+    mean.backward()
+    assert values.grad.tolist() == [1 / len(kept) if row in kept else 0.0 for row in range(4)]
+
+
+def test_mean_of_all_rows_needs_no_mask():
+    assert F.mean_rows(torch.tensor([3.0])).item() == 3.0
+    assert F.mean_rows(torch.tensor([3.0, 5.0])).item() == 4.0

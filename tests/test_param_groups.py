@@ -8,6 +8,12 @@ from torch import nn
 
 import momentum_distill as md
 
+TOLD = (
+    "^the temperature of SupConDistillLoss has a gradient and nothing has changed it in 500 calls: "
+    r"give it to the optimizer, as momentum_distill.param_groups\(model, loss_fn, weight_decay=...\) does, "
+    "or freeze it$"
+)
+
 
 def contrast_loss(contrast):
     labels = torch.tensor([0, 1, 0, 1])
@@ -73,7 +79,7 @@ def train(contrast, optimizer, steps):
 
 def test_a_temperature_that_no_optimizer_has_is_told_once():
     contrast = md.SupConDistillLoss()
-    with pytest.warns(UserWarning, match=r"^the temperature of SupConDistillLoss has a gradient") as told:
+    with pytest.warns(UserWarning, match=TOLD) as told:
         train(contrast, None, 1100)
     assert len(told) == 1
 

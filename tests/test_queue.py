@@ -979,6 +979,16 @@ def test_wrong_values_are_found_on_request_and_nothing_is_stored():
     assert len(queue) == 6
 
 
+def test_a_state_holds_what_changes_and_the_streams():
+    assert list(md.ClassQueue(6, {"text": 4, "audio": 4}).state_dict()) == [
+        "count",
+        "labels",
+        "keys_text",
+        "keys_audio",
+        "_extra_state",
+    ]
+
+
 def test_a_state_goes_to_its_streams_in_whatever_order_they_stand():
     saved = md.ClassQueue(6, {"text": 4, "audio": 4})
     heard = torch.tensor([True, False, True, True, False])

@@ -98,7 +98,8 @@ def installed(builds, tmp_path_factory) -> Path:
     (site,) = (folder / "env").glob("lib/python*/site-packages")
     for package in closure("torch").values():
         for name in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
-            (site / name).symlink_to(package.locate_file(name))
+            if not (site / name).exists():  # NVIDIA's packages share a folder
+                (site / name).symlink_to(package.locate_file(name))
     (folder / WHEEL).write_bytes(builds[0][WHEEL])
     # Without an index nothing can be fetched: what the wheel requires beyond torch's own would be an error here.
     arguments = ["--quiet", "--disable-pip-version-check", "install", "--no-index", folder / WHEEL]

@@ -16,6 +16,12 @@ from momentum_distill import functional as F
 
 WAYS = ["plain sums", "running shift", "without asking the device"]
 
+CHANGED = (
+    r"^supcon_distill: keys, momentum inputs or labels were changed in place \(by ClassQueue.enqueue\?\) before the "
+    "gradient of a single term, or a second derivative, was taken; that needs them. Call backward\\(\\) first, "
+    "differentiate `total`, or read the queue without padded=True$"
+)
+
 
 def small_tiles(patch, way):
     """Tiles of five keys, and which of the passes over them is taken."""
@@ -215,7 +221,7 @@ def test_a_gradient_that_needs_keys_which_were_overwritten_is_refused(what, scor
     one_term = terms.supervised if what == "one term" else terms.total
     torch.autograd.grad(one_term, query, create_graph=what != "one term", retain_graph=True)
     queue.enqueue(labels, {"text": -rows})
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match=CHANGED):
         torch.autograd.grad(one_term, query, create_graph=what != "one term")
 
 

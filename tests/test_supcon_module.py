@@ -260,3 +260,10 @@ def test_train_and_eval_give_the_same_loss():
     loss_fn = md.SupConDistillLoss()
     training = loss_fn(*case.args, **case.momentum)
     assert bits(loss_fn.eval()(*case.args, **case.momentum)) == bits(training)
+
+
+def test_a_range_of_one_temperature_holds_it_there():
+    loss_fn = md.SupConDistillLoss(temperature=0.3, temperature_range=(0.3, 0.3))
+    with torch.no_grad():
+        loss_fn.log_temperature_ratio.fill_(2.0)
+    assert loss_fn.temperature.item() == pytest.approx(0.3)
