@@ -212,8 +212,8 @@ def supcon_distill_loss(
     the loss is 0 and still connected to the graph. NaN in a row or key that counts makes the loss NaN.
 
     More than $2^{18}$ scores (N·Q), or those of more than $2^{20}$ numbers in the keys (Q·d), are made tile by tile,
-    and nothing of size N×Q is kept, forward or backward. Three cases take the N×Q matrices instead: fewer of both, which
-    is faster so; `torch.compile`, which fuses them; and a backward pass with `create_graph=True`.
+    and nothing of size N×Q is kept, forward or backward. Three cases take the N×Q matrices: fewer of both, which is
+    faster so; `torch.compile`, which fuses them; and a backward pass with `create_graph=True`.
 
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.
