@@ -92,7 +92,7 @@ class HardSampleFusionLoss(nn.Module):
             student_logits: The modality's logits, shape `(N, C)`.
             fused_scores: The fused scores, shape `(N,)`.
             fused_logits: The fused logits, shape `(N, C)`.
-            targets: True scores, floating, shape `(N,)`. Where it is unknown, mask the row.
+            targets: True scores, floating, shape `(N,)`, not used without scores. Where it is unknown, mask the row.
             labels: True classes in [0, C), integer, shape `(N,)`; `ignore_index` = absent (from both parts), -2 =
                 unlabelled (its cross-entropy stands, it has no say in $w_{cls}$).
             mask: True keeps a row, bool, shape `(N,)`.

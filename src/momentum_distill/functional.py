@@ -874,8 +874,9 @@ def response_distill_loss(
         momentum: Outputs of the student's momentum model, shape as `student`. Never gets a gradient.
         task: `"regression"` or `"classification"`.
         mask: True keeps a row, bool, shape `(N,)`. What a masked row holds changes nothing.
-        alpha: Weight $\alpha$ of the momentum term, in [0, 1].
-        temperature: $T > 0$ of Hinton et al. (2015), for classification; both terms get the factor $T^2$.
+        alpha: Weight $\alpha$ of the momentum term, in [0, 1]; without `momentum` there is none.
+        temperature: $T > 0$ of Hinton et al. (2015), for classification; both terms get the factor $T^2$. Regression
+            ignores it.
         reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
         detach_teacher: Stop the gradient at `teacher`.
         group: Whose rows sum and mean run over, as in :func:`supcon_distill_loss`.
@@ -984,7 +985,7 @@ def hard_sample_fusion_loss(
         student_logits: Logits of $\hat p_u$, shape `(N, C)`.
         fused_scores: $\hat y_f$, shape `(N,)`.
         fused_logits: Logits of $\hat p_f$, shape `(N, C)`.
-        targets: Ground truth $y$, floating, shape `(N,)`. Not needed without `hard_attention`.
+        targets: Ground truth $y$, floating, shape `(N,)`. Not needed without `hard_attention`, not used without scores.
         labels: Ground truth classes $p$, integer, shape `(N,)`. Not needed without `hard_attention`. `ignore_index`:
             the row is absent, from both parts; another negative number (-2): unlabelled, it has no say in $w_{cls}$
             while its cross-entropy stands.
