@@ -18,7 +18,7 @@ class ResponseDistillLoss(nn.Module):
 
     Args:
         task: `"regression"` (scores of shape `(N,)`) or `"classification"` (logits of shape `(N, C)`).
-        alpha: Weight $\alpha$ of the momentum term, in [0, 1]; without momentum outputs there is none. Paper: 0.2 to 0.6.
+        alpha: Weight $\alpha$ of the momentum term, in [0, 1]; unused without momentum outputs. Paper: 0.2 to 0.6.
         temperature: $T > 0$ of Hinton et al. (2015), for classification, with the factor $T^2$; regression ignores it.
             Paper: 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
