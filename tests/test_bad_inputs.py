@@ -6,10 +6,11 @@ too (``features['a']``, ``keys[1]``). What each says stands word for word in ``e
 ``python tests/pin.py`` writes.
 """
 
+import inspect
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,7 @@ bad(
 bad("SupConDistillLoss()", "learnable_temperature", FLAGS)
 bad("SupConDistillLoss()", "alpha", wrong_numbers(0, 1))
 bad("SupConDistillLoss()", "group", GROUPS)
+bad("supcon_distill_loss", "group", GROUPS)
 bad("SupConDistillLoss()", "validate", FLAGS)
 
 VALIDATED = "SupConDistillLoss(validate).forward"
@@ -490,6 +492,7 @@ bad(RESPONSE_OPTIONS, "detach_teacher", FLAGS)
 bad(RESPONSE_OPTIONS, "validate", FLAGS)
 bad("ResponseDistillLoss()", "alpha", wrong_numbers(0, 1))
 bad("ResponseDistillLoss()", "group", GROUPS)
+bad("response_distill_loss(regression)", "group", GROUPS)
 for argument in ("student", "teacher", "momentum"):
     bad("ResponseDistillLoss(validate).forward", argument, [("holds NaN", with_value(real(4), NAN), V)])
     bad("ResponseDistillLoss(validate).forward", argument, [("holds infinity", with_value(real(4), INF), V)])
@@ -557,6 +560,7 @@ bad(FUSION_OPTIONS, "detach_teacher", FLAGS)
 bad(FUSION_OPTIONS, "validate", FLAGS)
 bad(FUSION_OPTIONS, "ignore_index", WHOLE_NUMBERS)
 bad("HardSampleFusionLoss()", "group", GROUPS)
+bad("hard_sample_fusion_loss", "group", GROUPS)
 for argument in ("student_scores", "fused_scores", "targets"):
     bad("HardSampleFusionLoss(validate).forward", argument, [("holds NaN", with_value(real(4), NAN), V)])
 bad("HardSampleFusionLoss(validate).forward", "student_logits", [("holds NaN", with_value(real(4, 3), NAN), V)])
@@ -900,6 +904,25 @@ def test_every_public_block_has_bad_calls():
     blocks = {name for name in md.__all__ if name[0].isupper()}
     assert blocks <= covered
     assert CALLS.keys() == {case.call for case in CASES}
+
+
+def test_every_argument_has_a_bad_case():
+    """Whatever the options of the module; the terms of a loss go through the checks of the loss."""
+
+    def callee(name):
+        return re.sub(r"\(.*?\)", "", name).replace(".terms", ".forward").replace("_terms", "_loss")
+
+    arguments, tried = {}, defaultdict(set)
+    for name, call in CALLS.items():
+        function = call().function
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        if name.endswith(".forward"):
+            function = owner.forward
+        parameters = inspect.signature(function).parameters
+        arguments[callee(name)] = {key for key, value in parameters.items() if value.kind != value.VAR_KEYWORD}
+    for case in CASES:
+        tried[callee(case.call)] |= case.changes.keys()
+    assert {name: names - tried[name] for name, names in arguments.items() if names - tried[name]} == {}
 
 
 def test_every_message_that_is_pinned_is_said(pinned):

@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from torch import nn
@@ -132,6 +133,31 @@ def test_tensors_have_shapes_and_numbers_ranges(name, thing):
             assert SHAPE.search(text), (name, key, text)
         if numbers:
             assert RANGE.search(text), (name, key, text)
+
+
+def choices(annotation):
+    """The strings that an argument of this type may be."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for part in get_args(annotation) for choice in choices(part)]
+
+
+@CALLED
+def test_every_choice_is_explained(name, thing):
+    if refers_to_others(thing):
+        return
+    hints = get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
+    for key, text in entries(sections(thing)["Args"]).items():
+        others = re.findall(r"as in :\w+:`(\w+)`", text)
+        told = documentation(thing) + "".join(documentation(getattr(md.functional, other)) for other in others)
+        for choice in choices(hints[key.lstrip("*")]):
+            assert f'"{choice}"`' in told, (name, key, choice)
+
+
+def test_choices_are_found():
+    hints = get_type_hints(md.SupConDistillLoss.__init__)
+    assert choices(hints["positives"]) == ["outside", "inside", "inside_per_positive"]
+    assert choices(hints["group"]) == ["auto"]
 
 
 @ALL
