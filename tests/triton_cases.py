@@ -298,7 +298,9 @@ def test_the_loss_through_the_kernel_equals_the_loss_without_it(positives, norma
     generator = torch.Generator().manual_seed(11)
 
     def rows(count):
-        return normalize_rows(torch.randn(count, 24, generator=generator), dim=1).to(DEVICE)
+        unit = normalize_rows(torch.randn(count, 24, generator=generator), dim=1)
+        lengths = 0.5 + torch.rand(count, 1, generator=generator) if normalize is True else 1
+        return (lengths * unit).to(DEVICE)
 
     def labels(count):
         return torch.randint(-2, 3, (count,), generator=generator).to(DEVICE)
