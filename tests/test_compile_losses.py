@@ -9,8 +9,9 @@ import torch
 
 import momentum_distill as md
 from loss_cases import bits, supcon_case
+from momentum_distill import _group
 
-# Both warnings are the compiler's own, about what it does itself.
+# The compiler's own, about what it does itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
 ]
@@ -222,3 +223,9 @@ def test_compiling_leaves_the_eager_result_alone():
     before = loss_fn(*case.args, **case.momentum)
     torch.compile(loss_fn, fullgraph=True, backend="aot_eager")(*case.args, **case.momentum)
     assert bits(loss_fn(*case.args, **case.momentum)) == bits(before)
+
+
+def test_a_compiled_rank_and_an_eager_one_know_each_others_losses_by_the_same_number():
+    signature = "a loss of width 5 over the streams 'text', 'Stimmfärbung'"
+    compiled = torch.compile(lambda value: value + _group._checksum(signature), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1, dtype=torch.float64)).item() == _group._checksum(signature)

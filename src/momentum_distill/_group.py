@@ -329,7 +329,13 @@ def _digest(tensor: Tensor) -> bytes:
 
 def _checksum(signature: str) -> int:
     """A number that float64 holds exactly; torch.compile cannot see into zlib or hashlib."""
-    return int.from_bytes(signature.encode(), "big") % (2**31 - 1)
+    prime, number = 2**31 - 1, signature.encode()
+    if not torch.compiler.is_compiling():
+        return int.from_bytes(number, "big") % prime
+    total = 0
+    for byte in number:  # the same, slower, for torch before 2.13
+        total = (256 * total + byte) % prime
+    return total
 
 
 @contextmanager
