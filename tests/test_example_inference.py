@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import pickle
+import re
 import types
 
 import numpy as np
@@ -406,6 +407,18 @@ def test_words_may_be_missing_for_a_model_with_an_encoder(with_encoder, tmp_path
 
 # export
 
+can_export = pytest.mark.skipif(
+    inference.register_lstm_while_loop_decomposition is None, reason="this torch cannot export an LSTM of any length"
+)
+
+
+def test_a_torch_that_cannot_export_is_named(trained, monkeypatch):
+    monkeypatch.setattr(inference, "register_lstm_while_loop_decomposition", None)
+    with pytest.raises(
+        ValueError, match=r"^export: expected a torch that .*, got torch " + re.escape(torch.__version__)
+    ):
+        inference.export_program(trained)
+
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
@@ -414,6 +427,7 @@ def exported(checkpoint, tmp_path_factory):
     return path
 
 
+@can_export
 def test_the_exported_program_says_what_the_model_says(exported, trained, dataset):
     files = {"about.json": ""}
     program = torch.export.load(exported, extra_files=files).module()
@@ -431,6 +445,7 @@ def test_the_exported_program_says_what_the_model_says(exported, trained, datase
         np.testing.assert_allclose(probabilities, expected.probabilities[rows], rtol=1e-5, atol=1e-6)
 
 
+@can_export
 def test_the_exported_program_scales_and_cuts_its_inputs_itself(exported, trained):
     program = torch.export.load(exported).module()
     inputs = inference.example_inputs(trained, samples=4, steps=6)
@@ -444,6 +459,7 @@ def test_the_exported_program_scales_and_cuts_its_inputs_itself(exported, traine
     torch.testing.assert_close(program(inputs)["scores"], said, rtol=1e-5, atol=1e-6)
 
 
+@can_export
 def test_a_text_encoder_is_exported(with_encoder, tmp_path, dataset):
     _, folder = with_encoder
     save(tmp_path / "checkpoint", dataset, text_encoder=str(folder), modalities=["text"])

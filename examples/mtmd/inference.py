@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
-from torch.export._patches import register_lstm_while_loop_decomposition
 
 from mtmd.checkpoint import finite_or_none, load_checkpoint
 from mtmd.config import Config
@@ -46,6 +45,11 @@ from mtmd.files import is_plain, read_npy, read_table, shown
 from mtmd.metrics import metrics_for
 from mtmd.model import MTMD
 from mtmd.own_format import load_fold, open_dataset
+
+try:
+    from torch.export._patches import register_lstm_while_loop_decomposition
+except ImportError:  # torch 2.13 has it, 2.9 does not
+    register_lstm_while_loop_decomposition = None
 
 BATCH_SIZE = 64
 RATES = tuple(round(0.1 * step, 1) for step in range(11))
@@ -729,6 +733,8 @@ def example_inputs(trained: Trained, *, samples: int, steps: int, seed: int = 0)
 
 def export_program(trained: Trained) -> torch.export.ExportedProgram:
     """The deployed model as a program for any number of samples and steps."""
+    if register_lstm_while_loop_decomposition is None:
+        raise ValueError(f"export: expected a torch that exports an LSTM of any length, got torch {torch.__version__}")
     deployed = Deployed(trained).eval()
     inputs = example_inputs(trained, samples=3, steps=7)
     dynamic = torch.export.Dim.DYNAMIC
