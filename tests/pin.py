@@ -6,15 +6,24 @@ Read the difference before you commit it: it is a change for users.
 """
 
 import json
+from pathlib import Path
 
 import test_bad_inputs
+import test_distributed_blocks
 import test_public_api
+from ranks import Ranks
+
+
+def pin(path: Path, messages: dict[str, str]) -> None:
+    path.write_text(json.dumps(messages, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     test_public_api.PINNED.write_text("\n".join(test_public_api.found()) + "\n", encoding="utf-8")
-    messages = json.dumps(test_bad_inputs.messages(), indent=0, ensure_ascii=False)
-    test_bad_inputs.MESSAGES.write_text(messages + "\n", encoding="utf-8")
+    pin(test_bad_inputs.MESSAGES, test_bad_inputs.messages())
+    ranks = Ranks()
+    pin(test_distributed_blocks.MESSAGES, test_distributed_blocks.messages(ranks))
+    ranks.close()
 
 
 if __name__ == "__main__":

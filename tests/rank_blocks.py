@@ -141,9 +141,13 @@ def subset(members: list[int]) -> tuple[str, str, float]:
     queue = md.ClassQueue(SLOTS, DIMS, group=group)
     for step in range(3):
         queue.enqueue(*own_rows(rank, step))
-    mean = F.mean_rows(torch.full((rank + 1,), float(rank)), group=group)
+    values = torch.full((rank + 1,), float(rank), dtype=torch.float64, requires_grad=True)
+    mean = F.mean_rows(values, group=group)
+    rows = md.gather_rows({"x": values}, group=group)["x"]
+    (grad,) = torch.autograd.grad((rank + 1) * rows.sum(), [values])
+    assert grad.tolist() == [float(sum(r + 1 for r in (members if group else [rank])))] * (rank + 1)
     dist.barrier()
-    return digest(queue), repr(queue), float(mean)
+    return digest(queue), repr(queue), mean.item()
 
 
 def own_rows(rank: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -632,6 +636,25 @@ WRONG: dict[str, tuple[Callable, dict, str, str]] = {
     "classes": (wrong_fusion, {"student_logits": eye(2, 4), "fused_logits": eye(2, 4)}, "ValueError", r"4 classes"),
     "class weight": (wrong_fusion, {"class_weight": "error_rate"}, "ValueError", r"'error_rate'.* on rank 1$"),
     "fusion reduction": (wrong_fusion, {"reduction": "none"}, "ValueError", r"'none' on rank 1$"),
+    "scores instead of logits": (
+        wrong_fusion,
+        {
+            "student_logits": None,
+            "fused_logits": None,
+            "labels": None,
+            "student_scores": torch.ones(2),
+            "fused_scores": torch.ones(2),
+            "targets": torch.ones(2),
+        },
+        "ValueError",
+        r"of logits of 3 classes, .* on rank 0: .* of scores, .* on rank 1$",
+    ),
+    "scores beside logits": (
+        wrong_fusion,
+        {"student_scores": torch.ones(2), "fused_scores": torch.ones(2), "targets": torch.ones(2)},
+        "ValueError",
+        r"of scores and logits of 3 classes, .* on rank 1$",
+    ),
     "no labels beside logits": (wrong_fusion, {"labels": None}, "ValueError", r"^labels: .* \(on rank 1\)$"),
     "mean": (wrong_mean, {"values": torch.ones(2, 1)}, "ValueError", r"^values: .* \(on rank 1\)$"),
     "mean of nothing": (wrong_mean, {"values": None}, "TypeError", r"^values: .* \(on rank 1\)$"),
@@ -699,13 +722,13 @@ def average_of_ddp(compile_it: bool) -> tuple[str, int]:
 
 
 def change_one_average(where: str) -> tuple[str, str]:
-    """On rank 1, one number of one tensor, or the number of updates."""
+    """On all ranks but the first, one number of one tensor, or the number of updates."""
     torch.manual_seed(0)
     average = md.EMAWrapper(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
     average.check_in_sync()
-    if rank_and_world()[0] == 1 and where == "number of updates":
+    if rank_and_world()[0] and where == "number of updates":
         average.set_extra_state(torch.tensor(3))
-    elif rank_and_world()[0] == 1:
+    elif rank_and_world()[0]:
         average.module.state_dict()[where].view(-1)[0] += 1
     return raised(average.check_in_sync)
 

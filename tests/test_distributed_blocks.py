@@ -1,6 +1,8 @@
 """Each block on several ranks is that of one process, takes a fixed number of collectives, and fails on all or none."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,8 +230,18 @@ def test_a_tensor_that_a_loss_does_not_use_gets_zeros_and_a_graph_may_be_used_tw
 # --------------------------------------------------------------------------------------------------------------------
 
 
+MESSAGES = Path(__file__).with_name("rank_error_messages.json")
+
+
+def messages(ranks):
+    """What each wrong call says on two ranks; `python tests/pin.py` writes it down."""
+    return {name: text for name, (_, text, _) in ranks.run(2, "rank_blocks:errors")[0].items()}
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all_and_none_is_lost(ranks, world):
+    pinned = json.loads(MESSAGES.read_text(encoding="utf-8"))
+    assert pinned.keys() == rank_blocks.WRONG.keys()
     answers = ranks.run(world, "rank_blocks:errors")
     mean = sum(rank * (rank + 1) for rank in range(world)) / sum(range(1, world + 1))
     for name, (_, _, kind, pattern) in rank_blocks.WRONG.items():
@@ -238,6 +250,7 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all_and_none_is_lost(ran
             assert (got, text) == answers[0][name][:2], name
             assert got == kind, f"{name}: {text}"
             assert re.search(pattern, text), f"{name}: {text}"
+            assert world != 2 or text == pinned[name]
             assert after == pytest.approx(mean), name
 
 
@@ -257,7 +270,7 @@ def test_averages_under_ddp_are_the_same_without_traffic(ranks, world, compile_i
 def test_an_average_that_one_rank_has_changed_is_found_out(ranks, where):
     for kind, text in ranks.run(3, "rank_blocks:change_one_average", where):
         assert kind == "RuntimeError"
-        assert text == f"EMAWrapper: expected the same bits on all ranks, got another {where!r} on rank 1"
+        assert text == f"EMAWrapper: expected the same bits on all ranks, got another {where!r} on rank 1, 2"
 
 
 def test_averages_of_other_models_are_found_out(ranks):

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 import momentum_distill as md
 from loss_cases import bits, supcon_case
+from momentum_distill import _group
 
 
 @pytest.fixture
@@ -80,3 +81,15 @@ def test_a_loss_built_before_the_process_group_follows_it(tmp_path):
 def test_anything_else_is_no_group(build, group):
     with pytest.raises((TypeError, ValueError), match="group"):
         build(group=group)
+
+
+def test_losses_are_told_apart_by_numbers_that_float64_holds():
+    numbers = {_group._checksum(f"a loss of width {width}") for width in range(1000)}
+    assert len(numbers) == 1000
+    assert all(float(number) == number for number in numbers)
+
+
+def test_tensors_of_the_same_bytes_are_told_apart():
+    tensors = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6), torch.zeros(6, dtype=torch.int32)]
+    assert len({_group._digest(tensor) for tensor in tensors}) == 4
+    assert _group._digest(torch.zeros(2, 3).T) == _group._digest(tensors[1])
