@@ -279,6 +279,21 @@ def test_second_derivatives_are_right(positives, momentum):
     assert torch.autograd.gradgradcheck(loss, (case.query, case.keys, tau))
 
 
+@pytest.mark.parametrize("weights", [(3, 0, 0), (0, 2, 0), (0, 0, 2), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_a_gradient_that_is_to_have_one_itself_is_the_gradient(positives, weights):
+    """`gradgradcheck` compares such gradients only with one another."""
+    case = supcon_case(5, 4, 7, 3, ignored=0.2, unlabelled=0.2).requires_grad()
+    tau = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    leaves = case.query, case.keys, tau
+    terms = F.supcon_distill_terms(*case.args, **case.momentum, temperature=tau, positives=positives)
+    loss = sum(weight * term for weight, term in zip(weights, terms[:3], strict=True) if weight)
+    with_graph = torch.autograd.grad(loss, leaves, create_graph=True)
+    for ours, expected in zip(with_graph, torch.autograd.grad(loss, leaves), strict=True):
+        assert ours.requires_grad
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_no_value_is_read_from_tensors_that_have_none(positives):
     """As on an accelerator: what asked for a value would raise here."""
