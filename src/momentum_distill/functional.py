@@ -1397,7 +1397,7 @@ def _check_features(
         check_floating(name, part, shape=("Q", width))
         check_device(name, part, query.device, like="query")
     if len(key_labels) != len(keys):
-        wrong_value("key_labels", f"{len(keys)} parts as keys", f"{len(key_labels)}")
+        wrong_value("key_labels", f"as many parts as keys ({len(keys)})", f"{len(key_labels)}")
     for (name, part), key_part in zip(_named("key_labels", key_labels), keys, strict=True):
         check_labels(name, part, shape=(key_part.shape[0],))
         check_device(name, part, query.device, like="query")
@@ -1410,7 +1410,7 @@ def _check_features(
     check_device("momentum_query", momentum_query, query.device, like="query")
     momentum_keys = _parts("momentum_keys", momentum_keys)
     if len(momentum_keys) != len(keys):
-        wrong_value("momentum_keys", f"{len(keys)} parts as keys", f"{len(momentum_keys)}")
+        wrong_value("momentum_keys", f"as many parts as keys ({len(keys)})", f"{len(momentum_keys)}")
     for (name, part), key_part in zip(_named("momentum_keys", momentum_keys), keys, strict=True):
         check_floating(name, part, shape=tuple(key_part.shape))
         check_device(name, part, query.device, like="query")
