@@ -24,8 +24,11 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ids = {"ids": lambda value: str(value).removeprefix("torch.")}
 
-# NumPy, by which the interpreter computes, speaks of every NaN and of -inf - -inf.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+# NumPy, by which the interpreter computes, speaks of every NaN and of -inf - -inf, and of how Triton 3.5 calls it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
 
 
 def case(n=5, q=70, d=16, dtype=F32, *, seed=0, scale=1 / 0.07, momentum="different", labels=False, absent=0.0):
