@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings, target
 from hypothesis import strategies as st
+from hypothesis.errors import InvalidArgument
 from torch import Tensor
 
 import momentum_distill as md
@@ -430,4 +431,5 @@ def assert_accurate(
             worst[kind, dtype] = max(worst.get((kind, dtype), 0.0), error)
     if STRESS:  # let Hypothesis climb towards the worst; --hypothesis-show-statistics tells it
         for (kind, dtype), error in worst.items():
-            target(error, label=f"{kind}, {dtype}")
+            with contextlib.suppress(InvalidArgument):  # a test that comes here twice climbs by the first
+                target(error, label=f"{kind}, {dtype}")
