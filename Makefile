@@ -1,17 +1,33 @@
 # Every target builds what it needs: `make example` or `make test` in a fresh clone is enough.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest
+OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
-.PHONY: example test stress check bandit audit docs dist bench format setup clean
+.PHONY: example test test-oldest stress mutants check bandit audit docs dist bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
-	$(BIN)/python examples/mtmd_mosi.py --out runs/example
+	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
 
 test: setup  ## the whole suite, with the examples in docstrings, README and docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
+# The pins of torch are those of the newest; NumPy 2.4 refuses what Triton's interpreter of that time does.
+test-oldest:  ## the suite on the oldest torch that pyproject.toml allows: some gigabytes of download
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v -i -E '^(torch|triton|sympy|numpy)==' constraints.txt > $(OLDEST)/constraints.txt
+	printf 'torch==%s\nnumpy==2.2.6\n' $(OLDEST_TORCH) >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt "pip>=25.3"
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[examples]" --group test
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup \
+		--deselect tests/test_supply_chain.py::test_everything_that_make_installs_is_pinned
+
 stress: setup  ## the tests of chance with many more repetitions, hours
 	MOMENTUM_DISTILL_STRESS=1 $(BIN)/python -m pytest -m stress
+
+mutants: setup  ## mutation testing of src/, hours; it goes on where it was interrupted
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutants
+	$(BIN)/python tests/mutants.py
 
 check: setup bandit  ## style, types, security lint
 	$(BIN)/ruff check .
@@ -51,4 +67,4 @@ setup: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv dist runs site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) dist mutants runs site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -403,6 +403,14 @@ def test_words_may_be_missing_for_a_model_with_an_encoder(with_encoder, tmp_path
     (one,) = read_csv(tmp_path / "one.csv")
     assert np.isfinite(float(one["score"]))
     assert one["text"] == ""
+    said = command("predict", path, "--text", " ", "--text-encoder", folder)
+    assert "1 of 1 utterances have no modality that the model reads" in said
+
+
+def test_a_folder_is_no_checkpoint(checkpoint):
+    for folder, found in {checkpoint.parent: checkpoint.stem, checkpoint.parent.parent: "none"}.items():
+        with pytest.raises(ValueError, match=f"expected a checkpoint, got a folder, which has {found}"):
+            load_trained(folder)
 
 
 # export

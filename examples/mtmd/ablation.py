@@ -90,8 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train what is not trained yet, then write the tables. The exit code is 1 if an arm did not train."""
     base = config_from(arguments)
-    if "resume" not in arguments:
-        base.resume = True
+    base.resume = base.resume is not False
     asked = list(ARMS) if "all" in arguments.arms else [name for name in ARMS if name in arguments.arms]
     left_out = {name: why for name in ARMS if (why := why_left_out(base, name))}
     for name in asked:

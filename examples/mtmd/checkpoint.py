@@ -229,6 +229,9 @@ def load_checkpoint(path: Path) -> tuple[MTMD, Standardizer, dict[str, Any]]:
         ValueError: If the files do not hold a checkpoint, or are damaged.
         OSError: If they cannot be read.
     """
+    if Path(path).is_dir():
+        found = sorted(file.stem for file in Path(path).glob("checkpoint_seed*.safetensors"))
+        raise ValueError(f"{path}: expected a checkpoint, got a folder, which has {', '.join(found) or 'none'}")
     weights, description = pair(Path(path))
     about = read_description(weights, description)
     for key in ("config", "widths", "encoder"):

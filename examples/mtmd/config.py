@@ -43,9 +43,9 @@ RANGES = (
     ),
     (("alpha", "decay"), "a finite number in [0, 1]", lambda value: 0 <= value <= 1),
     (("dropout",), "a share in [0, 1)", lambda value: 0 <= value < 1),
-    (("bert_lr", "unimodal_lr", "other_lr"), "a finite number above 0", lambda value: 0 < value < math.inf),
+    (("unimodal_lr", "other_lr"), "a finite number above 0", lambda value: 0 < value < math.inf),
     (
-        ("clip", "gamma_reg", "gamma_cls", "gamma_feat", "gamma_fusion"),
+        ("bert_lr", "clip", "gamma_reg", "gamma_cls", "gamma_feat", "gamma_fusion"),
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
@@ -88,8 +88,11 @@ class Config:
     seeds: list[int] = setting([1111], "one run per seed; the paper reports the mean of five runs", many=True)
     device: str = setting("auto", "where to train; auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
     out: Path = setting(Path("runs/mtmd"), "folder for results, metrics, predictions, figures and checkpoints")
-    resume: bool = setting(
-        False, "go on with what --out holds: finished seeds are kept, an interrupted one goes on where it was saved"
+    resume: bool | None = setting(
+        None,
+        "go on with what --out holds: finished seeds are kept, an interrupted one goes on where it was saved; "
+        "--no-resume deletes it and begins anew. Without either, ablate and search go on, and training refuses a "
+        "folder that holds an experiment",
     )
     save_every: int = setting(0, "optimiser steps between saves for --resume; 0: at the end of each epoch only")
 
@@ -102,7 +105,9 @@ class Config:
         None, "samples per step; default: 64 for mosi and synthetic, 128 for mosei (paper)"
     )
     bert_lr: float = setting(
-        1e-4, "Adam learning rate of a pretrained text encoder: best on validation with MiniLM (paper, BERT-base: 5e-5)"
+        1e-4,
+        "Adam learning rate of a pretrained text encoder, 0: frozen; the default is best on validation with MiniLM "
+        "(paper, BERT-base: 5e-5)",
     )
     unimodal_lr: float = setting(5e-3, "Adam learning rate of the audio and vision models (paper)")
     other_lr: float = setting(1e-3, "Adam learning rate of everything else (paper)")
@@ -297,11 +302,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     for entry in dataclasses.fields(Config):
         option = "--" + entry.name.replace("_", "-")
         text = entry.metadata["help"].replace("%", "%%")
-        if hints[entry.name] is bool:
-            text += f" (default: {'on' if entry.default else 'off'})"
+        kinds = [kind for kind in (get_args(hints[entry.name]) or (hints[entry.name],)) if kind is not type(None)]
+        if kinds == [bool]:
+            text += "" if entry.default is None else f" (default: {'on' if entry.default else 'off'})"
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
-        kinds = [kind for kind in (get_args(hints[entry.name]) or (hints[entry.name],)) if kind is not type(None)]
         default = entry.default_factory() if entry.metadata["many"] else entry.default
         if default not in (None, []):
             shown = " ".join(str(value) for value in default) if entry.metadata["many"] else default
@@ -329,4 +334,5 @@ def config_from(arguments: argparse.Namespace) -> Config:
     values = read_toml(path) if path is not None else {}
     names = {entry.name for entry in dataclasses.fields(Config)}
     options = {name: value for name, value in given.items() if name in names}
-    return Config.from_values({**values, **options}, source=str(path) if path is not None else "settings")
+    source = "settings" if path is None else f"{path} with the options beside it" if options else str(path)
+    return Config.from_values({**values, **options}, source=source)

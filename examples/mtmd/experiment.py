@@ -14,12 +14,14 @@ A seed is finished when results.json has it; that is written after all its other
 
 import argparse
 import csv
+import importlib.metadata
 import io
 import json
 import math
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +138,8 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
     Of several processes the leader does; the others train along and return {}.
 
     Args:
-        config: The settings. With `config.resume` what the folder holds is gone on with, else begun anew.
+        config: The settings. An experiment that the folder holds is gone on with if `config.resume` is True, deleted
+            if it is False, and refused if it is None.
         console: Where progress and the table go.
         dataset: What to train on, instead of what `config` says.
 
@@ -165,8 +168,14 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
     finished = Finished()
     if config.resume:
         finished = read_finished(config, dataset, say)
-    elif clear(config.out):
-        say(f"the earlier results in {config.out} are replaced (--resume keeps them)")
+    elif earlier := files_of_earlier(config.out):
+        if config.resume is None:
+            raise ValueError(
+                f"--out: expected a folder without an experiment, got {config.out}, which has {earlier[0].name}; "
+                "--resume goes on with it, --no-resume deletes it and begins anew"
+            )
+        remove(earlier)
+        say(f"the earlier results in {config.out} are deleted")
     title = describe(dataset)
     sizes = ", ".join(f"{len(fold)} {name}" for name, fold in folds.items())
     console.print(f"{title}: {sizes}; training on {device}", markup=False, highlight=False)
@@ -320,21 +329,34 @@ def find_fault(
     return None
 
 
-def clear(out: Path) -> bool:
-    """Forget an earlier experiment, so that nothing of it is taken for part of the one that begins; was there any?"""
+def files_of_earlier(out: Path) -> list[Path]:
+    """What an earlier experiment has left: its files and the folders of unfinished seeds."""
     own = re.compile(rf"({'|'.join(SEED_FILES)})_seed\d+\.\w+")
     # results.json goes first: while it has a seed, that seed is finished.
     files = [out / name for name in ("results.json", "metrics.jsonl", "predictions.csv") if (out / name).exists()]
     files += [path for path in sorted(out.iterdir()) if own.fullmatch(path.name)]
-    for path in files:
-        path.unlink()
-    states = list(out.glob("state_seed*"))
-    for folder in states:
-        remove_states(folder)
-    return bool(files or states)
+    return files + [path for path in sorted(out.glob("state_seed*")) if path.is_dir()]
+
+
+def remove(earlier: list[Path]) -> None:
+    """Delete :func:`files_of_earlier`, so that nothing is taken for part of the experiment that begins."""
+    for path in earlier:
+        if path.is_dir():
+            remove_states(path)
+        else:
+            path.unlink()
 
 
 # Files
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers came out of, as far as it is installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("momentum-distill", "torch", "transformers", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def summarise(config: Config, dataset: Dataset, finished: Finished) -> dict[str, Any]:
@@ -349,7 +371,8 @@ def summarise(config: Config, dataset: Dataset, finished: Finished) -> dict[str,
     return {
         "config": {**config.as_json(), "seeds": seeds},
         "dataset": {"name": dataset.name, "synthetic": dataset.synthetic, "sha256": dataset.fingerprint},
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
         "runs": runs,
         "mean": {name: float(of.mean()) for name, of in values.items()},
         # Sample standard deviation (ddof 1); null with one run, which has no spread.

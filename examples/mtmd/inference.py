@@ -543,7 +543,8 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
             f"predict: expected a FILE of utterances, or one by --text, --text-features, --audio, --vision; got {got}"
         )
     if single:
-        fold = build_fold([{"id": "0", "text": arguments.text, **given}])
+        text = arguments.text if arguments.text and arguments.text.strip() else None  # as an empty cell of a CSV
+        fold = build_fold([{"id": "0", "text": text, **given}])
     else:
         fold = read_utterances(arguments.source, arguments.fold)
     for note in unread(fold, trained):

@@ -85,8 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> None:
     """Run the trials that are not there yet, write the table, train at the best point."""
     base = config_from(arguments)
-    if "resume" not in arguments:
-        base.resume = True
+    base.resume = base.resume is not False
     grid = parse_grid(arguments.grid) if arguments.grid else PAPER_GRID
     size = math.prod(len(values) for values in grid.values())
     if not 1 <= arguments.trials <= size:

@@ -91,6 +91,12 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
     """
     from transformers import AutoTokenizer
 
+    path = Path(config.text_encoder)
+    # A name on the hub has at most one slash; what looks like a path is not asked for there, again and again.
+    if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or config.text_encoder.startswith((".", "~"))):
+        raise ValueError(
+            f"--text-encoder: expected a BERT-type model's name or directory, got {path}: no such directory"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
     except (OSError, ValueError) as error:
