@@ -1,6 +1,7 @@
 """Data of your own: what is written is read again, what is odd is told, nothing is run."""
 
 import argparse
+import dataclasses
 import io
 import json
 import pickle
@@ -11,7 +12,9 @@ import pytest
 from rich.console import Console
 
 from mtmd import own_format
+from mtmd.config import Config
 from mtmd.data import FOLDS, DataError, drop_modalities, examine_mmsa, from_mmsa, load_mmsa, presence
+from mtmd.experiment import load_data
 from mtmd.metrics import metrics_for, msa_metrics, sims_metrics
 from mtmd.own_format import load_dataset, load_fold, open_dataset, save_dataset
 from mtmd.synthetic import make_synthetic
@@ -152,6 +155,17 @@ def test_a_folder_made_by_hand_is_read(tmp_path):
 def test_open_dataset_reads_a_pickle_too(content, tmp_path):
     path = pickled(tmp_path / "toy.pkl", content)
     assert_same(open_dataset(path, name="toy"), load_mmsa(path, name="toy"))
+
+
+def test_a_pickle_may_lack_a_modality_that_is_not_asked_for(content, tmp_path):
+    for fold in content.values():
+        for key in [key for key in fold if key.startswith("audio")]:
+            del fold[key]
+    path = pickled(tmp_path / "toy.pkl", content)
+    config = Config(data=path, modalities=["text", "vision"])
+    assert "audio" not in load_data(config).widths
+    with pytest.raises(DataError, match="'audio' is missing"):
+        load_data(dataclasses.replace(config, modalities=["text", "audio"]))
 
 
 def test_saving_leaves_nothing_behind_when_it_fails(content, tmp_path):

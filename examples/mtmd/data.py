@@ -96,13 +96,20 @@ class Dataset:
 # Reading
 
 
-def load_mmsa(path: str | os.PathLike[str], *, name: str, score_range: tuple[float, float] | None = None) -> Dataset:
+def load_mmsa(
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    score_range: tuple[float, float] | None = None,
+    modalities: Sequence[str] = ("audio", "vision"),
+) -> Dataset:
     """Read a pickle in MMSA's layout, aligned or unaligned, without running anything in it.
 
     Args:
         path: The pickle.
         name: What to call the dataset, say "mosi".
         score_range: See `from_mmsa`.
+        modalities: Which of audio and vision there must be.
 
     Raises:
         DataError: If the layout is not MMSA's. See `from_mmsa`.
@@ -113,7 +120,14 @@ def load_mmsa(path: str | os.PathLike[str], *, name: str, score_range: tuple[flo
     with open(path, "rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
     source = os.fspath(path)
-    return from_mmsa(content, name=name, source=source, fingerprint=fingerprint, score_range=score_range)
+    return from_mmsa(
+        content,
+        name=name,
+        source=source,
+        fingerprint=fingerprint,
+        score_range=score_range,
+        modalities=modalities,
+    )
 
 
 def from_mmsa(

@@ -345,7 +345,7 @@ def evaluation_data(path: Path | None, config: Config) -> Dataset:
 
         return load_data(config)
     # A name like that of the training data: of a file, it says between which numbers the scores lie.
-    return open_dataset(path, name="data" if config.data is None else config.dataset)
+    return open_dataset(path, name="data" if config.data is None else config.dataset, modalities=config.modalities)
 
 
 def metrics_by_branch(said: Said, fold: Fold, measure: Any) -> dict[str, dict[str, float]]:
@@ -584,7 +584,7 @@ def read_utterances(path: Path, fold: str) -> Fold:
         return build_fold(read_csv(path))
     if path.suffix.lower() == ".npz":
         return load_fold(path)
-    return open_dataset(path, name="data").folds[fold]
+    return open_dataset(path, name="data", modalities=()).folds[fold]
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +61,22 @@ READ |= {f"{name}_lengths" for name in MODALITIES}
 # Reading
 
 
-def open_dataset(path: str | os.PathLike[str], *, name: str) -> Dataset:
+def open_dataset(
+    path: str | os.PathLike[str], *, name: str, modalities: Sequence[str] = ("audio", "vision")
+) -> Dataset:
     """Read what `--data` names: an MMSA pickle, or a folder as above.
 
     Args:
         path: The file or the folder.
         name: What to call the data of a pickle; a folder has its name inside.
+        modalities: Which of audio and vision there must be in a pickle; a folder says inside what it has.
 
     Raises:
         DataError: If the data is not what it should be.
         safe_pickle.UnsafePickleError: If a pickle holds more than plain data, or is damaged.
         OSError: If it cannot be read.
     """
-    return load_dataset(path) if Path(path).is_dir() else load_mmsa(path, name=name)
+    return load_dataset(path) if Path(path).is_dir() else load_mmsa(path, name=name, modalities=modalities)
 
 
 def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
