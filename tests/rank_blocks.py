@@ -131,7 +131,8 @@ def feed(case: QueueCase, start: int = 0, stop: int = FED, saved: Path | None = 
 
 def subset(members: list[int]) -> tuple[str, str, float]:
     """A queue and a mean of some ranks, beside others that have their own."""
-    rank, _ = rank_and_world()
+    rank, world = rank_and_world()
+    assert repr(md.ClassQueue(SLOTS, DIMS)).endswith(f"group='auto' (rank {rank} of {world}))")
     group = dist.new_group(members)
     if rank not in members:
         kind, text = raised(lambda: md.ClassQueue(SLOTS, DIMS, group=group))
@@ -151,8 +152,8 @@ def subset(members: list[int]) -> tuple[str, str, float]:
 
 
 def own_rows(rank: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """As many rows as the rank's number and one."""
-    return torch.full((rank + 1,), rank), {
+    """As many rows as the rank's number and one; labels in a dtype of its own."""
+    return torch.full((rank + 1,), rank, dtype=torch.int32 if rank == 2 else torch.int64), {
         name: numbers(10 * step + rank, rank + 1, width, dtype=torch.float32) for name, width in DIMS.items()
     }
 
