@@ -510,10 +510,10 @@ def blocked_epochs(out):
 
 
 @pytest.mark.parametrize("block", [blocked_out, blocked_states, blocked_state, blocked_epochs])
-@pytest.mark.parametrize("resume", [["--resume"], []], ids=["resume", "anew"])
+@pytest.mark.parametrize("resume", ["--resume", "--no-resume"])
 def test_the_command_names_what_is_in_its_way(block, resume, tmp_path):
     path = block(tmp_path / "out")
-    command = ["train", *TINY, "--batch-size=1000", "--seeds=1", f"--out={tmp_path / 'out'}", *resume]
+    command = ["train", *TINY, "--batch-size=1000", "--seeds=1", f"--out={tmp_path / 'out'}", resume]
     code, said = run_command(*command)
     assert code == 2
     assert said.startswith("error: ")

@@ -168,13 +168,13 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
     finished = Finished()
     if config.resume:
         finished = read_finished(config, dataset, say)
-    elif earlier := files_of_earlier(config.out):
+    elif earlier := [*files_of_earlier(config.out), *states_of_earlier(config.out)]:
         if config.resume is None:
             raise ValueError(
                 f"--out: expected a folder without an experiment, got {config.out}, which has {earlier[0].name}; "
                 "--resume goes on with it, --no-resume deletes it and begins anew"
             )
-        remove(earlier)
+        clear(config.out)
         say(f"the earlier results in {config.out} are deleted")
     title = describe(dataset)
     sizes = ", ".join(f"{len(fold)} {name}" for name, fold in folds.items())
@@ -330,21 +330,24 @@ def find_fault(
 
 
 def files_of_earlier(out: Path) -> list[Path]:
-    """What an earlier experiment has left: its files and the folders of unfinished seeds."""
+    """The files that an earlier experiment has left."""
     own = re.compile(rf"({'|'.join(SEED_FILES)})_seed\d+\.\w+")
     # results.json goes first: while it has a seed, that seed is finished.
     files = [out / name for name in ("results.json", "metrics.jsonl", "predictions.csv") if (out / name).exists()]
-    files += [path for path in sorted(out.iterdir()) if own.fullmatch(path.name)]
-    return files + [path for path in sorted(out.glob("state_seed*")) if path.is_dir()]
+    return files + [path for path in sorted(out.iterdir()) if own.fullmatch(path.name)]
 
 
-def remove(earlier: list[Path]) -> None:
-    """Delete :func:`files_of_earlier`, so that nothing is taken for part of the experiment that begins."""
-    for path in earlier:
-        if path.is_dir():
-            remove_states(path)
-        else:
-            path.unlink()
+def states_of_earlier(out: Path) -> list[Path]:
+    """The folders of its seeds that were not finished."""
+    return [path for path in sorted(out.glob("state_seed*")) if path.is_dir()]
+
+
+def clear(out: Path) -> None:
+    """Forget an earlier experiment, so that nothing of it is taken for part of the one that begins."""
+    for path in files_of_earlier(out):
+        path.unlink()
+    for folder in states_of_earlier(out):
+        remove_states(folder)
 
 
 # Files
