@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import mtmd_mosi
 from mtmd import cli, experiment, training
@@ -36,6 +38,16 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     assert mtmd_mosi.main([*TWO_EPOCHS, "--seeds", "1", "2", "--out", str(out)]) == 0
     return out
+
+
+def test_a_log_has_a_line_for_each_epoch(tmp_path):
+    config = Config(**SMALL, out=tmp_path)
+    printed = Console(file=io.StringIO(), width=200)
+    results = experiment.run_experiment(config, printed, dataset=synthetic_dataset(seed=5, sizes=(64, 20, 20)))
+    lines = [line for line in printed.file.getvalue().splitlines() if ", epoch " in line]
+    assert len(lines) == config.epochs * len(config.seeds)
+    assert re.fullmatch(r"seed \d+, epoch 1 of \d+: loss \d+\.\d{3}, validation MAE \d\.\d{3}", lines[0])
+    assert {"momentum-distill", "torch"} <= results["versions"].keys()
 
 
 def test_results_json_has_every_run_with_mean_and_deviation(finished):

@@ -192,9 +192,13 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
             def on_step(record: dict[str, float], bar: Any = bar, seed: int = seed) -> None:
                 progress.update(bar, advance=1, description=f"seed {seed} loss {record['total']:.3f}")
 
-            def on_epoch(record: dict[str, Any], epochs: list[dict[str, Any]] = epochs) -> None:
+            def on_epoch(record: dict[str, Any], epochs: list[dict[str, Any]] = epochs, seed: int = seed) -> None:
                 epochs.append(finite_or_none(record))
                 write_epochs(config.out, finished)
+                if not console.is_terminal:  # a log, in which bars do not move
+                    where = f"seed {seed}, epoch {record['epoch']} of {config.epochs}"
+                    mae = f"validation MAE {record['valid']['mae']:.3f}"
+                    console.print(f"{where}: loss {record['total']:.3f}, {mae}", highlight=False)
 
             def on_note(text: str) -> None:
                 progress.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
