@@ -1,4 +1,4 @@
-"""Writes down what the tests hold fast: public names and arguments, and what each refusal says.
+"""Writes down what the tests hold fast: public names and arguments, and what each refusal says, over ranks too.
 
     python tests/pin.py
 

@@ -412,7 +412,8 @@ def assert_accurate(
     The error of a number $a$ that should be $e$ is $|a - e| / \max(f, |e|)$ with a floor $f$ of 1 unless `floors` give
     others to values and gradients. It is held to the bar of the dtype that $a$ has or, where that is coarser, of
     `sums`, the dtype summed in: a float32 loss of bfloat16 features is held to the bar of float32. Gradients count
-    times the `lengths` of their rows: what the loss changes by as a row changes by its own length, whatever its unit.
+    times their `lengths`, most often those of the rows: what the loss changes by as a row changes by its own length,
+    whatever its unit.
     A gradient that its dtype cannot hold, 1e5 in float16, is none of our doing.
     """
     worst: dict[tuple[str, torch.dtype], float] = {}

@@ -158,7 +158,7 @@ CALLS = {
     "SupConDistillLoss()": lambda: Call(md.SupConDistillLoss),
     "SupConDistillLoss.forward": lambda: supcon_module("__call__"),
     "SupConDistillLoss.terms": lambda: supcon_module("terms"),
-    "SupConDistillLoss(query, validate).forward": lambda: unit_keys_module(),
+    "SupConDistillLoss(query, validate).forward": unit_keys_module,
     "SupConDistillLoss(validate).forward": lambda: supcon_module("__call__", validate=True),
     "ResponseDistillLoss()": lambda: Call(md.ResponseDistillLoss, {"task": "regression"}),
     "ResponseDistillLoss(regression).forward": lambda: Call(

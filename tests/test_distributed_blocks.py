@@ -267,7 +267,7 @@ def test_averages_under_ddp_are_the_same_without_traffic(ranks, world, compile_i
 
 
 @pytest.mark.parametrize("where", ["0.weight", "1.running_var", "1.num_batches_tracked", "number of updates"])
-def test_an_average_that_one_rank_has_changed_is_found_out(ranks, where):
+def test_an_average_that_some_ranks_have_changed_is_found_out(ranks, where):
     for kind, text in ranks.run(3, "rank_blocks:change_one_average", where):
         assert kind == "RuntimeError"
         assert text == f"EMAWrapper: expected the same bits on all ranks, got another {where!r} on rank 1, 2"

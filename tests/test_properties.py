@@ -146,11 +146,14 @@ def test_response_loss(dtype, task, data):
         everyone = torch.ones(len(x["student"]), dtype=torch.bool)
         return {"loss": response_loss(x, everyone if keep is None else keep, **options)}
 
-    # Logits over a temperature that is no power of two are rounded, and a softmax is made of their differences.
-    rounded = task == "classification" and math.frexp(options["temperature"])[0] != 0.5
-    floor = max([1.0, *(float(t.abs().max()) for t in wide(x).values() if rounded and t.numel())])
+    # Logits over a temperature that is no power of two are rounded, and a softmax is made of their differences. The
+    # gradient for a teacher's logits is such a difference itself, of the student's log-probabilities.
+    classes = task == "classification"
+    largest = max([1.0, *(float(t.abs().max()) for t in wide(x).values() if classes and t.numel())])
+    floor = largest if math.frexp(options["temperature"])[0] != 0.5 else 1.0
     actual, expected = (outcome(f, y, ["student", "teacher"]) for f, y in ((ours, x), (theirs, wide(x))))
-    assert_accurate(actual, expected, sums=summed_in(*x.values()), floors=(floor, floor))
+    lengths = {"teacher": floor / largest}
+    assert_accurate(actual, expected, sums=summed_in(*x.values()), floors=(floor, floor), lengths=lengths)
     assert actual[0]["loss"].dtype == summed_in(*x.values())
 
 
@@ -197,30 +200,45 @@ def test_hard_sample_loss(dtype, data):
 @dtypes
 @given(data=st.data())
 @PROPERTY
-def test_similarities_and_unit_rows(dtype, data):
+def test_similarities(dtype, data):
     case = data.draw(contrasts(dtype))
     x = {name: case.features[name] for name in ("query", "keys")}
     normalize = case.options["normalize"]
     temperature = torch.tensor(case.options["temperature"], dtype=summed_in(*x.values()), requires_grad=True)
     twin = temperature.detach().double().requires_grad_()
-
     cast = data.draw(st.booleans())
 
     def ours(x):
         with cast_to_16_bits(cast):
-            logits = F.contrast_logits(x["query"], x["keys"], temperature=temperature, normalize=normalize)
-        return {"logits": logits, "unit": F.l2_normalize(x["query"])}
+            return {"logits": F.contrast_logits(**x, temperature=temperature, normalize=normalize)}
 
     def theirs(y):
-        units = {name: unit(t, no_direction(x[name])) for name, t in y.items()}
-        query = units["query"] if normalize else y["query"]
-        keys = units["keys"] if normalize is True else y["keys"]
-        return {"logits": query @ keys.T / twin, "unit": units["query"]}
+        query = unit(y["query"], no_direction(x["query"])) if normalize else y["query"]
+        keys = unit(y["keys"], no_direction(x["keys"])) if normalize is True else y["keys"]
+        return {"logits": query @ keys.T / twin}
 
     actual = outcome(ours, x, x, {"temperature": temperature})
     expected = outcome(theirs, wide(x), x, {"temperature": twin})
     floors, lengths = contrast_scales(case)
     assert_accurate(actual, expected, sums=summed_in(*x.values()), floors=floors, lengths=lengths)
+
+
+@dtypes
+@given(data=st.data())
+@PROPERTY
+def test_unit_rows(dtype, data):
+    x, cast = {"x": data.draw(contrasts(dtype)).features["query"]}, data.draw(st.booleans())
+
+    def ours(x):
+        with cast_to_16_bits(cast):
+            return {"unit": F.l2_normalize(x["x"])}
+
+    def theirs(y):
+        return {"unit": unit(y["x"], no_direction(x["x"]))}
+
+    actual, expected = outcome(ours, x, x), outcome(theirs, wide(x), x)
+    lengths = {"x": x["x"].double().norm(dim=1, keepdim=True).clamp_min(no_direction(x["x"]))}
+    assert_accurate(actual, expected, sums=summed_in(*x.values()), lengths=lengths)
 
 
 @dtypes

@@ -652,11 +652,6 @@ def test_state_of_a_queue_of_another_size_is_refused():
         make_queue(6).load_state_dict(make_queue(7).state_dict())
 
 
-def test_state_of_a_queue_with_other_streams_is_refused():
-    with pytest.raises(ValueError, match="vision"):
-        make_queue(6).load_state_dict(md.ClassQueue(6, {**DIMS, "vision": 2}).state_dict())
-
-
 # ---------------------------------------------------------------------------------------------
 # No wait for a device, compiled, deterministic
 # ---------------------------------------------------------------------------------------------
