@@ -523,6 +523,8 @@ bad(
     "fused_logits",
     [("has other classes", real(4, 2), V), ("is on another device", real(4, 3, device="meta"), V)],
 )
+ELSEWHERE = real(4, 3, device="meta")
+bad(FUSION, "student_logits", [("is on another device than the scores", ELSEWHERE, V)], fused_logits=ELSEWHERE)
 bad(
     FUSION,
     "student_logits",
@@ -649,6 +651,7 @@ BAD_FEATURES = [
     ("are None", None, T),
     ("lack a name", {"t": real(3, 3)}, V),
     ("have a name too many", features(v=real(3, 2)), V),
+    ("have a number for a name", {"t": real(3, 3), 3: real(3, 2)}, V),
     ("hold None", features(a=None), T),
     ("hold a list", features(a=[[0.0] * 2] * 3), T),
     ("hold integers", features(a=ints(3, 2)), T),
@@ -693,6 +696,14 @@ bad(
     "EMAWrapper()",
     "teacher",
     [*NO_MODULES[1:], ("has another shape", nn.Linear(2, 3), V), ("lacks a bias", nn.Linear(2, 2, bias=False), V)],
+)
+ONE = nn.Linear(2, 2)
+bad("EMAWrapper()", "teacher", [("is the model", ONE, V)], model=ONE)
+bad(
+    "EMAWrapper()",
+    "teacher",
+    [("is tied elsewhere", nn.Sequential(ONE, ONE), V)],
+    model=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
 )
 bad("EMAWrapper()", "decay", wrong_numbers(0, 1))
 bad("EMAWrapper()", "buffers", [*choices(), ("is 'none'", "none", V)])

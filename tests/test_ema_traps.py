@@ -117,6 +117,18 @@ def test_tied_buffers_are_averaged_once():
     assert ema.module.first.scale.tolist() == pytest.approx([0.1, 0.1])
 
 
+def test_a_teacher_need_not_tie_the_buffers_that_the_model_ties():
+    model, teacher = Branches(), Branches()
+    for module in (teacher, teacher.first, model):
+        module.register_buffer("scale", torch.zeros(2))
+    model.first.register_buffer("scale", model.scale)
+    ema = md.EMAWrapper(model, decay=0.9, buffers="ema", teacher=teacher)
+    model.scale.fill_(1.0)
+    ema.update(model)
+    for module in (teacher, teacher.first):
+        assert module.scale.tolist() == pytest.approx([0.1, 0.1])
+
+
 @pytest.mark.parametrize("buffers", ["copy", "ema", "frozen"])
 def test_integer_buffers_are_copied_exactly(buffers):
     model = nn.Module()
@@ -554,7 +566,7 @@ def test_a_ready_teacher_with_old_gradients_is_not_moved_by_an_optimizer():
     parent = nn.ModuleDict({"online": Branches()})
     parent["ema"] = md.EMAWrapper(parent["online"], teacher=teacher)
     before = clone_state(teacher)
-    torch.optim.SGD(parent.parameters(), lr=1.0).step()  # steps whatever has a gradient
+    torch.optim.SGD(parent.parameters(), lr=1.0, weight_decay=0.1).step()  # steps whatever has a gradient, 0 too
     assert_same_state(clone_state(teacher), before)
 
 

@@ -129,3 +129,11 @@ def test_mean_of_rows_is_that_of_the_rows_that_count(kept, dtype):
 def test_mean_of_all_rows_needs_no_mask():
     assert F.mean_rows(torch.tensor([3.0])).item() == 3.0
     assert F.mean_rows(torch.tensor([3.0, 5.0])).item() == 4.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mean_of_16_bit_rows_is_summed_in_float32(dtype):
+    values = torch.full((1001,), 1.0, dtype=dtype)
+    mean = F.mean_rows(values)
+    assert mean.dtype == torch.float32
+    assert mean.item() == 1.0

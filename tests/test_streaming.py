@@ -177,6 +177,28 @@ def test_nothing_of_the_size_of_the_similarities_is_made(positives, normalize):
     assert largest.numel < n * q / 8
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tile_without_a_key_that_is_present_hides_none_of_those_after_it(way, monkeypatch):
+    case = supcon_case(3, n=4, q=16)
+    case.key_labels[:10] = -1
+    options = {"temperature": 0.5, "alpha": 0.4}
+    expected = F.supcon_distill_loss(*case.args, **case.momentum, **options)
+    small_tiles(monkeypatch, way)
+    assert_close(F.supcon_distill_loss(*case.args, **case.momentum, **options), expected)
+
+
+@pytest.mark.parametrize("way", ["plain sums", "without asking the device"])
+def test_a_row_that_is_longer_than_each_of_its_numbers_may_still_have_no_direction(way, monkeypatch):
+    case = supcon_case(4, n=3, q=12, d=16)
+    case.query[1] = 0.9e-6  # four times as long
+    options = {"temperature": 0.5, "alpha": 0.4, "reduction": "none"}
+    rows, momentum = case.reference
+    expected = reference.supcon(*rows, **momentum, **options)
+    assert_close(F.supcon_distill_loss(*case.args, **case.momentum, **options), expected)
+    small_tiles(monkeypatch, way)
+    assert_close(F.supcon_distill_loss(*case.args, **case.momentum, **options), expected)
+
+
 def test_logits_too_large_for_plain_sums_are_noticed():
     """exp(200) is no float32; the second pass, with a running shift, must be taken and be exact."""
     case = supcon_case(4, 5, 30, 4, dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 
 import momentum_distill as md
 from loss_cases import assert_close, bits, supcon_case
+from momentum_distill import _temperature
 from momentum_distill import functional as F
 
 LOW, HIGH = 0.01, 10.0  # the default range
@@ -125,6 +126,38 @@ def test_gradient_at_the_border_is_alive_in_both_directions(border):
 
     assert gradient(outwards) * outwards > 0.0
     assert gradient(-outwards) * outwards < 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_on_a_border_no_rounding_leads_outside(dtype):
+    for start in torch.linspace(0.1, 0.9, 200).tolist():
+        for ratio in (1e4, -1e4):
+            log_ratio = torch.tensor(ratio, dtype=dtype)
+            _temperature.project_(log_ratio, start, LOW, HIGH)
+            temperature = _temperature.exp_in_range(log_ratio, start, LOW, HIGH)
+            low, high = torch.tensor([LOW, HIGH], dtype=dtype)
+            assert low <= temperature <= high
+            assert temperature.item() == pytest.approx(HIGH if ratio > 0 else LOW, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["query", "keys", "momentum_query", "momentum_keys"])
+def test_one_float64_input_is_enough_for_a_loss_in_float64(name):
+    """The learned temperature too: its rounding to float32 would show."""
+    case = supcon_case(0, dtype=torch.float32)
+    arguments = dict(zip(["query", "keys", "query_labels", "key_labels"], case.args, strict=True)) | case.momentum
+    arguments[name] = arguments[name].double()
+    everything = {key: x.double() if x.is_floating_point() else x for key, x in arguments.items()}
+    loss_fn = md.SupConDistillLoss(temperature=0.3)
+    with torch.no_grad():
+        loss_fn.log_temperature_ratio.fill_(0.123)
+    loss = loss_fn(**arguments)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(loss_fn(**everything).item(), rel=1e-14)
+
+
+@torch.inference_mode()
+def test_a_loss_made_in_inference_mode_works_there():
+    assert md.SupConDistillLoss()(*aligned_case()).isfinite()
 
 
 @pytest.mark.parametrize(("overshoot", "border"), [(1e4, HIGH), (-1e4, LOW)])
