@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,7 @@ class ClassQueue(WideModule):
         self.group = group
         self.validate = validate
 
+        self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_restore_dtype)  # type: ignore[no-untyped-call]
 
         # A ring per class (one ring in all unless balanced): where it starts, how long it is, how many samples it was
@@ -338,9 +340,7 @@ class ClassQueue(WideModule):
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        saved = json.loads(bytes(state.tolist()))
-        if set(saved) != set(self.streams):
-            wrong_value("state_dict", f"streams {list(self.streams)}", f"{saved}")
+        saved = _saved_streams(state)
         if saved != list(self.streams):
             self.labels = self.labels[[saved.index(stream) for stream in self.streams]]
 
@@ -402,6 +402,22 @@ def _unit_rows(rows: list[Tensor]) -> list[Tensor]:
         for place, part in zip(places, stacked.chunk(len(places)), strict=True):
             unit[place] = part
     return unit
+
+
+def _check_state(queue: ClassQueue, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a state of other streams or sizes before anything of it is copied."""
+    extra = state_dict.get(f"{prefix}_extra_state")
+    if extra is not None and set(saved := _saved_streams(extra)) != set(queue.streams):
+        wrong_value("state_dict", f"streams {list(queue.streams)}", f"{saved}")
+    for name in ("count", "labels", *map(_buffer_name, queue.streams)):
+        tensor, shape = state_dict.get(prefix + name), tuple(queue.get_buffer(name).shape)
+        if isinstance(tensor, Tensor) and tuple(tensor.shape) != shape:
+            wrong_value("state_dict", f"shape {shape} for {prefix + name!r}", f"{tuple(tensor.shape)}")
+
+
+def _saved_streams(extra: Tensor) -> list[str]:
+    saved: list[str] = json.loads(bytes(extra.tolist()))
+    return saved
 
 
 def _restore_dtype(queue: ClassQueue, incompatible_keys: object) -> None:
