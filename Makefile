@@ -19,6 +19,7 @@ test-oldest:  ## the suite on the oldest torch that pyproject.toml allows: some 
 	printf 'torch==%s\nnumpy==2.2.6\n' $(OLDEST_TORCH) >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt "pip>=25.3"
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[examples]" --group test
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps --group peers
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup \
 		--deselect tests/test_supply_chain.py::test_everything_that_make_installs_is_pinned
 
@@ -64,6 +65,7 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "pip>=25.3"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
 		--editable ".[examples]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --group peers
 	touch $@
 
 clean:

@@ -1,7 +1,7 @@
 """docs/coming_from.md: what stands side by side gives the same numbers.
 
 A section of the page makes `theirs` and `ours`. Its `python` blocks run anywhere; its `py` blocks need the other
-library, and where that is missing the section is skipped. Below, the same comparisons over sizes, with gradients.
+library. Below, the same comparisons over sizes, with gradients.
 """
 
 import importlib
@@ -44,20 +44,17 @@ def compared():
 
 
 def import_library(name):
-    """Make `name` importable as the page imports it, also where torchvision is missing; else skip."""
-    try:
-        if name == "timm":
-            module = import_part("timm.utils.model_ema", bare=("timm", "timm.utils"))
-            sys.modules["timm.utils"].ModelEmaV3 = module.ModelEmaV3
-        elif name == "lightly":
-            packages = ("lightly.loss", "lightly.models", "lightly.models.modules", "lightly.utils")
-            module = import_part("lightly.loss.ntx_ent_loss", bare=packages)
-            sys.modules["lightly.loss"].NTXentLoss = module.NTXentLoss
-            import_part("lightly.models.utils", bare=("lightly.models",))
-        else:
-            importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        pytest.skip(f"no {error.name}: pip install -e '.[bench]'")
+    """Make `name` importable as the page imports it, also where torchvision is missing."""
+    if name == "timm":
+        module = import_part("timm.utils.model_ema", bare=("timm", "timm.utils"))
+        sys.modules["timm.utils"].ModelEmaV3 = module.ModelEmaV3
+    elif name == "lightly":
+        packages = ("lightly.loss", "lightly.models", "lightly.models.modules", "lightly.utils")
+        module = import_part("lightly.loss.ntx_ent_loss", bare=packages)
+        sys.modules["lightly.loss"].NTXentLoss = module.NTXentLoss
+        import_part("lightly.models.utils", bare=("lightly.models",))
+    else:
+        importlib.import_module(name)
 
 
 def run_up_to(title):
@@ -209,7 +206,8 @@ def test_moco_has_our_gradient(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pytorch_metric_learning_has_our_gradient(seed):
-    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    from pytorch_metric_learning import losses
+
     rows, slots, width = 5 + seed, 30 + seed, 6
     keys, labels, key_labels = unit_rows(slots, width, seed + 20), torch.arange(rows) % 3, torch.arange(slots) % 3
     results = []

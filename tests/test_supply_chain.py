@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -155,6 +156,11 @@ def test_the_reader_of_pickles_has_no_list_of_what_is_forbidden():
 # What is installed
 
 
+def project() -> dict[str, Any]:
+    """What pyproject.toml says."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def pins() -> dict[str, str]:
     """Version by name, as constraints.txt has them."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -167,21 +173,20 @@ def pins() -> dict[str, str]:
 
 def asked_for() -> set[Requirement]:
     """What `make` installs: the package with its example, and every group."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     texts = [
-        *project["build-system"]["requires"],
-        *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["examples"],
-        *(entry for group in project["dependency-groups"].values() for entry in group if isinstance(entry, str)),
+        *project()["build-system"]["requires"],
+        *project()["project"]["dependencies"],
+        *project()["project"]["optional-dependencies"]["examples"],
+        *(entry for group in project()["dependency-groups"].values() for entry in group if isinstance(entry, str)),
         *re.findall(r'"(pip>=[\d.]+)"', (ROOT / "Makefile").read_text(encoding="utf-8")),
     ]
     return {Requirement(text) for text in texts}
 
 
 def with_theirs(requirements: set[Requirement]) -> dict[str, str]:
-    """Names with who asks for them; of what is installed also all that it requires here."""
+    """Names with who asks for them; of what is installed also all that it requires here, unless it comes alone."""
     asking, waiting = {}, [(requirement, "pyproject.toml") for requirement in requirements]
-    seen = set()
+    seen = {(canonicalize_name(Requirement(text).name), "") for text in project()["dependency-groups"]["peers"]}
     while waiting:
         requirement, by = waiting.pop()
         name = canonicalize_name(requirement.name)
