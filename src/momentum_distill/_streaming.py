@@ -201,7 +201,7 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
     for part in keys:
         for tile_keys, tile_momentum, labels, absent in _tiles(part, size):
             tile = tile_keys.shape[0]
-            classes = class_of(labels, rows.sorted_labels, absent)
+            classes = class_of(labels, rows.sorted_labels)
             class_counts.index_add_(0, classes, torch.ones_like(classes))
             logits = buffer[: stacked.shape[0] * tile].view(stacked.shape[0], tile)
             torch.mm(stacked, tile_keys.T, out=logits)
@@ -271,10 +271,11 @@ def _attend_fused(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statis
         momentum = online
         if part.momentum is not None and part.momentum is not part.online:
             momentum = part.prepare(part.momentum)[0] if part.prepare.normalize else part.momentum
-        classes = class_of(part.labels, rows.sorted_labels, ~part.present)
+        # The row of absent keys, which may be NaN, no query reads.
+        classes = torch.where(part.present, class_of(part.labels, rows.sorted_labels), count)
         class_counts.index_add_(0, classes, torch.ones_like(classes))
         if not inside:
-            class_sums.index_add_(0, classes, online.to(class_sums.dtype))  # absent keys: a row that no query reads
+            class_sums.index_add_(0, classes, online.to(class_sums.dtype))
         taught = rows.momentum is not None
         parts.append(
             _triton.attend(
@@ -331,18 +332,17 @@ def sort_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
     return ordered, torch.searchsorted(ordered, labels)
 
 
-def class_of(labels: Tensor, sorted_labels: Tensor, absent: Tensor | None) -> Tensor:
+def class_of(labels: Tensor, sorted_labels: Tensor) -> Tensor:
     """Where each label (B,) stands first among the sorted labels of the N queries; N for a key that is no one's.
 
-    The sorted labels hold nothing negative, see :func:`sort_labels`.
+    The sorted labels hold nothing negative, see :func:`sort_labels`. An absent key may have the class of queries: of
+    absent ones, that count for nothing.
     """
     count = sorted_labels.shape[0]
     if count == 0:
         return torch.zeros_like(labels)
     first = torch.searchsorted(sorted_labels, labels.contiguous())
     found = sorted_labels[first.clamp_(max=count - 1)] == labels
-    if absent is not None:
-        found &= ~absent
     return torch.where(found, first, count)
 
 
@@ -393,7 +393,7 @@ def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: Statistics,
         chosen = slice(start, start + size)
         absent = ~part.present[chosen]
         keys, lengths = part.prepare(part.online[chosen].masked_fill(absent[:, None], 0.0))
-        classes = class_of(part.labels[chosen], rows.sorted_labels, absent)
+        classes = class_of(part.labels[chosen], rows.sorted_labels)
         logits = (rows.query @ keys.T).masked_fill(absent, -torch.inf)
         weights = _softmax(logits, statistics.lse) * grads.lse[:, None]
         if inside:
