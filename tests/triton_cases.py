@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
 from torch.nn.functional import normalize as normalize_rows
 
 from loss_cases import RTOL, bits
@@ -36,7 +35,7 @@ def case(n=5, q=70, d=16, dtype=F32, *, seed=0, scale=1 / 0.07, momentum="differ
     generator = torch.Generator().manual_seed(seed)
 
     def rows(count):
-        return normalize(torch.randn(count, d, generator=generator), dim=1).to(dtype)
+        return normalize_rows(torch.randn(count, d, generator=generator), dim=1).to(dtype)
 
     query, keys, momentum_query, momentum_keys = rows(n), rows(q), rows(n), rows(q)
     present = torch.rand(q, generator=generator) >= absent
@@ -260,7 +259,7 @@ def test_float16_keeps_many_faint_weights():
 @pytest.mark.parametrize("dtype", [BF16, F16], **ids)
 def test_float32_queries_meet_16_bit_keys(dtype):
     (query, keys, _), options = case(20, 200, 64, dtype)
-    query = normalize(query + 1e-3 * torch.randn_like(query), dim=1)
+    query = normalize_rows(query + 1e-3 * torch.randn_like(query), dim=1)
     options["momentum_keys"] = options["momentum_keys"].float()  # dtypes may differ
     check((query, keys, None), options, dtype)
 
@@ -295,9 +294,11 @@ def test_the_host_does_not_wait():
 
 @pytest.mark.parametrize("positives", ["outside", "inside", "inside_per_positive"])
 @pytest.mark.parametrize("normalize", [True, "query"], ids=str)
-@pytest.mark.parametrize("momentum", ["different", "same", "none"])
-def test_the_loss_through_the_kernel_equals_the_loss_without_it(positives, normalize, momentum, monkeypatch):
-    """The public function in two key parts, values and all gradients; some keys and rows are left out."""
+@pytest.mark.parametrize(("momentum", "ignore_index"), [("different", -1), ("same", 2), ("none", 2)])
+def test_the_loss_through_the_kernel_equals_the_loss_without_it(
+    positives, normalize, momentum, ignore_index, monkeypatch
+):
+    """The public function in two key parts, values and all gradients; keys and rows that are left out hold NaN."""
     generator = torch.Generator().manual_seed(11)
 
     def rows(count):
@@ -308,20 +309,35 @@ def test_the_loss_through_the_kernel_equals_the_loss_without_it(positives, norma
     def labels(count):
         return torch.randint(-2, 3, (count,), generator=generator).to(DEVICE)
 
-    batch, queue, momentum_batch, momentum_queue, momentum_query = rows(9), rows(70), rows(9), rows(70), rows(9)
-    query_labels, key_labels = labels(9), (labels(9), labels(70))
+    queries, momentum_queries, query_labels = rows(9), rows(9), labels(9)
+    batch, momentum_batch, batch_labels = rows(9), rows(9), labels(9)
+    queue, momentum_queue, queue_labels = rows(70), rows(70), labels(70)
+    for x, y, of_rows in (
+        (queries, momentum_queries, query_labels),
+        (batch, momentum_batch, batch_labels),
+        (queue, momentum_queue, queue_labels),
+    ):
+        x[of_rows == ignore_index] = y[of_rows == ignore_index] = torch.nan
     results = []
     for wanted in ("0", "1"):
         monkeypatch.setenv("MOMENTUM_DISTILL_TRITON", wanted)
-        query = batch.clone().requires_grad_()
-        keys = (momentum_batch.clone().requires_grad_(), queue)
+        query = queries.clone().requires_grad_()
+        keys = (batch.clone().requires_grad_(), queue)
         tau = torch.tensor(0.2, device=DEVICE, requires_grad=True)
         teacher = {}
         if momentum != "none":
-            momentum_keys = keys if momentum == "same" else (momentum_query, momentum_queue)
-            teacher = {"momentum_query": momentum_query, "momentum_keys": momentum_keys}
+            momentum_keys = keys if momentum == "same" else (momentum_batch, momentum_queue)
+            teacher = {"momentum_query": momentum_queries, "momentum_keys": momentum_keys}
         loss = functional.supcon_distill_loss(
-            query, keys, query_labels, key_labels, temperature=tau, positives=positives, normalize=normalize, **teacher
+            query,
+            keys,
+            query_labels,
+            (batch_labels, queue_labels),
+            temperature=tau,
+            positives=positives,
+            normalize=normalize,
+            ignore_index=ignore_index,
+            **teacher,
         )
         loss.backward()
         results.append((loss.detach(), query.grad, keys[0].grad, tau.grad))
