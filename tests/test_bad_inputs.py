@@ -228,6 +228,7 @@ def wrong_numbers(low=0.0, high=INF, *, optional=False):
     values = [
         ("is NaN", NAN, V),
         ("is infinite", INF, V),
+        ("is minus infinity", -INF, V),
         ("is a string", "0.5", T),
         ("is a bool", True, T),
         ("is a list", [0.5], T),
@@ -625,6 +626,11 @@ bad(
     "MomentumFusionFactors()",
     "modalities",
     [("is a set without order", {"t"}, T), ("holds a number", ["t", 3], T)],
+)
+bad(
+    "MomentumFusionFactors()",
+    "modalities",
+    [("is told whole", "a" * 78, T), ("is too long to be told whole", "a" * 79, T)],
 )
 bad("MomentumFusionFactors()", "modalities", [("is empty", [], V), ("has a name twice", ["t", "a", "t"], V)])
 bad("MomentumFusionFactors()", "init", wrong_numbers(-INF))
