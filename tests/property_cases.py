@@ -351,15 +351,16 @@ def no_direction(x: Tensor) -> float:
     return 1e-3 if x.dtype == torch.float16 else 1e-6
 
 
-def contrast_scales(case: Contrast) -> tuple[tuple[float, float], Named]:
+def contrast_scales(case: Contrast, ratio: float = 0.0) -> tuple[tuple[float, float], Named]:
     """Floors of value and gradients, and lengths of the rows, for :func:`assert_accurate`.
 
     A gradient is a difference of scores, so its floor is the largest score there can be, S: 1/temperature for unit
-    rows. A score of size S also carries an error of S times the unit roundoff into the softmax, which no arithmetic can
-    mend, and the KL term is a mean of differences of scores by such weights: beyond 20, a temperature of 0.05, the
-    floor of gradients grows with S once more, that of values with its square. And a sum has the errors of all its rows.
+    rows. A score of size S also carries an error of S times the unit roundoff u into the softmax, which no arithmetic
+    can mend, so beyond 20, a temperature of 0.05, the floor of gradients grows with S once more. The KL term is a mean
+    of differences of scores by such weights, with an error of a few u S²: beyond 7 the floor of values is (S/7)², which
+    allows 3.4 u S² in float32. And a sum has the errors of all its rows. `ratio` is that of a learned temperature.
     """
-    normalize, temperature = case.options["normalize"], case.options["temperature"]
+    normalize, temperature = case.options["normalize"], case.options["temperature"] * math.exp(ratio)
     norms = {name: x.double().norm(dim=1, keepdim=True) for name, x in case.features.items()}
     if normalize is False:
         # One length for all rows of a side: a short row's gradient is made of the long ones.
@@ -373,8 +374,8 @@ def contrast_scales(case: Contrast) -> tuple[tuple[float, float], Named]:
         lengths["keys"] = 1.0 if normalize == "query" else lengths["keys"]
         score = 1 / temperature
     rows = len(case.query_labels) if case.options["reduction"] == "sum" else 1
-    more = max(1.0, score / 20)
-    return (max(1, rows) * more**2, max(1, rows) * max(1.0, score) * more), lengths
+    floors = max(1.0, score / 7) ** 2, max(1.0, score) * max(1.0, score / 20)
+    return tuple(max(1, rows) * floor for floor in floors), lengths
 
 
 def outcome(

@@ -109,7 +109,7 @@ def test_contrastive_loss(dtype, layout, data):
         actual = outcome(ours, case.features, call["wanted"], own)
     expected = outcome(theirs, wide(case.features), call["wanted"], twins)
     sums = summed_in(*case.features.values())
-    floors, lengths = contrast_scales(case)
+    floors, lengths = contrast_scales(case, call["ratio"] or 0.0)
     assert_accurate(actual, expected, sums=sums, floors=floors, lengths=lengths)
     assert {x.dtype for x in actual[0].values()} == {sums}
 
