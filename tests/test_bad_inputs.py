@@ -526,6 +526,8 @@ bad(
 )
 ELSEWHERE = real(4, 3, device="meta")
 bad(FUSION, "student_logits", [("is on another device than the scores", ELSEWHERE, V)], fused_logits=ELSEWHERE)
+NO_SCORES = dict.fromkeys(("student_scores", "fused_scores", "targets"))
+bad(FUSION, "fused_logits", [("is elsewhere, without scores", ELSEWHERE, V)], **NO_SCORES)
 bad(
     FUSION,
     "student_logits",

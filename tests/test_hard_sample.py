@@ -368,3 +368,20 @@ def test_validation_passes_left_out_garbage_and_certain_teachers_and_changes_no_
     expected = F.hard_sample_fusion_loss(**kwargs)
     assert expected.isfinite()
     assert bits(F.hard_sample_fusion_loss(**kwargs, validate=True)) == bits(expected)
+
+
+@pytest.mark.parametrize("name", ["student_scores", "fused_scores", "targets", "student_logits", "fused_logits"])
+def test_one_float64_input_is_enough_for_a_loss_in_float64(name):
+    scores, logits = torch.linspace(0, 1, 12).view(3, 4), torch.linspace(-1, 2, 24).view(2, 4, 3)
+    tensors = {
+        "student_scores": scores[0],
+        "fused_scores": scores[1],
+        "targets": scores[2],
+        "student_logits": logits[0],
+        "fused_logits": logits[1].flip(1),
+    }
+    loss_fn, labels = md.HardSampleFusionLoss(), torch.tensor([0, 1, 2, -2])
+    loss = loss_fn(**tensors | {name: tensors[name].double()}, labels=labels)
+    assert loss.dtype == torch.float64
+    expected = loss_fn(**{key: x.double() for key, x in tensors.items()}, labels=labels)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-14)

@@ -247,6 +247,16 @@ def test_a_gradient_that_needs_keys_which_were_overwritten_is_refused(what, scor
         torch.autograd.grad(one_term, query, create_graph=what != "one term")
 
 
+@pytest.mark.parametrize("name", ["keys", "query_labels", "key_labels", "momentum_query", "momentum_keys"])
+def test_whatever_is_overwritten_before_a_single_term_has_its_gradient_is_noticed(name):
+    case = supcon_case(5)
+    case.query.requires_grad_()
+    terms = F.supcon_distill_terms(*case.args, **case.momentum, temperature=0.5)
+    getattr(case, name).mul_(1)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        terms.supervised.backward()
+
+
 @pytest.mark.parametrize("scores", [-1, 2**20], ids=["tiles", "matrices"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("learned_alpha", [True, False])
