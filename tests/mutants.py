@@ -6,7 +6,8 @@
 [mutmut](https://mutmut.readthedocs.io) writes the mutants, each one change to one function, into `mutants/`. This file
 runs them: the tests are imported once, and every mutant gets a fork of that process, in which the tests that reach its
 function run, the cheapest first, until one fails or `--seconds` of tests have passed. What survives one group of tests
-goes on to the next. It takes hours and can be interrupted: it goes on where it was. What survives all is in
+goes on to the next. It takes hours and can be interrupted: it goes on where it was. `tests/survivors.toml` says of
+those that survive all why they are the same program, or no program's concern; the others are in
 `mutants/survivors.txt`, to be read.
 """
 
@@ -16,10 +17,12 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +32,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "mutants"
 VERDICTS = FOLDER / "verdicts.jsonl"
+EXPLAINED = ROOT / "tests" / "survivors.toml"
 
 # What one process shows, what takes several ranks, and what takes Triton's interpreter. Files of the example are left
 # out: they test the example.
@@ -111,10 +115,40 @@ def report() -> None:
             counts[met.get(group, "not run")] += 1
         print(f"{group}: " + ", ".join(f"{count} {how}" for how, count in sorted(counts.items())))
     print(f"{total - len(alive)} of {total} killed, {100 * (1 - len(alive) / total):.1f} %")
+    reasons = tomllib.loads(EXPLAINED.read_text(encoding="utf-8"))["reason"]
+    counts, unexplained = defaultdict(int), 0
     with (FOLDER / "survivors.txt").open("w", encoding="utf-8") as file:
         for name in alive:
             changed = [line for line in get_diff_for_mutant(name).splitlines()[2:] if line[:1] in ("+", "-")]
-            file.write("\n".join([name, *changed, ""]))
+            before, after = (" ".join(line[1:].strip() for line in changed if line[0] == sign) for sign in "-+")
+            why = reason(reasons, function_of(name), before, after)
+            if why is None:
+                unexplained += 1
+                file.write("\n".join([name, *changed, ""]))
+            else:
+                counts[why] += 1
+    print(f"{len(alive)} live, {unexplained} of them without a reason in {EXPLAINED.name}:")
+    for why, count in sorted(counts.items(), key=lambda entry: -entry[1]):
+        print(f"{count:5} {why}")
+
+
+def function_of(mutant: str) -> str:
+    """`_streaming._Sums.add` of `momentum_distill._streaming.xǁ_Sumsǁadd__mutmut_3`."""
+    module, function = mutant.split(".")[1:]
+    *owner, name = function.rpartition("__mutmut_")[0].removeprefix("x").removeprefix("ǁ").split("ǁ")
+    return ".".join([module, *owner, name if owner else name.removeprefix("_")])
+
+
+def reason(reasons: list[dict], function: str, before: str, after: str) -> str | None:
+    """Why it is no matter that a line of this function was another, or None."""
+    for entry in reasons:
+        if any(re.fullmatch(pattern, f"{before} => {after}") for pattern in entry.get("patterns", ())):
+            return entry["why"]
+        for change in entry.get("changes", ()):
+            where, _, what = change.partition(": ")
+            if where == function and what in after:
+                return entry["why"]
+    return None
 
 
 class Coverage:

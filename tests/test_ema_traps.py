@@ -356,6 +356,16 @@ class OwnModule(nn.Module):
         return self.module(x) + x @ self.weight + self.bias
 
 
+def test_a_wrapper_that_stands_twice_in_a_model_is_unwrapped_twice():
+    inner = nn.Linear(2, 2)
+    wrapped = nn.DataParallel(inner)
+    ema = md.EMAWrapper(nn.ModuleDict({"a": inner, "b": inner}), decay=0.0)
+    with torch.no_grad():
+        inner.weight.add_(1.0)
+    ema.update(nn.ModuleDict({"a": wrapped, "b": wrapped}))
+    assert torch.equal(ema.module["b"].weight, inner.weight)
+
+
 @pytest.mark.parametrize("wrap", [lambda m: m, compiled, DistributedLike], ids=["plain", "compile", "ddp"])
 @pytest.mark.parametrize("nested", [False, True], ids=["top", "nested"])
 def test_a_real_submodule_called_module_is_no_wrapper(wrap, nested):
@@ -856,6 +866,23 @@ def test_an_online_model_that_changes_dtype_between_updates_is_followed(dtype):
     model.float()
     ema.update(model)
     assert values(ema.module) == [0.75] * 6
+
+
+class Subclass(torch.Tensor):
+    """As quantisation and DTensor have."""
+
+
+def test_a_tensor_of_another_type_that_changes_dtype_between_updates_is_followed():
+    model = nn.Linear(2, 2, bias=False)
+    model.weight = nn.Parameter(torch.zeros(2, 2).as_subclass(Subclass))
+    ema = md.EMAWrapper(model, decay=0.5, teacher=nn.Linear(2, 2, bias=False))
+    ema.update(model, decay=0.0)
+    model.double()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema.update(model)
+    assert ema.module.weight.dtype == torch.float32
+    assert ema.module.weight.tolist() == [[0.5, 0.5]] * 2
 
 
 def test_online_storage_moved_under_the_same_parameters_is_followed():

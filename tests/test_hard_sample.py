@@ -385,3 +385,10 @@ def test_one_float64_input_is_enough_for_a_loss_in_float64(name):
     assert loss.dtype == torch.float64
     expected = loss_fn(**{key: x.double() for key, x in tensors.items()}, labels=labels)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-14)
+
+
+def test_logits_without_attention_are_validated_without_labels():
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    loss_fn = md.HardSampleFusionLoss(hard_attention=False, validate=True)
+    loss = loss_fn(student_logits=logits, fused_logits=logits.flip(1))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, logits.flip(1).softmax(dim=1)))

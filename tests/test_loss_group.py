@@ -83,6 +83,21 @@ def test_anything_else_is_no_group(build, group):
         build(group=group)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        md.SupConDistillLoss,
+        lambda **group: md.ResponseDistillLoss(task="regression", **group),
+        md.HardSampleFusionLoss,
+        lambda **group: md.ClassQueue(4, {"a": 2}, **group),
+    ],
+    ids=["contrast", "response", "hard samples", "queue"],
+)
+def test_what_is_in_force_is_shown(build):
+    assert "group='auto' (this process alone)" in repr(build())
+    assert "group=None (this process alone)" in repr(build(group=None))
+
+
 def test_losses_are_told_apart_by_numbers_that_float64_holds():
     numbers = {_group._checksum(f"a loss of width {width}") for width in range(1000)}
     assert len(numbers) == 1000

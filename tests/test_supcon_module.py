@@ -155,6 +155,24 @@ def test_one_float64_input_is_enough_for_a_loss_in_float64(name):
     assert loss.item() == pytest.approx(loss_fn(**everything).item(), rel=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_16_bit_alpha_weighs_as_its_number_does(dtype):
+    case = supcon_case(0).requires_grad()
+    alpha, loss_fn = (
+        torch.tensor(0.3, dtype=dtype, requires_grad=True),
+        md.SupConDistillLoss(learnable_temperature=False),
+    )
+    found = []
+    for weight in (alpha, alpha.item()):
+        loss = loss_fn(*case.args, **case.momentum, alpha=weight)
+        found.append([loss, *torch.autograd.grad(loss, [case.query, case.keys], retain_graph=True)])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+    terms = loss_fn.terms(*case.args, **case.momentum)
+    (gradient,) = torch.autograd.grad(found[0][0], alpha)
+    assert gradient == (terms.distill - terms.supervised).to(dtype)
+
+
 @torch.inference_mode()
 def test_a_loss_made_in_inference_mode_works_there():
     assert md.SupConDistillLoss()(*aligned_case()).isfinite()

@@ -579,7 +579,7 @@ def _deepcopy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise TypeError(
             f"model: expected a module that copy.deepcopy can copy, got {type(model).__name__}, for which it says: "
-            f"{error}. Build a second module of the same kind and pass it as teacher=."
+            f"{str(error).rstrip('.')}. Build a second module of the same kind and pass it as teacher=."
         ) from error
 
 
