@@ -42,10 +42,16 @@ def test_the_kernel_equals_the_formulas(interpret):
     assert " passed" in run.stdout
 
 
+def one_part(dtype):
+    """One query, and a part of three keys."""
+    labels = torch.zeros(3, dtype=torch.int64)
+    return torch.zeros(1, 2), labels[:1], [_triton.Part(torch.zeros(3, 2, dtype=dtype), None, labels, None)]
+
+
 @needs_triton
 def test_float64_is_refused():
     with pytest.raises(TypeError, match=r"^keys: expected float32, bfloat16 or float16, got a torch.float64 tensor"):
-        _triton.attend(torch.zeros(1, 2), torch.zeros(3, 2, dtype=torch.float64), None, scale=torch.tensor(1.0))
+        _triton.attend(*one_part(torch.float64))
 
 
 def test_without_triton_the_module_imports_and_says_so(monkeypatch):
@@ -56,7 +62,8 @@ def test_without_triton_the_module_imports_and_says_so(monkeypatch):
     spec.loader.exec_module(module)
     assert not module.available()
     with pytest.raises(RuntimeError, match=r"^attend: expected Triton to be installed"):
-        module.attend(torch.zeros(1, 2), torch.zeros(3, 2), None, scale=torch.tensor(1.0))
+        module.attend(*one_part(F32))
+    assert not module.works(torch.device("cuda"))
 
 
 @given(
@@ -64,50 +71,71 @@ def test_without_triton_the_module_imports_and_says_so(monkeypatch):
     q=st.integers(1, 10**7),
     d=st.integers(1, 2048),
     dtype=st.sampled_from([F32, BF16]),
-    kinds=st.integers(1, 3),
+    kinds=st.sampled_from([2, 3]),
+    inside=st.booleans(),
+    shared=st.sampled_from([99, 163, 227]),
+    parts=st.integers(1, 3),
 )
-def test_the_plan_covers_every_key_within_its_memory(n, q, d, dtype, kinds):
-    plan = _triton._plan(n, q, d, dtype, kinds=kinds, num_sms=132)
+def test_the_plan_covers_every_key_within_its_memory(n, q, d, dtype, kinds, inside, shared, parts):
+    plan = _triton._plan(n, q, d, dtype, kinds=kinds, inside=inside, num_sms=132, shared=shared * 1024, parts=parts)
     assert plan.num_splits * plan.keys_per_split >= q > (plan.num_splits - 1) * plan.keys_per_split
-    assert plan.num_splits == 1 or 4 * kinds * plan.num_splits * n * (d + 1) <= 16 * 2**20
+    assert plan.num_splits == 1 or 4 * kinds * parts * plan.num_splits * n * (d + 1) <= 16 * 2**20
     assert all(size >= 16 and size & (size - 1) == 0 for size in plan[:4])
     assert plan.chunk <= plan.block_d
     assert plan.chunk >= d or plan.block_d % plan.chunk == 0
 
 
-def test_few_queries_fill_the_gpu():
-    plan = _triton._plan(512, 262_144, 128, BF16, kinds=2, num_sms=132)
-    assert 0.9 * 132 <= 512 // plan.block_q * plan.num_splits <= 132
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("inside", [True, False])
+def test_few_queries_fill_the_gpu_and_no_program_waits_for_another(dtype, inside):
+    plan = _triton._plan(256, 262_144, 128, dtype, kinds=3, inside=inside, num_sms=132, shared=227 * 1024)
+    blocks = 256 // plan.block_q
+    programs = plan.num_splits * (3 * blocks if inside else 2 * blocks + 1)
+    slots = 132 * (_triton._WARPS_PER_SM // plan.num_warps)
+    assert 0.9 * slots <= programs <= slots
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("d", "dtype", "capability"),
-    [(128, BF16, 80), (128, BF16, 90), (384, F16, 90), (100, F32, 90)],
-    ids=["bfloat16 on 8.0", "bfloat16 on 9.0", "wide float16", "float32"],
+    [(128, BF16, 90), (384, F16, 80), (100, F32, 80)],
+    ids=["bfloat16", "wide float16", "float32"],
 )
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(d, dtype, capability, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    plan = _triton._plan(512, 65_536, d, dtype, kinds=3, num_sms=132)
+    shared = 99 * 1024  # what a program gets on every GPU since 2020
+    plan = _triton._plan(512, 65_536, d, dtype, kinds=3, inside=True, num_sms=132, shared=shared)
     pointers = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}
-    types = dict.fromkeys(("query", "momentum_query", "scale", "momentum_scale"), "*fp32")
+    types = dict.fromkeys(("query", "momentum_query", "key_scale", "momentum_key_scale"), "*fp32")
     types |= dict.fromkeys(("lse", "mean", "mean_logit", "part_lse", "part_mean", "part_mean_logit"), "*fp32")
-    types |= {"keys": pointers[dtype], "momentum_keys": pointers[dtype], "present": "*i1"}
-    types |= {"query_labels": "*i64", "key_labels": "*i64"}
+    types |= {"keys": pointers[dtype], "momentum_keys": pointers[dtype], "raw": pointers[dtype], "first_rows": "*i32"}
+    types |= {"query_labels": "*i64", "key_labels": "*i64", "part_count": "*i32"}
+    types |= {
+        "state": "*fp32",
+        "first": "*i32",
+        "labels": "*i64",
+        "present": "*i1",
+        "lengths": "*fp32",
+        "unit": "*fp32",
+        "shortest": "fp32",
+    }
 
     def compile(kernel, constants, **options):
+        types["count"] = "*i32" if kernel is _triton._attend_kernel else "*i64"
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): x for name, x in constants.items()})
         return _triton.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
-    constants = {"WIDTH": d, "MOMENTUM": True, "SAME_KEYS": False, "POSITIVE": True, "MASKED": True}
+    constants = {"WIDTH": d, "KINDS": 3, "INSIDE": True, "SAME_KEYS": False, "SCALED": dtype != F16}
     constants |= {"BLOCK_Q": plan.block_q, "BLOCK_K": plan.block_k, "BLOCK_D": plan.block_d, "CHUNK": plan.chunk}
     constants |= {"PRODUCTS": _triton._FLOAT32_PRODUCTS, "INTERPRETED": False}
     compiled = compile(_triton._attend_kernel, constants, num_warps=plan.num_warps, num_stages=plan.num_stages)
-    tensor_cores = "wgmma" if capability == 90 and plan.block_q >= 64 else "mma.sync"
-    assert (tensor_cores in compiled.asm["ptx"]) == (dtype != F32)
-    assert compiled.metadata.shared <= 99 * 1024  # what a program gets on every GPU since 2020
-    compile(_triton._merge_kernel, {"WIDTH": d, "MOMENTUM": True, "BLOCK_Q": 8, "BLOCK_D": 128})
+    assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]  # the tensor cores
+    assert compiled.metadata.shared <= shared
+    compile(_triton._merge_kernel, {"WIDTH": d, "BLOCK_Q": 8, "BLOCK_D": 128})
+    compile(_triton._first_kernel, {"BLOCK": 64, "INSIDE": False})
+    compile(_triton._state_kernel, {"WIDTH": d, "SAME_KEYS": False, "BLOCK_K": 32, "BLOCK_D": 128})
+    compile(_triton._normalize_kernel, {"WIDTH": d, "INVERSE": False, "BLOCK_N": 32, "BLOCK_D": 128})

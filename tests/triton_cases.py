@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize as normalize_rows
 
 from loss_cases import RTOL, bits
-from momentum_distill import functional
-from momentum_distill._triton import KeyStatistics, attend
+from momentum_distill import _triton, functional
+from momentum_distill._streaming import Statistics, row_lengths
+from momentum_distill._triton import Part
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -30,8 +31,36 @@ pytestmark = [
 ]
 
 
-def case(n=5, q=70, d=16, dtype=F32, *, seed=0, scale=1 / 0.07, momentum="different", labels=False, absent=0.0):
-    """Positional and keyword arguments of `attend`: unit rows, already rounded; absent keys hold NaN."""
+def attend(
+    query,
+    keys,
+    present=None,
+    *,
+    scale,
+    momentum_query=None,
+    momentum_keys=None,
+    momentum_scale=None,
+    query_labels,
+    key_labels,
+    inside=False,
+    shortest=None,
+    num_splits=None,
+):
+    """The kernel over one part of the keys."""
+    taught = momentum_query is not None
+    part = Part(keys, momentum_keys if taught else None, key_labels, present, shortest)
+    return _triton.attend(
+        query * scale,
+        query_labels,
+        [part],
+        momentum_query=momentum_query * momentum_scale if taught else None,
+        inside=inside,
+        num_splits=num_splits,
+    )
+
+
+def case(n=5, q=70, d=16, dtype=F32, *, seed=0, scale=16.0, momentum="different", inside=False, absent=0.0):
+    """Arguments of `attend`: unit rows, already rounded, which scales of powers of two keep; absent keys hold NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def rows(count):
@@ -43,13 +72,12 @@ def case(n=5, q=70, d=16, dtype=F32, *, seed=0, scale=1 / 0.07, momentum="differ
     query_labels, key_labels = (torch.randint(-2, 4, (rows,), generator=generator) for rows in (n, q))
 
     keys = keys.to(DEVICE)
-    options = {"scale": torch.tensor(scale, device=DEVICE)}
+    options = {"scale": scale, "inside": inside}
     if momentum != "none":
         options["momentum_query"] = momentum_query.float().to(DEVICE)
         options["momentum_keys"] = keys if momentum == "same" else momentum_keys.to(DEVICE)
-        options["momentum_scale"] = torch.tensor(0.6 * scale, device=DEVICE)
-    if labels:
-        options |= {"query_labels": query_labels.to(DEVICE), "key_labels": key_labels.to(DEVICE)}
+        options["momentum_scale"] = 0.5 * scale
+    options |= {"query_labels": query_labels.to(DEVICE), "key_labels": key_labels.to(DEVICE)}
     return (query.float().to(DEVICE), keys, present.to(DEVICE) if absent else None), options
 
 
@@ -62,43 +90,49 @@ def formulas(
     momentum_query=None,
     momentum_keys=None,
     momentum_scale=None,
-    query_labels=None,
-    key_labels=None,
+    query_labels,
+    key_labels,
+    inside=False,
+    shortest=None,
     num_splits=None,  # noqa: ARG001 - makes no difference
 ):
     """What `attend` returns, in float64 and with everything of size N x Q."""
     count = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device) if present is None else present
 
-    def attention(q, k, mask, scale):
-        logits = q.double() @ torch.where(count[:, None], k.double(), 0.0).T * scale.double()
-        masked = logits.masked_fill(~mask, -torch.inf)
-        # Rows without a key: -inf and 0. Elsewhere a NaN stays one.
-        weights = torch.where(mask.any(1, keepdim=True), masked.softmax(dim=1), 0.0)
-        return masked.logsumexp(dim=1), weights @ values, (weights * logits).sum(dim=1)
+    def ready(raw):
+        raw = torch.where(count[:, None], raw.double(), 0.0)
+        return raw if shortest is None else raw / row_lengths(raw, shortest)
 
-    values = torch.where(count[:, None], keys.double(), 0.0)
+    def attention(q, k, mask, scale):
+        logits = q.double() @ ready(k).T * scale
+        masked = logits.masked_fill(~mask, -torch.inf)
+        # Rows without a key: 0. Elsewhere a NaN stays one.
+        some = mask.any(1)
+        weights = torch.where(some[:, None], masked.softmax(dim=1), 0.0)
+        return torch.where(some, masked.logsumexp(dim=1), 0.0), weights @ values, (weights * logits).sum(dim=1)
+
+    values = ready(keys)
     mask = count.expand(query.shape[0], -1)
-    expected = dict.fromkeys(KeyStatistics._fields)
-    expected["lse"], expected["mean_key"], _ = attention(query, keys, mask, scale)
+    no_rows, nothing = query.double()[:0], query.double().new_empty(0)
+    lse, mean_key, _ = attention(query, keys, mask, scale)
+    positive = mask & (query_labels[:, None] == key_labels) & (key_labels >= 0)
+    positive_lse, positive_mean_key, _ = attention(query, keys, positive, scale if inside else 0 * scale)
+    momentum = (nothing, no_rows, nothing)
     if momentum_query is not None:
         momentum = attention(momentum_query, momentum_keys, mask, momentum_scale)
-        expected.update(zip(["momentum_lse", "momentum_mean_key", "momentum_mean_logit"], momentum, strict=True))
-    if query_labels is not None:
-        positive = mask & (query_labels[:, None] == key_labels) & (key_labels >= 0)
-        expected["positive_lse"], expected["positive_mean_key"], _ = attention(query, keys, positive, scale)
-    return KeyStatistics(**expected)
+    positive_lse = positive_lse if inside else nothing
+    return Statistics(lse, mean_key, positive.sum(dim=1), positive_mean_key, positive_lse, *momentum)
 
 
 def assert_equal(actual, expected, dtype):
     """Log-sum-exps number by number, mean keys row by row as vectors; relative, below 0.1 absolute."""
-    for name, x, y in zip(KeyStatistics._fields, actual, expected, strict=True):
-        assert (x is None) == (y is None), name
-        if x is None:
-            continue
+    for name, x, y in zip(Statistics._fields, actual, expected, strict=True):
         assert x.shape == y.shape, name
+        if name == "positive_count":
+            assert torch.equal(x, y), name
         x, y = x.double(), y.double()
         assert torch.equal(x.isnan(), y.isnan()), name
-        x, y = (torch.where(a.isnan() | (a == -torch.inf), a.isnan().double() - 1, a) for a in (x, y))
+        x, y = x.nan_to_num(), y.nan_to_num()
         error, size = ((x - y).abs(), y.abs()) if x.ndim == 1 else ((x - y).norm(dim=1), y.norm(dim=1))
         bound = RTOL[dtype] * size.clamp_min(0.1)
         assert (error <= bound).all(), f"{name}: error {error.tolist()}, bound {bound.tolist()}"
@@ -118,29 +152,35 @@ def check(args, options, dtype=F32):
     d=st.integers(1, 40),
     dtype=st.sampled_from([F32, BF16, F16]),
     momentum=st.sampled_from(["none", "same", "different"]),
-    labels=st.booleans(),
+    inside=st.booleans(),
     absent=st.sampled_from([0.0, 0.3, 0.99]),
     num_splits=st.sampled_from([None, 1, 2, 5]),
+    raw=st.booleans(),
 )
-def test_every_statistic_equals_its_formula(dtype, num_splits, **sizes):
+def test_every_statistic_equals_its_formula(dtype, num_splits, raw, **sizes):
     args, options = case(dtype=dtype, **sizes)
+    if raw:  # of any length, and one without direction
+        lengths = torch.logspace(-2, 3, len(args[1]), device=DEVICE)[:, None]
+        lengths[len(lengths) // 2] = 0.0
+        args[1].mul_(lengths)
+        options["shortest"] = 1e-3 if dtype == F16 else 1e-6
     check(args, options | {"num_splits": num_splits}, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], **ids)
 @pytest.mark.parametrize("d", [1, 3, 16, 64, 100, 128, 384, 1024])
 def test_any_width(d, dtype):
-    args, options = case(2, 17, d, dtype, absent=0.2, labels=d in (16, 384))
+    args, options = case(2, 17, d, dtype, absent=0.2, inside=d in (16, 384))
     check(args, options, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], **ids)
 def test_huge_logits(dtype):
-    args, options = case(9, 90, 24, dtype, scale=100.0, labels=True)
+    args, options = case(9, 90, 24, dtype, scale=128.0, inside=True)
     check(args, options, dtype)
     # Far beyond what exp can hold: one key takes it all.
     for name in ("scale", "momentum_scale"):
-        options[name] = options[name] * 1e5
+        options[name] *= 2.0**17
     statistics = attend(*args, **options)
     assert all(x.isfinite().all() for x in (statistics.mean_key, statistics.lse, statistics.momentum_mean_logit))
     torch.testing.assert_close(statistics.mean_key.norm(dim=1), torch.ones(9, device=DEVICE), rtol=1e-2, atol=0)
@@ -148,13 +188,13 @@ def test_huge_logits(dtype):
 
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_all_keys_absent(num_splits):
-    (query, keys, _), options = case(labels=True)
+    (query, keys, _), options = case(inside=True)
     keys = torch.full_like(keys, torch.nan)
     options["momentum_keys"] = torch.full_like(keys, torch.inf)
     absent = torch.zeros(keys.shape[0], dtype=torch.bool, device=DEVICE)
     statistics = attend(query, keys, absent, **options, num_splits=num_splits)
     for name, x in statistics._asdict().items():
-        assert (x == (-torch.inf if name.endswith("lse") else 0)).all(), name
+        assert (x == 0).all(), name
 
 
 @pytest.mark.parametrize("only", [0, 40, 69])
@@ -169,24 +209,24 @@ def test_one_present_key_is_its_own_mean(only):
 
 
 def test_one_row_and_one_key():
-    check(*case(1, 1, 5, labels=True))
+    check(*case(1, 1, 5, inside=True))
 
 
 @pytest.mark.parametrize(("n", "q", "d"), [(0, 9, 4), (4, 0, 4), (0, 0, 0), (3, 5, 0)])
 def test_nothing_of_something(n, q, d):
-    args, options = case(n, q, d, labels=True)
+    args, options = case(n, q, d, inside=True)
     check(args, options)
 
 
 def test_splits_agree_with_the_whole():
-    args, options = case(6, 300, 20, labels=True, absent=0.1)
+    args, options = case(6, 300, 20, inside=True, absent=0.1)
     whole = attend(*args, **options, num_splits=1)
     for num_splits in (2, 7, 1000):
         assert_equal(attend(*args, **options, num_splits=num_splits), whole, F32)
 
 
 def test_equal_inputs_give_equal_bits():
-    args, options = case(labels=True)
+    args, options = case(inside=True)
     once, again = (attend(*args, **options, num_splits=3) for _ in range(2))
     assert [bits(x.cpu()) for x in once] == [bits(x.cpu()) for x in again]
 
@@ -194,9 +234,9 @@ def test_equal_inputs_give_equal_bits():
 @pytest.mark.parametrize("dtype", [F32, BF16], **ids)
 def test_momentum_keys_in_the_memory_of_the_keys_equal_a_copy(dtype):
     args, options = case(dtype=dtype, momentum="same")
-    view = attend(*args, **options | {"momentum_keys": args[1].view(-1).view(args[1].shape)})
+    view = attend(*args, **options)
     copy = attend(*args, **options | {"momentum_keys": args[1].clone()})
-    for x, y in zip(view[:5], copy[:5], strict=True):
+    for x, y in zip(view, copy, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
@@ -210,40 +250,42 @@ def test_nan_in_a_present_key_makes_every_row_nan(value, num_splits):
     present[4] = False
     for mask in (None, present):
         statistics = attend(query, keys, mask, **options, num_splits=num_splits)
+        assert statistics.lse.isnan().all()
+        assert statistics.mean_key.isnan().all()
         for name, x in statistics._asdict().items():
-            if x is not None and (value != torch.inf or not name.startswith("momentum")):
-                assert x.isnan().all(), name
-            if x is not None:
+            if name.startswith("momentum"):
                 assert not x.isfinite().all(), name
+                assert value == torch.inf or x.isnan().all(), name
 
 
 def test_nan_in_a_query_stays_in_its_row():
-    (query, keys, present), options = case(labels=True, absent=0.2)
+    (query, keys, present), options = case(inside=True, absent=0.2)
     clean = attend(query, keys, present, **options)
     for name in ("query", "momentum_query"):
         dirty = {"query": query.clone(), "momentum_query": options["momentum_query"].clone()}
         dirty[name][2, 0] = torch.nan
         statistics = attend(dirty["query"], keys, present, **options | {"momentum_query": dirty["momentum_query"]})
-        for field, x, y in zip(KeyStatistics._fields, statistics, clean, strict=True):
+        for field, x, y in zip(Statistics._fields, statistics, clean, strict=True):
             others = [0, 1, 3, 4]
             assert torch.equal(x[others], y[others])
-            no_key = field.startswith("positive") and not clean.positive_lse[2].isfinite()
-            if field.startswith("momentum") == (name == "momentum_query") and not no_key:
+            no_key = field.startswith("positive") and clean.positive_count[2] == 0
+            counted = field == "positive_count"
+            if field.startswith("momentum") == (name == "momentum_query") and not no_key and not counted:
                 assert x[2].isnan().all(), field
 
 
-def test_a_nan_scale_is_not_hidden():
-    args, options = case()
-    statistics = attend(*args, **options | {"scale": torch.tensor(torch.nan, device=DEVICE)})
-    assert statistics.lse.isnan().all()
-    assert statistics.mean_key.isnan().all()
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**-20, 2.0**14, 2.0**20, 2.0**90])
+@pytest.mark.parametrize("d", [16, 200])
+def test_queries_beyond_the_range_of_float16(scale, d):
+    args, options = case(4, 40, d, F16, scale=scale, inside=True)
+    check(args, options, F16)
 
 
 def test_labels_below_zero_are_nobodys_positive():
     args, options = case()
     labels = {"query_labels": torch.full((5,), -2, device=DEVICE), "key_labels": torch.full((70,), -2, device=DEVICE)}
-    statistics = attend(*args, **options, **labels)
-    assert (statistics.positive_lse == -torch.inf).all()
+    statistics = attend(*args, **options | labels)
+    assert (statistics.positive_count == 0).all()
     assert (statistics.positive_mean_key == 0).all()
 
 
@@ -251,8 +293,10 @@ def test_float16_keeps_many_faint_weights():
     # 1000 keys of weight 2e-8 each, which float16 rounds to 0.
     keys = torch.zeros(1001, 2, dtype=F16)
     keys[0, 0], keys[1:, 1] = 1.0, 1.0
-    query = torch.tensor([[1.0, 0.0]])
-    mean = attend(query.to(), keys.to(), None, scale=torch.tensor(17.75, device=DEVICE)).mean_key[0, 1]
+    labels = {"query_labels": torch.zeros(1, dtype=torch.int64, device=DEVICE)}
+    labels["key_labels"] = torch.zeros(1001, dtype=torch.int64, device=DEVICE)
+    query = torch.tensor([[1.0, 0.0]], device=DEVICE)
+    mean = attend(query, keys.to(DEVICE), scale=17.75, **labels).mean_key[0, 1]
     torch.testing.assert_close(mean.item(), 1000 * 2.71828182845905**-17.75, rtol=RTOL[F16], atol=0)
 
 
@@ -271,18 +315,18 @@ def test_rows_may_lie_apart_or_across():
     apart[:, :16] = keys
     across = options["momentum_keys"].T.contiguous().T
     statistics = attend(query.T.contiguous().T, apart[:, :16], None, **options | {"momentum_keys": across})
-    assert [bits(x.cpu()) for x in statistics[:5]] == [bits(x.cpu()) for x in expected[:5]]
+    assert [bits(x.cpu()) for x in statistics] == [bits(x.cpu()) for x in expected]
 
 
 def test_no_gradient_is_recorded():
     (query, keys, _), options = case()
     statistics = attend(query.requires_grad_(), keys, None, **options)
-    assert not any(x.requires_grad for x in statistics if x is not None)
+    assert not any(x.requires_grad for x in statistics)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_the_host_does_not_wait():
-    args, options = case(labels=True, absent=0.3)
+    args, options = case(inside=True, absent=0.3)
     attend(*args, **options, num_splits=3)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

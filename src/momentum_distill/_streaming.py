@@ -9,7 +9,7 @@ N×Q ever exists.
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ DENSE_SCORES, DENSE_KEYS = 2**18, 2**20
 work stands around them than around tiles. Above, they cost memory, and soon time. Measured: `docs/performance.md`."""
 TILE_SCORES, TILE_KEYS = 2**18, 2**18
 """Scores, and numbers of the keys, held at a time: larger tiles fall out of the cache."""
+LAUNCH_FACTOR = 4
+"""By how much larger tiles are on an accelerator without the kernel, where starting an operation is what takes time; by
+more would take them past 16 MiB."""
 MIN_TILE, MAX_TILE = 256, 8192
 """Fewest and most keys in a tile: smaller ones make the matrix products inefficient."""
 
@@ -37,6 +40,10 @@ class Prepare(NamedTuple):
         rows = raw.to(self.dtype)
         if not self.normalize:
             return rows, None
+        if wants_fused(rows):
+            from momentum_distill import _triton
+
+            return _triton.normalize(raw, shortest(raw))
         lengths = row_lengths(rows, shortest(raw))
         return rows / lengths, lengths
 
@@ -89,27 +96,32 @@ class Rows(NamedTuple):
 
     query: Tensor  # (N, d), prepared and divided by the temperature
     momentum: Tensor | None  # (N, d): the same of the momentum model
-    sorted_labels: Tensor  # (N,) int64: the labels in order; where a label stands first is the index of its class
-    classes: Tensor  # (N,) int64: the index of each row's class
+    labels: Tensor  # (N,) int64
 
 
 class Statistics(NamedTuple):
-    """Sums over the keys that are present; without one, an lse and a mean are 0. What was not asked for is empty."""
+    """Sums over the keys that are present; without one, an lse and a mean are 0. What was not asked for is empty.
+
+    The positive keys of a row are weighed by $P_{ij}$: alike, $1 / K_i$, or by the softmax over them.
+    """
 
     lse: Tensor  # (N,)
-    positive_lse: Tensor  # (N,): over the positive keys
-    momentum_mean_key: Tensor  # (N, d): sum_j U_ij k_j
-    class_sums: Tensor  # (N + 1, d): the sum of the keys of each class, by index among the sorted labels of the queries
-    class_counts: Tensor  # (N + 1,) int64; the last is that of no query's class
+    mean_key: Tensor  # (N, d): sum_j V_ij k_j
+    positive_count: Tensor  # (N,) int64: K_i
+    positive_mean_key: Tensor  # (N, d): sum_j P_ij k_j
+    positive_lse: Tensor  # (N,): over the positive keys; where these are weighed by the softmax
     momentum_lse: Tensor  # (N,)
+    momentum_mean_key: Tensor  # (N, d): sum_j U_ij k_j
     momentum_mean_logit: Tensor  # (N,): sum_j U_ij s'_ij
 
 
-class Gradients(NamedTuple):
-    """What the forward pass already knows of the gradients for the queries."""
+class RowGradients(NamedTuple):
+    """What each row passes back to its statistics, on the way to the keys."""
 
-    lse: Tensor  # (N, d): sum_j V_ij k_j
-    positive_lse: Tensor  # (N, d): the same over the positive keys
+    lse: Tensor  # (N,)
+    positive_lse: Tensor  # (N,); inside the logarithm
+    positive_mean_key: Tensor  # (N, d), by the number of positive keys; outside it
+    momentum_mean_key: Tensor  # (N, d)
 
 
 class _Sums:
@@ -156,16 +168,13 @@ class _Sums:
         return lse, self.keys.div_(total[:, None]), self.logits.div_(total)
 
 
-def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, Gradients]:
-    """The statistics, by plain torch operations on any device or, where that is wanted, by the fused kernel.
+def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> Statistics:
+    """The statistics, by plain torch operations on any device or, where there is one, by the fused kernel.
 
     Args:
         rows: The queries.
         keys: The parts of the keys.
-        inside: Whether the positive keys want an lse of their own; else the sums by class are made.
-
-    Returns:
-        The statistics, and the gradients of the two lse's for the queries.
+        inside: Whether the positive keys are weighed by the softmax over them, and want an lse of their own.
     """
     if wants_fused(rows.query):
         return _attend_fused(rows, keys, inside=inside)
@@ -180,20 +189,22 @@ def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, G
     return result
 
 
-def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[Statistics, Gradients] | None:
+def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> Statistics | None:
     """One pass over the keys; None if it should have been an `online` one, with a running shift."""
     query, momentum_query = rows.query, rows.momentum
     count, width = query.shape
     student = _Sums(count, query, online=online)
     teacher = _Sums(0 if momentum_query is None else count, query, online=online)
     positive = _Sums(count, query, online=True) if inside else None  # a row may have no positive key
+    sorted_labels, row_classes = sort_labels(rows.labels)
+    # By index among the sorted labels; the last is of no query's class.
     class_sums = query.new_zeros(0 if inside else count + 1, width)
-    class_counts = rows.classes.new_zeros(count + 1)
+    class_counts = row_classes.new_zeros(count + 1)
 
     # One product serves queries and momentum queries where they meet the same keys.
     same_keys = momentum_query is not None and all(part.momentum is part.online for part in keys)
     stacked = torch.cat([query, momentum_query]) if same_keys and momentum_query is not None else query
-    size = tile_size(*stacked.shape)
+    size = tile_size(stacked)
     longest = min(size, max(part.online.shape[0] for part in keys))
     buffer = query.new_empty(stacked.shape[0] * longest)
     scores_buffer = query.new_empty(0 if same_keys else teacher.total.shape[0] * longest)
@@ -201,14 +212,14 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
     for part in keys:
         for tile_keys, tile_momentum, labels, absent in _tiles(part, size):
             tile = tile_keys.shape[0]
-            classes = class_of(labels, rows.sorted_labels)
+            classes = class_of(labels, sorted_labels)
             class_counts.index_add_(0, classes, torch.ones_like(classes))
             logits = buffer[: stacked.shape[0] * tile].view(stacked.shape[0], tile)
             torch.mm(stacked, tile_keys.T, out=logits)
             if absent is not None:
                 logits.masked_fill_(absent, -torch.inf)
             if positive is not None:
-                others = rows.classes[:, None] != classes
+                others = row_classes[:, None] != classes
                 masked = logits[:count].masked_fill(others, -torch.inf)
                 positive.add(positive.exponentials(masked, masked), tile_keys)
             else:
@@ -233,14 +244,21 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> tuple[S
         teacher.logits = torch.linalg.vecdot(momentum_query, teacher.keys)  # sum_j U_ij q'_i.k_j
     lse, mean_key, _ = student.results()
     momentum_lse, momentum_mean_key, momentum_mean_logit = teacher.results()
-    nothing = query[:0]
-    positive_lse, positive_mean_key, _ = (
-        (query.new_empty(0), nothing, nothing) if positive is None else positive.results()
+    positive_count = class_counts[row_classes]
+    if positive is None:
+        positive_lse, positive_mean_key = lse[:0], class_sums[row_classes] / positive_count.clamp(min=1)[:, None]
+    else:
+        positive_lse, positive_mean_key, _ = positive.results()
+    return Statistics(
+        lse,
+        mean_key,
+        positive_count,
+        positive_mean_key,
+        positive_lse,
+        momentum_lse,
+        momentum_mean_key,
+        momentum_mean_logit,
     )
-    statistics = Statistics(
-        lse, positive_lse, momentum_mean_key, class_sums, class_counts, momentum_lse, momentum_mean_logit
-    )
-    return statistics, Gradients(mean_key, positive_mean_key)
 
 
 def is_small(query: Tensor, keys: list[Keys]) -> bool:
@@ -251,75 +269,43 @@ def is_small(query: Tensor, keys: list[Keys]) -> bool:
 
 
 def wants_fused(query: Tensor) -> bool:
-    """Whether to use the Triton kernel: where `MOMENTUM_DISTILL_TRITON=1` asks, until it is measured on a GPU."""
-    if os.environ.get("MOMENTUM_DISTILL_TRITON") != "1" or query.dtype != torch.float32:
+    """Whether the Triton kernel takes these rows: float32 on a GPU, unless `MOMENTUM_DISTILL_TRITON=0`.
+
+    With `MOMENTUM_DISTILL_TRITON=1` Triton's interpreter does, on the CPU, where that was chosen.
+    """
+    asked = os.environ.get("MOMENTUM_DISTILL_TRITON")
+    if query.dtype != torch.float32 or asked == "0" or type(query) is not Tensor or torch.compiler.is_compiling():
         return False
-    return query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if query.is_cuda:
+        from momentum_distill import _triton  # takes a while to import
+
+        return _triton.works(query.device)
+    return asked == "1" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _attend_fused(rows: Rows, keys: list[Keys], *, inside: bool) -> tuple[Statistics, Gradients]:
-    """:func:`attend` by the fused kernel, part by part."""
-    from momentum_distill import _triton  # takes a while to import, and is seldom wanted
+def _attend_fused(rows: Rows, keys: list[Keys], *, inside: bool) -> Statistics:
+    """:func:`attend` by the fused kernel."""
+    from momentum_distill import _triton
 
-    count, width = rows.query.shape
-    one = rows.query.new_ones(())  # the temperature is in the queries
-    class_sums = rows.query.new_zeros(0 if inside else count + 1, width)
-    class_counts = rows.classes.new_zeros(count + 1)
-    parts = []
-    for part in keys:
-        online = part.prepare(part.online)[0] if part.prepare.normalize else part.online
-        momentum = online
-        if part.momentum is not None and part.momentum is not part.online:
-            momentum = part.prepare(part.momentum)[0] if part.prepare.normalize else part.momentum
-        # The row of absent keys, which may be NaN, no query reads.
-        classes = torch.where(part.present, class_of(part.labels, rows.sorted_labels), count)
-        class_counts.index_add_(0, classes, torch.ones_like(classes))
-        if not inside:
-            class_sums.index_add_(0, classes, online.to(class_sums.dtype))
-        taught = rows.momentum is not None
-        parts.append(
-            _triton.attend(
-                rows.query,
-                online,
-                part.present,
-                scale=one,
-                momentum_query=rows.momentum,
-                momentum_keys=momentum if taught else None,
-                momentum_scale=one if taught else None,
-                query_labels=rows.classes if inside else None,
-                key_labels=classes if inside else None,
-            )
+    parts = [
+        _triton.Part(
+            part.online,
+            part.momentum,
+            part.labels,
+            part.present,
+            shortest(part.online) if part.prepare.normalize else None,
         )
-
-    lse, mean_key, _ = _merged([(part.lse, part.mean_key, None) for part in parts])
-    nothing = rows.query[:0]
-    momentum_lse, momentum_mean_key, mean_logit = nothing[:, 0], nothing, nothing[:, 0]
-    if rows.momentum is not None:
-        momentum_lse, momentum_mean_key, mean_logit = _merged(
-            [(part.momentum_lse, part.momentum_mean_key, part.momentum_mean_logit) for part in parts]
-        )
-    positive_lse, positive_mean_key = nothing[:, 0], nothing
-    if inside:
-        positive_lse, positive_mean_key, _ = _merged([(p.positive_lse, p.positive_mean_key, None) for p in parts])
-    statistics = Statistics(lse, positive_lse, momentum_mean_key, class_sums, class_counts, momentum_lse, mean_logit)
-    return statistics, Gradients(mean_key, positive_mean_key)
+        for part in keys
+    ]
+    return _triton.attend(rows.query, rows.labels, parts, momentum_query=rows.momentum, inside=inside)
 
 
-def _merged(parts: list[tuple[Any, Any, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Lse (N,), mean key (N, d) and mean logit (N,) over all parts from those of each; zeros where there was no key."""
-    each = torch.stack([lse for lse, _, _ in parts])  # (P, N)
-    lse = each.logsumexp(dim=0)
-    lse = torch.where(lse == -torch.inf, 0.0, lse)
-    weights = (each - lse).exp()  # the share of each part
-    mean_key = sum(weight[:, None] * mean for weight, (_, mean, _) in zip(weights, parts, strict=True))
-    mean_logit = sum(w * mean for w, (_, _, mean) in zip(weights, parts, strict=True) if mean is not None)
-    return lse, torch.as_tensor(mean_key), torch.as_tensor(mean_logit)
-
-
-def tile_size(rows: int, width: int) -> int:
-    """How many keys of this width make a tile for so many queries."""
-    fitting = min(TILE_SCORES // max(rows, 1), TILE_KEYS // max(width, 1))
-    return min(max(fitting, MIN_TILE), MAX_TILE)
+def tile_size(queries: Tensor) -> int:
+    """How many keys make a tile for these queries (N, d)."""
+    rows, width = queries.shape
+    factor = 1 if queries.device.type == "cpu" else LAUNCH_FACTOR
+    fitting = factor * min(TILE_SCORES // max(rows, 1), TILE_KEYS // max(width, 1))
+    return min(max(fitting, MIN_TILE), factor * MAX_TILE)
 
 
 def sort_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,34 +361,39 @@ def _tiles(part: Keys, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tens
         yield rows, rows if momentum is part.online else part.prepare(other)[0], part.labels[chosen], absent
 
 
-def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: Statistics, *, inside: bool) -> Tensor:
+def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: RowGradients, *, inside: bool) -> Tensor:
     r"""Gradient (Q, d) for the raw online keys of a part, tile by tile, in the dtype to sum in.
 
-    $$\frac{\partial}{\partial k_j} = \sum_i (g_i V_{ij} + g^+_i P_{ij})\,q_i + \sum_i U_{ij}\, G_i + G^{class}_{c_j}$$
+    $$\frac{\partial}{\partial k_j} = \sum_i (g_i V_{ij} + g^+_i P_{ij})\,q_i + \sum_i U_{ij}\, G_i
+      + \sum_{i : c_i = c_j} G^+_i$$
 
     Args:
         part: The keys.
         rows: The queries.
         statistics: What :func:`attend` returned.
-        grads: Gradients for `lse` $g$, `positive_lse` $g^+$, `momentum_mean_key` $G$ and `class_sums` $G^{class}$.
+        grads: Gradients for `lse` $g$, `positive_lse` $g^+$, `momentum_mean_key` $G$ and the positive keys $G^+$.
         inside: As for :func:`attend`.
     """
-    size = tile_size(*rows.query.shape)
+    size = tile_size(rows.query)
     grad = torch.empty_like(part.online, dtype=rows.query.dtype)
+    sorted_labels, row_classes = sort_labels(rows.labels)
+    class_grads = rows.query.new_zeros(len(row_classes) + 1, rows.query.shape[1])
+    if not inside:
+        class_grads.index_add_(0, row_classes, grads.positive_mean_key)
     for start in range(0, part.online.shape[0], size):
         chosen = slice(start, start + size)
         absent = ~part.present[chosen]
         keys, lengths = part.prepare(part.online[chosen].masked_fill(absent[:, None], 0.0))
-        classes = class_of(part.labels[chosen], rows.sorted_labels)
+        classes = class_of(part.labels[chosen], sorted_labels)
         logits = (rows.query @ keys.T).masked_fill(absent, -torch.inf)
         weights = _softmax(logits, statistics.lse) * grads.lse[:, None]
         if inside:
-            others = rows.classes[:, None] != classes
+            others = row_classes[:, None] != classes
             positive = _softmax(logits.masked_fill(others, -torch.inf), statistics.positive_lse)
             weights += positive * grads.positive_lse[:, None]
         tile = weights.T @ rows.query
         if not inside:
-            tile += grads.class_sums[classes]
+            tile += class_grads[classes]
         if rows.momentum is not None and part.momentum is not None:
             momentum = part.prepare(part.momentum[chosen].masked_fill(absent[:, None], 0.0))[0]
             scores = (rows.momentum @ momentum.T).masked_fill(absent, -torch.inf)

@@ -33,7 +33,7 @@ from momentum_distill._checks import (
 )
 from momentum_distill._group import Group, Ranks, check_group, errors_shared_by_sum, find_ranks, sum_over_ranks
 from momentum_distill._precision import full_precision
-from momentum_distill._streaming import Keys, Prepare, Rows, Statistics, shortest
+from momentum_distill._streaming import Keys, Prepare, RowGradients, Rows, Statistics, shortest
 
 __all__ = [
     "SupConTerms",
@@ -399,13 +399,10 @@ def _supervised_rows(positive_log: Tensor, positive_count: Tensor, positives: Po
     return supervised
 
 
-def _positive_log(rows: Rows, statistics: Statistics, count: Tensor, *, inside: bool) -> Tensor:
+def _positive_log(rows: Rows, statistics: Statistics, *, inside: bool) -> Tensor:
     r"""What :func:`_supervised_rows` starts from, by $\log V_{ij} = s_{ij} - \mathrm{lse}_i$."""
-    if inside:
-        positive = statistics.positive_lse
-    else:
-        positive = (rows.query * statistics.class_sums[rows.classes]).sum(dim=1) / count.clamp(min=1)
-    return torch.where(count > 0, positive - statistics.lse, statistics.lse * 0)
+    positive = statistics.positive_lse if inside else (rows.query * statistics.positive_mean_key).sum(dim=1)
+    return torch.where(statistics.positive_count > 0, positive - statistics.lse, statistics.lse * 0)
 
 
 def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
@@ -611,52 +608,39 @@ class _Tiles(NamedTuple):
     supervised: Tensor  # (N,)
     distill: Tensor  # (N,)
     positive_count: Tensor  # (N,) int64
-    pull: Tensor  # (N, d): gradient of `supervised`
-    push: Tensor  # (N, d): gradient of `distill`
     rows: Rows
     statistics: Statistics
 
     @classmethod
     def solve(cls, problem: _Problem, queries: Tensor, momentum: Tensor | None) -> Self:
         """From prepared queries (N, d), divided by the temperature."""
-        rows = Rows(queries, momentum, *_streaming.sort_labels(problem.query_labels))
-        statistics, means = _streaming.attend(rows, problem.keys, inside=problem.inside)
-        positive_count = statistics.class_counts[rows.classes]
-        positive_log = _positive_log(rows, statistics, positive_count, inside=problem.inside)
-        supervised = _supervised_rows(positive_log, positive_count, problem.positives)
-        count = positive_count.clamp(min=1)[:, None]
-        pull = means.lse - (means.positive_lse if problem.inside else statistics.class_sums[rows.classes] / count)
-        if problem.positives == "inside_per_positive":
-            pull = pull / count
-        push = pull if momentum is None else means.lse - statistics.momentum_mean_key
-        return cls(supervised, _kl_rows(rows, statistics), positive_count, pull, push, rows, statistics)
+        rows = Rows(queries, momentum, problem.query_labels)
+        statistics = _streaming.attend(rows, problem.keys, inside=problem.inside)
+        positive_log = _positive_log(rows, statistics, inside=problem.inside)
+        supervised = _supervised_rows(positive_log, statistics.positive_count, problem.positives)
+        return cls(supervised, _kl_rows(rows, statistics), statistics.positive_count, rows, statistics)
 
     def backward(
         self, problem: _Problem, grad_supervised: Tensor, grad_distill: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Gradients for the queries (N, d) and for the raw keys of the parts that want one."""
         rows, statistics = self.rows, self.statistics
-        # Not 0 * pull: of a row without positives, that may be infinite.
-        grad_queries = torch.where(self.positive_count[:, None] > 0, grad_supervised[:, None] * self.pull, 0.0)
-        if rows.momentum is not None:
-            grad_queries = torch.addcmul(grad_queries, grad_distill[:, None], self.push)
-        if not any(wanted):
-            return grad_queries, [None] * len(wanted)
         per_positive = grad_supervised / self.positive_count.clamp(min=1)
         if problem.positives == "inside_per_positive":
             grad_supervised = per_positive
-        nothing = grad_supervised[:0]
-        class_sums = statistics.class_sums
-        if not problem.inside:
-            class_sums = torch.zeros_like(class_sums).index_add_(0, rows.classes, -per_positive[:, None] * rows.query)
-        grads = Statistics(
+        pull = statistics.mean_key - statistics.positive_mean_key
+        # Not 0 * pull: of a row without positives, that may be infinite.
+        grad_queries = torch.where(self.positive_count[:, None] > 0, grad_supervised[:, None] * pull, 0.0)
+        if rows.momentum is not None:
+            push = statistics.mean_key - statistics.momentum_mean_key
+            grad_queries = torch.addcmul(grad_queries, grad_distill[:, None], push)
+        if not any(wanted):
+            return grad_queries, [None] * len(wanted)
+        grads = RowGradients(
             lse=grad_supervised if rows.momentum is None else grad_supervised + grad_distill,
             positive_lse=-grad_supervised,
+            positive_mean_key=-per_positive[:, None] * rows.query,
             momentum_mean_key=-grad_distill[:, None] * rows.query,
-            class_sums=class_sums,
-            class_counts=nothing,
-            momentum_lse=nothing,
-            momentum_mean_logit=nothing,
         )
         return grad_queries, [
             _streaming.grad_keys(part, rows, statistics, grads, inside=problem.inside) if want else None
