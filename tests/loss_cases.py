@@ -127,4 +127,4 @@ def logits_case(
 
 def bits(x: Tensor) -> bytes:
     """The memory of a tensor, so that NaN, -0.0 and the last digit count."""
-    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -23,6 +23,7 @@ import momentum_distill as md
 from loss_cases import POSITIVES, bits
 from momentum_distill import _group, _streaming
 from momentum_distill import functional as F
+from ranks import DEVICE
 
 CLASSES = 3
 
@@ -32,7 +33,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
 @contextmanager
@@ -107,12 +108,16 @@ def queue_batch(case: QueueCase, step: int) -> tuple[Tensor, dict[str, Tensor], 
     mine = slice(cuts[rank], cuts[rank + 1])
     # Who lacks nothing gives no mask.
     masks = {name: mask[mine] for name, mask in valid.items() if not mask[mine].all()}
-    return labels[mine], {name: rows[mine] for name, rows in features.items()}, masks
+    return (
+        labels[mine].to(DEVICE),
+        {name: rows[mine].to(DEVICE) for name, rows in features.items()},
+        {name: mask.to(DEVICE) for name, mask in masks.items()},
+    )
 
 
 def feed(case: QueueCase, start: int = 0, stop: int = FED, saved: Path | None = None) -> Fed:
     """Some of the batches, into a new queue or, if not from the first on, into the one saved; the end is saved."""
-    queue = md.ClassQueue(SLOTS, DIMS, num_classes=CLASSES, **case.options)
+    queue = md.ClassQueue(SLOTS, DIMS, num_classes=CLASSES, **case.options).to(DEVICE)
     if start and saved:
         queue.load_state_dict(torch.load(saved))
         queue.check_in_sync()
@@ -139,10 +144,10 @@ def subset(members: list[int]) -> tuple[str, str, float]:
         assert kind == "TypeError", kind
         assert text.endswith(", got what new_group() returns to a rank that is not in the group"), text
         group = None
-    queue = md.ClassQueue(SLOTS, DIMS, group=group)
+    queue = md.ClassQueue(SLOTS, DIMS, group=group).to(DEVICE)
     for step in range(3):
         queue.enqueue(*own_rows(rank, step))
-    values = torch.full((rank + 1,), float(rank), dtype=torch.float64, requires_grad=True)
+    values = torch.full((rank + 1,), float(rank), dtype=torch.float64, device=DEVICE, requires_grad=True)
     mean = F.mean_rows(values, group=group)
     rows = md.gather_rows({"x": values}, group=group)["x"]
     (grad,) = torch.autograd.grad((rank + 1) * rows.sum(), [values])
@@ -153,14 +158,15 @@ def subset(members: list[int]) -> tuple[str, str, float]:
 
 def own_rows(rank: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """As many rows as the rank's number and one; labels in a dtype of its own."""
-    return torch.full((rank + 1,), rank, dtype=torch.int32 if rank == 2 else torch.int64), {
+    labels = torch.full((rank + 1,), rank, dtype=torch.int32 if rank == 2 else torch.int64, device=DEVICE)
+    return labels, {
         name: numbers(10 * step + rank, rank + 1, width, dtype=torch.float32) for name, width in DIMS.items()
     }
 
 
 def change_one_queue(where: str) -> tuple[str, str]:
     """On rank 1, one number of one buffer."""
-    queue = md.ClassQueue(SLOTS, DIMS)
+    queue = md.ClassQueue(SLOTS, DIMS).to(DEVICE)
     queue.enqueue(*own_rows(2, 0))
     queue.check_in_sync()
     if rank_and_world()[0] == 1:
@@ -202,7 +208,7 @@ def leaves(case: LossCase) -> dict[str, Tensor]:
     """What is learned, the same on all ranks."""
     found = {"query": numbers(1, 4, 5), "key": numbers(2, 4, 5)}
     found |= {"log_temperature": torch.tensor(-0.7), "alpha": torch.tensor(0.3)}
-    return {name: tensor.to(case.dtype).requires_grad_() for name, tensor in found.items()}
+    return {name: tensor.to(DEVICE, case.dtype).requires_grad_() for name, tensor in found.items()}
 
 
 def outputs(case: LossCase, learned: dict[str, Tensor]) -> Outputs:
@@ -210,8 +216,8 @@ def outputs(case: LossCase, learned: dict[str, Tensor]) -> Outputs:
     total = sum(case.sizes)
     mine = slice(sum(case.sizes[:rank]), sum(case.sizes[: rank + 1])) if world > 1 else slice(None)
     g = torch.Generator().manual_seed(3)
-    labels = torch.randint(-2, CLASSES, (total,), generator=g)
-    mask = torch.rand(total, generator=g) > 0.3
+    labels = torch.randint(-2, CLASSES, (total,), generator=g).to(DEVICE)
+    mask = (torch.rand(total, generator=g) > 0.3).to(DEVICE)
     if case.blind:
         labels[: case.sizes[0]] = -1
         mask[: case.sizes[0]] = False
@@ -226,7 +232,7 @@ def outputs(case: LossCase, learned: dict[str, Tensor]) -> Outputs:
         mask[mine],
         numbers(8, total, dtype=case.dtype)[mine],
         md.gather_rows({"keys": keys, "momentum": momentum, "labels": labels[mine]}),
-        {**past, "labels": torch.tensor([0, 1, 2, -1, -2, 0])},
+        {**past, "labels": torch.tensor([0, 1, 2, -1, -2, 0], device=DEVICE)},
         learned["log_temperature"].exp(),
         learned["alpha"],
     )
@@ -338,7 +344,7 @@ def settings(case: LossCase) -> Iterator[None]:
     before = _streaming.DENSE_SCORES
     _streaming.DENSE_SCORES = -1 if case.streaming else 2**62
     try:
-        with torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext():
+        with torch.autocast(DEVICE, torch.bfloat16) if case.autocast else nullcontext():
             yield
     finally:
         _streaming.DENSE_SCORES = before
@@ -704,7 +710,7 @@ def average_of_ddp(compile_it: bool) -> tuple[str, int]:
     """A few steps under DDP; a digest of the average, and the collectives of its updates."""
     rank, _ = rank_and_world()
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).to(DEVICE)
     wrapped = DistributedDataParallel(model)
     wrapped = torch.compile(wrapped, backend="eager") if compile_it else wrapped
     average = md.EMAWrapper(wrapped, decay=0.9)
@@ -902,7 +908,7 @@ def sync_buffers(whether: bool) -> dict[str, bool]:
 def train_everything(sizes: tuple[int, ...], accumulate: int, options: dict) -> tuple[str, dict[str, list[float]]]:
     """A digest of the module after five steps, and its numbers."""
     rank, world = rank_and_world()
-    model = Everything()
+    model = Everything().to(DEVICE)
     ddp = DistributedDataParallel(model, **options) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) if world > 1 else slice(None)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import momentum_distill as md
 from momentum_distill import _streaming
+from ranks import DEVICE
 
 WIDTH, CLASSES, STEPS, QUEUE = 5, 3, 20, 11
 
@@ -47,6 +48,9 @@ class Batch(NamedTuple):
 
     def rows(self, chosen: slice) -> "Batch":
         return Batch(*(field[chosen] for field in self))
+
+    def to(self, device: str) -> "Batch":
+        return Batch(*(field.to(device) for field in self))
 
 
 class Study(nn.Module):
@@ -123,7 +127,7 @@ def data(case: Case) -> list[Batch]:
             numbers(total),
             torch.randint(-2, CLASSES, (total,), generator=g),
             torch.rand(total, generator=g) > 0.2,
-        )
+        ).to(DEVICE)
         for _ in range(case.steps * case.accumulate)
     ]
 
@@ -143,11 +147,11 @@ def parts(case: Case) -> list[slice]:
 
 def build(case: Case, group) -> tuple[Study, md.EMAWrapper, md.ClassQueue]:
     torch.manual_seed(3)
-    model = Study(group).to(case.dtype)
+    model = Study(group).to(DEVICE, case.dtype)
     average = md.EMAWrapper(model.audio, decay=0.9)
     dims = dict.fromkeys(("text", "audio", "momentum"), WIDTH)
     queue = md.ClassQueue(QUEUE, dims, dtype=case.dtype, group=group)
-    return model, average, queue
+    return model, average, queue.to(DEVICE)
 
 
 def enqueue(queue: md.ClassQueue, model: Study, average: md.EMAWrapper, batch: Batch) -> None:
@@ -185,7 +189,7 @@ def train(case: Case, **ddp_options: object) -> Trained:
         if case.together:
             queue.check_in_sync()
         average.check_in_sync()
-        return Trained(*map(detached, (model, average, queue)), torch.stack(losses))
+        return Trained(*map(detached, (model, average, queue)), torch.stack(losses).cpu())
 
 
 def train_alone(case: Case) -> list[Trained]:
@@ -216,7 +220,7 @@ def train_alone(case: Case) -> list[Trained]:
                 for queue, rows in zip(queues, groups, strict=True):
                     enqueue(queue, model, average, batch.rows(rows))
         trained = [
-            Trained(*map(detached, (model, average, queue)), torch.stack(values))
+            Trained(*map(detached, (model, average, queue)), torch.stack(values).cpu())
             for queue, values in zip(queues, losses, strict=True)
         ]
         return trained * len(case.sizes) if case.together else trained
@@ -234,4 +238,4 @@ def streaming(case: Case) -> Iterator[None]:
 
 
 def detached(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    return {name: value.cpu().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 LIMIT = 60.0  # seconds that a case may take, all ranks together
+DEVICE = os.environ.get("MOMENTUM_DISTILL_DEVICE", "cpu")
+"""Where the ranks compute: "cuda" has them speak over nccl, all on one GPU if there are not enough."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "momentum_distill"])
@@ -87,8 +89,17 @@ def _work(pipe) -> None:
         try:
             torch.manual_seed(0)
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+            if DEVICE == "cuda":
+                # NCCL refuses two ranks of one host on one GPU: let it think that each has a host of its own.
+                os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_SOCKET_IFNAME="lo")
+                torch.cuda.set_device(rank % torch.cuda.device_count())
+            backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[DEVICE]
             dist.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=limit)
+                os.environ.get("MOMENTUM_DISTILL_BACKEND", backend),
+                init_method=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=limit),
             )
             dist.barrier()  # a rank with nothing to say would else be gone before the last one is connected
             module, _, name = function.partition(":")

@@ -49,7 +49,7 @@ def test_one_rank_takes_no_collective(ranks):
 
 def test_a_queue_of_some_ranks_beside_one_that_is_not_among_them(ranks):
     def queue_of(*ranks_in_order):
-        queue = rank_blocks.md.ClassQueue(rank_blocks.SLOTS, rank_blocks.DIMS)
+        queue = rank_blocks.md.ClassQueue(rank_blocks.SLOTS, rank_blocks.DIMS).to(rank_blocks.DEVICE)
         for step in range(3):
             batches = [rank_blocks.own_rows(rank, step) for rank in ranks_in_order]
             labels = torch.cat([labels for labels, _ in batches])
