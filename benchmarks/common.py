@@ -90,6 +90,8 @@ class Options:
     threads: int
     out: Path
     only: list[str]
+    cases: re.Pattern[str] = re.compile("")
+    seconds: float = SECONDS["small"]
     rest: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
@@ -112,10 +114,14 @@ def parse_options(
     parser.add_argument(
         "--only", nargs="+", default=[], help="contenders whose name contains one of these; bounds stay"
     )
+    parser.add_argument("--cases", type=re.compile, default=re.compile(""), help="cases in whose name this is found")
+    parser.add_argument("--seconds", type=float, help="for each contender of a case (default: by size, 0.01 to 2)")
     if extra is not None:
         extra(parser)
     given = parser.parse_args(arguments)
-    return Options(given.size or "small", given.device, given.threads, given.out, given.only, given)
+    size = given.size or "small"
+    seconds = SECONDS[size] if given.seconds is None else given.seconds
+    return Options(size, given.device, given.threads, given.out, given.only, given.cases, seconds, given)
 
 
 # ------------------------------------------------------------------------------------------------------ running
@@ -127,6 +133,8 @@ def run_cases(cases: Iterable[Case], options: Options) -> tuple[list[dict[str, A
     skipped: list[dict[str, str]] = []
     with num_threads(options.threads):
         for case in cases:
+            if not options.cases.search(case.name):
+                continue
             rows, left_out = run_case(case, options)
             results += rows
             skipped += left_out
@@ -161,7 +169,7 @@ def run_case(case: Case, options: Options) -> tuple[list[dict[str, Any]], list[d
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             skipped.append({"case": case.name, "contender": contender.name, "reason": reason})
 
-    times = measure(runs, SECONDS[options.size], case.rounds, options.device)
+    times = measure(runs, options.seconds, case.rounds, options.device)
     bounds = [c for c in chosen if c.role == "bound"]
     floor: list[float] | None = None
     if bounds:

@@ -18,7 +18,7 @@ from common import RESULTS, ROOT, show_seconds
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
-BLOCKS = ("supcon", "ema", "queue", "step", "step_encoder")
+BLOCKS = ("supcon", "supcon_bfloat16", "supcon_float16", "ema", "queue", "step", "step_encoder")
 SIZES = ("quick", "small", "full")
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers and line styles differ too.

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared = ["--device", options.device, "--threads", str(options.threads), "--out", str(options.out)]
     shared += [f"--{options.size}"] if options.size != "small" else []
     shared += ["--only", *options.only] if options.only else []
+    shared += ["--cases", options.cases.pattern, "--seconds", str(options.seconds)]
     for script in (bench_queue, bench_ema, bench_step):
         script.main(shared)
     if options.rest.text_encoder is not None:
