@@ -194,11 +194,11 @@ def blocks() -> str:
         _line(student, 136, student, 560, "lane"),
         _line(fusion, 418, fusion, 454, "arrow"),
         _line(fusion, 506, fusion, 560, "lane"),
-        _box(momentum - 68, 84, 136, 52, "EMAWrapper", "momentum model", kind="ours"),
+        _box(momentum - 68, 84, 136, 52, "EMAWrapper", "momentum model", kind="ours tight"),
         _box(student - 68, 84, 136, 52, "student", "model"),
         _box(teacher - 68, 84, 136, 52, "teacher", "model"),
         _box(fusion - 68, 454, 136, 52, "fusion", "model"),
-        _line(student - 68, 110, momentum + 70, 110, "arrow dashed"),
+        _line(student - 38, 108, momentum + 70, 108, "arrow dashed"),
         _block(momentum, 160, "ClassQueue", "the latest samples: further keys"),
         *(_slot(momentum - 20 + 26.5 * place, 172) for place in range(14)),
         _block(momentum, 258, "SupConDistillLoss", "features: near those of its class, in every modality"),
@@ -215,24 +215,25 @@ def blocks() -> str:
         _dots(562, teaches=[fusion], learns=[student]),
         # what the signs mean
         _box(28, 642, 26, 20),
-        _text(62, 657, "yours", "small left"),
+        _text(62, 657, "yours", "key left"),
         _box(128, 642, 26, 20, kind="ours"),
-        _text(162, 657, "the library", "small left"),
+        _text(162, 657, "the library", "key left"),
         _dots(652, teaches=[268], learns=[358]),
-        _text(282, 657, "teaches", "small left"),
-        _text(372, 657, "learns", "small left"),
+        _text(282, 657, "teaches", "key left"),
+        _text(372, 657, "learns", "key left"),
         _line(446, 652, 480, 652, "arrow dashed"),
-        _text(490, 657, "after each step", "small left"),
+        _text(490, 657, "after each step", "key left"),
     ]
     return HEAD + "\n".join(parts) + "\n</svg>\n"
 
 
-HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 676" role="img">
+HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="16 8 614 662" role="img">
 <title>The six blocks around a student, its teacher and their fusion</title>
 <style>
 text {{ font: 15px "DejaVu Sans", Verdana, sans-serif; text-anchor: middle; fill: #1d2128 }}
-.name {{ font-weight: bold }}
-.small {{ font-size: 13.5px }}
+.name {{ font: bold 17px "DejaVu Sans", Verdana, sans-serif }}
+.small {{ font-size: 16px }}
+.tight, .key {{ font-size: 13.5px }}
 .left {{ text-anchor: start }}
 .yours {{ fill: #eceef1; stroke: {GREY} }}
 .ours {{ fill: #e3edf9; stroke: {BLUE}; stroke-width: 1.6 }}
@@ -246,7 +247,7 @@ text {{ font: 15px "DejaVu Sans", Verdana, sans-serif; text-anchor: middle; fill
 </style>
 <defs><marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="6.5" markerHeight="6.5" \
 orient="auto-start-reverse"><path d="M0 0 10 5 0 10z" fill="#1d2128"/></marker></defs>
-<rect width="640" height="676" rx="8" fill="#fff"/>
+<rect x="16" y="8" width="614" height="662" rx="8" fill="#fff"/>
 """
 
 
@@ -267,9 +268,9 @@ def _box(
     top: float = 0,
 ) -> str:
     """A box with a name and a line below it, both lower by half of `top`."""
-    middle, base = x + width / 2, y + (height + top) / 2 + (-2 if note else 5)
-    texts = _text(middle, base, name, "name" if kind == "ours" else "") if name else ""
-    texts += _text(middle, base + 17, note, "small") if note else ""
+    middle, base = x + width / 2, y + (height + top) / 2 + (-4 if note else 5)
+    texts = _text(middle, base, name, "" if kind == "yours" else "name") if name else ""
+    texts += _text(middle, base + 18, note, "tight" if "tight" in kind else "small") if note else ""
     return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6"/>{texts}'
 
 
