@@ -255,15 +255,35 @@ class Quiet(SimpleHTTPRequestHandler):
             super().do_GET()
 
 
-@pytest.fixture(scope="module")
-def measured(site, pages, tmp_path_factory):
-    """What a browser as narrow as a phone makes of each page."""
+class Searched(SimpleHTTPRequestHandler):
+    """Serves the site with its search; `wait` is answered when `found` was asked for, which holds back `load`."""
+
+    def __init__(self, *args, found, **kwargs):
+        self.found = found
+        super().__init__(*args, **kwargs)
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        if self.path == "/wait":
+            self.found.wait(60)
+        elif self.path == "/found":
+            self.found.set()
+        else:
+            return super().do_GET()
+        self.send_response(204)
+        self.end_headers()
+        return None
+
+
+def result_of(page, site, handler, folder):
+    """What a page beside those of the site has in its element `result` once it is loaded."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium")
-    frames = [f'<iframe width="{PHONE}" height="800" src="{name}"></iframe>' for name in pages if name != "404.html"]
-    (site / "measure.html").write_text(MEASURE % "\n".join(frames), encoding="utf-8")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site))
+    (site / "own.html").write_text(page, encoding="utf-8")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         ran = subprocess.run(
@@ -272,10 +292,10 @@ def measured(site, pages, tmp_path_factory):
                 "--headless",
                 "--no-sandbox",
                 "--disable-gpu",
-                f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+                f"--user-data-dir={folder}",
                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
                 "--dump-dom",
-                f"http://127.0.0.1:{server.server_port}/measure.html",
+                f"http://127.0.0.1:{server.server_port}/own.html",
             ],
             capture_output=True,
             text=True,
@@ -285,10 +305,17 @@ def measured(site, pages, tmp_path_factory):
     finally:
         server.shutdown()
         server.server_close()
-        (site / "measure.html").unlink()
+        (site / "own.html").unlink()
     result = re.search(r'<pre id="result">(.*?)</pre>', ran.stdout, flags=re.DOTALL)
     assert result is not None
     return json.loads(html.unescape(result[1]))
+
+
+@pytest.fixture(scope="module")
+def measured(site, pages, tmp_path_factory):
+    """What a browser as narrow as a phone makes of each page."""
+    frames = [f'<iframe width="{PHONE}" height="800" src="{name}"></iframe>' for name in pages if name != "404.html"]
+    return result_of(MEASURE % "\n".join(frames), site, Quiet, tmp_path_factory.mktemp("browser"))
 
 
 def test_a_browser_sets_every_formula(pages, measured):
@@ -305,6 +332,26 @@ def test_a_browser_fetches_nothing_from_elsewhere_and_shows_every_picture(measur
 
 def test_no_page_is_wider_than_a_phone(measured):
     assert {name: seen["width"] for name, seen in measured.items() if seen["width"] > PHONE} == {}
+
+
+SEARCH = """<!doctype html><title>search</title>
+<iframe width="900" height="600" src="index.html?q=temperature"></iframe><img src="wait" alt="">
+<pre id="result">[]</pre>
+<script>
+const timer = setInterval(() => {
+  const found = document.querySelector("iframe").contentDocument.querySelectorAll(".md-search-result__item h1")
+  if (found.length === 0) return
+  clearInterval(timer)
+  document.getElementById("result").textContent = JSON.stringify([...found].map((title) => title.textContent))
+  fetch("found")
+}, 50)
+</script>
+"""
+
+
+def test_the_search_finds_pages_in_a_browser(site, tmp_path):
+    found = result_of(SEARCH, site, partial(Searched, found=threading.Event()), tmp_path)
+    assert {"SupConDistillLoss", "How we read the paper"} <= set(found)
 
 
 # ---------------------------------------------------------------------------------------------------- the pictures
