@@ -217,6 +217,8 @@ def test_every_command_explains_itself(name, capsys):
         (["--schedule", "step"], "--schedule"),
         (["--gamma", "1"], "--gamma"),
         (["train", "--without", "nothing"], "--without"),
+        (["--bert_lr", "1", "--no-resum", "--zzz=1"], "--no-resum --zzz=1; did you mean --bert-lr, --no-resume?"),
+        (["--zzz"], "unrecognized arguments: --zzz\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -5,6 +5,7 @@ parser, the other runs it with what was parsed and a console to write to.
 """
 
 import argparse
+import difflib
 import importlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -65,7 +66,17 @@ def parse(
         allow_abbrev=False,
     )
     getattr(module, command.add_arguments)(parser)
-    return name, parser.parse_args(rest), getattr(module, command.run)
+    parsed, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion(parser, unknown)}")
+    return name, parsed, getattr(module, command.run)
+
+
+def suggestion(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
+    """The options that were probably meant."""
+    options = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+    near = [match for text in options for match in difflib.get_close_matches(text, parser._option_string_actions, n=1)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def overview() -> str:
