@@ -620,6 +620,19 @@ def test_with_no_resume_it_begins_anew(tmp_path, trained_seeds):
     assert (tmp_path / "checkpoint_seed2.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["losses_seed1.png", "state_seed3/state_000000001.json"])
+def test_nothing_finished_is_deleted_where_not_all_can_be(name, tmp_path, trained_seeds):
+    config = Config(**SMALL, out=tmp_path, resume=False)
+    run_experiment(config, quiet(), dataset=small_dataset())
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name / "mine").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(IsADirectoryError, match=name):
+        run_experiment(config, quiet(), dataset=small_dataset())
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert trained_seeds == [1, 2]
+
+
 def test_resume_refuses_other_settings_and_other_data(tmp_path, trained_seeds):
     config = Config(**{**SMALL, "seeds": [1]}, out=tmp_path)
     run_experiment(config, quiet(), dataset=small_dataset())

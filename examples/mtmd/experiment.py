@@ -14,6 +14,7 @@ A seed is finished when results.json has it; that is written after all its other
 
 import argparse
 import csv
+import errno
 import importlib.metadata
 import io
 import json
@@ -347,11 +348,18 @@ def states_of_earlier(out: Path) -> list[Path]:
 
 
 def clear(out: Path) -> None:
-    """Forget an earlier experiment, so that nothing of it is taken for part of the one that begins."""
-    for path in files_of_earlier(out):
-        path.unlink()
+    """Forget an earlier experiment, so that nothing of it is taken for part of the one that begins.
+
+    What may fail comes before the files of finished seeds go.
+    """
+    files = files_of_earlier(out)
+    for path in files:
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory, and nothing is deleted", str(path))
     for folder in states_of_earlier(out):
         remove_states(folder)
+    for path in files:
+        path.unlink()
 
 
 # Files
