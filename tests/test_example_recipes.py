@@ -1,6 +1,7 @@
 """The recipes: the same training under each framework, saved, resumed and optimised as it should be."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -120,8 +121,9 @@ def test_a_step_that_a_grad_scaler_skips_moves_no_average():
         assert task.momentum.step == updates
 
 
-def test_the_script_says_how_the_weak_view_does(recipe, tmp_path, capsys):
-    recipe[0].main(["--steps=3", f"--out={tmp_path}"])
+def test_the_script_ends_as_its_docstring_says(recipe, tmp_path, capsys):
+    recipe[0].main([f"--out={tmp_path}"])
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("weak view alone ")
-    assert "average after 3 updates, 96 rows in the queue" in line
+    told = re.search(r"about (\d+) %", recipe[0].__doc__)
+    got = re.match(r"weak view alone (\d+\.\d) %, average after 60 updates, 100 rows in the queue", line)
+    assert float(got[1]) == pytest.approx(float(told[1]), abs=3)  # another torch draws and rounds a little otherwise

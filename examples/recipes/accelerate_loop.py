@@ -4,8 +4,9 @@
     python examples/recipes/accelerate_loop.py
     python examples/recipes/accelerate_loop.py --steps 90 --resume runs/recipe_accelerate/step_60
 
-Takes a few seconds and ends with the accuracy of the weak view alone and the state of the blocks. `save_state` has the
-task, the optimizer and the random numbers; the number of the step is registered beside them.
+Takes a few seconds and ends with the accuracy of the weak view alone, about 63 % (chance: 33), and the state of the
+blocks. `save_state` has the task, the optimizer and the random numbers; the number of the step is registered beside
+them.
 """
 
 import argparse

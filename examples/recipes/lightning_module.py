@@ -4,10 +4,10 @@
     python examples/recipes/lightning_module.py
     python examples/recipes/lightning_module.py --steps 90 --resume "runs/recipe_lightning/step=60.ckpt"
 
-Takes a few seconds and ends with the accuracy of the weak view alone and the state of the blocks. Lightning's
-checkpoint has the task and the optimizer. What it leaves out, random numbers and the place in an epoch, is added here,
-so that a resumed run ends with the same bits. Lightning remarks that modules are in eval mode: the averaged ones, and
-they are to be.
+Takes a few seconds and ends with the accuracy of the weak view alone, about 63 % (chance: 33), and the state of the
+blocks. Lightning's checkpoint has the task and the optimizer. What it leaves out, random numbers and the place in an
+epoch, is added here, so that a resumed run ends with the same bits. Lightning remarks that modules are in eval mode:
+the averaged ones, and they are to be.
 """
 
 import argparse

@@ -3,8 +3,9 @@
     python examples/recipes/plain_loop.py
     python examples/recipes/plain_loop.py --steps 90 --resume runs/recipe_plain/step_60.pt
 
-Takes a second and ends with the accuracy of the weak view alone and the state of the blocks. A checkpoint is the state
-of the task (averages, queue and temperature are in it), of the optimizer and of the random numbers.
+Takes a second and ends with the accuracy of the weak view alone, about 63 % (chance: 33), and the state of the blocks.
+A checkpoint is the state of the task (averages, queue and temperature are in it), of the optimizer and of the random
+numbers.
 """
 
 import argparse

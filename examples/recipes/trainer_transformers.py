@@ -4,9 +4,10 @@
     python examples/recipes/trainer_transformers.py
     python examples/recipes/trainer_transformers.py --steps 90 --resume runs/recipe_trainer/checkpoint-60
 
-Takes a few seconds and ends with the accuracy of the weak view alone and the state of the blocks. The optimizer is
-given: that of the Trainer puts the temperature and the fusion factors, which are neither biases nor norms to it, among
-what weight decay shrinks, and nobody would move the averages.
+Takes a few seconds and ends with the accuracy of the weak view alone, about 62 % (chance: 33; the Trainer orders the
+rows otherwise than the other recipes), and the state of the blocks. The optimizer is given: that of the Trainer puts
+the temperature and the fusion factors, which are neither biases nor norms to it, among what weight decay shrinks, and
+nobody would move the averages.
 """
 
 import argparse
