@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,10 +72,28 @@ def test_the_wheel_holds_the_package_and_nothing_else(builds):
 def test_the_sdist_holds_what_building_and_testing_need(builds):
     with tarfile.open(fileobj=io.BytesIO(builds[0][SDIST])) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "SECURITY.md", "Makefile", "constraints.txt"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "SECURITY.md",
+        "CODE_OF_CONDUCT.md",
+        "Makefile",
+        "constraints.txt",
+    } <= names
     assert {f"src/momentum_distill/{name}" for name in ("__init__.py", "py.typed")} <= names
     assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")} <= names
     assert [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".log"))] == []
+
+
+def test_every_file_has_the_version():
+    """Under the workflow that a tag starts, the tag too, and a release has a day."""
+    tag = os.environ.get("GITHUB_REF_NAME") if os.environ.get("GITHUB_REF_TYPE") == "tag" else None
+    assert tag in (None, f"v{VERSION}")
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[(\S+)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in headings[:2]] == ["Unreleased", VERSION]
+    assert tag is None or headings[1][1]
 
 
 def closure(*names: str) -> dict[str, Distribution]:

@@ -212,3 +212,34 @@ def test_everything_that_make_installs_is_pinned():
 def test_every_pin_fits_what_is_asked_for():
     pinned = pins()
     assert [str(one) for one in asked_for() if pinned[canonicalize_name(one.name)] not in one.specifier] == []
+
+
+# Workflows
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))  # none in an sdist
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_run_targets_of_the_makefile_and_actions_of_one_commit(path):
+    text = path.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    runs = re.findall(r"\brun: *(.*)", text)
+    assert [command for command in runs if command.removeprefix("make ") not in targets] == []
+    actions = re.findall(r"\buses: *(.*)", text)
+    assert [use for use in actions if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", use)] == []
+    assert runs
+    assert actions
+    assert "secrets." not in text
+    assert re.search(r"^permissions:\n  contents: read\n", text, flags=re.MULTILINE)
+
+
+@pytest.mark.skipif(not WORKFLOWS, reason="no .github: an sdist")
+def test_what_is_published_is_what_was_tested_and_attested():
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    build, publish = text.split("\n  publish:\n")
+    assert re.findall(r"run: make (\w+)", build) == ["check", "test", "dist"]
+    assert "needs: build" in publish
+    assert "id-token: write" in publish
+    assert "id-token" not in build
+    assert "attestations: true" in publish
