@@ -149,6 +149,12 @@ class EMAWrapper(WideModule):
 
         Returns:
             What the averaged module returns.
+
+        Example:
+            >>> import torch
+            >>> ema = EMAWrapper(torch.nn.Linear(3, 2))
+            >>> ema(torch.ones(4, 3)).shape
+            torch.Size([4, 2])
         """
         args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
         return self.module(*args, **kwargs)
@@ -166,6 +172,17 @@ class EMAWrapper(WideModule):
             ValueError: If a decay is not in [0, 1], or a tensor of `model` is missing, unexpected or of another shape;
                 the message names the first. The average is then unchanged.
             RuntimeError: If called inside :meth:`swap`, where `model` carries the average itself.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.zeros_(model.weight)
+            >>> ema = EMAWrapper(model, decay=0.9)
+            >>> _ = torch.nn.init.ones_(model.weight)  # stands for optimizer.step()
+            >>> ema.update(model)
+            >>> ema.module.weight
+            Parameter containing:
+            tensor([[0.1000]])
         """
         _check_module("model", model)
         if self._swapped:
@@ -190,6 +207,13 @@ class EMAWrapper(WideModule):
         Raises:
             TypeError: If `model` is not a module.
             ValueError: If a tensor of `model` is missing, unexpected or of another shape.
+
+        Example:
+            >>> import torch
+            >>> ema, deployed = EMAWrapper(torch.nn.Linear(3, 2)), torch.nn.Linear(3, 2)
+            >>> ema.copy_to(deployed)
+            >>> bool((deployed.weight == ema.module.weight).all())
+            True
         """
         _check_module("model", model)
         plan = self._match(model)
@@ -216,6 +240,18 @@ class EMAWrapper(WideModule):
             TypeError: If `model` is not a module.
             ValueError: If a tensor of `model` is missing, unexpected or of another shape.
             RuntimeError: If called inside another `swap` of the same average.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.zeros_(model.weight)
+            >>> ema = EMAWrapper(model)
+            >>> _ = torch.nn.init.ones_(model.weight)
+            >>> with ema.swap(model):
+            ...     model.weight.item()
+            0.0
+            >>> model.weight.item()
+            1.0
         """
         _check_module("model", model)
         if self._swapped:
@@ -254,6 +290,12 @@ class EMAWrapper(WideModule):
         Raises:
             TypeError: If `group` is something else.
             RuntimeError: On all ranks, naming the first tensor that differs.
+
+        Example:
+            >>> import torch
+            >>> EMAWrapper(
+            ...     torch.nn.Linear(3, 2)
+            ... ).check_in_sync()  # one process: nothing to compare with
         """
         check_group(group)
         local = {name: _local(tensor) for name, tensor in _tensors(self.module).items()}

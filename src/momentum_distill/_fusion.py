@@ -97,6 +97,12 @@ class MomentumFusionFactors(WideModule):
         Raises:
             TypeError: If `features` is not a mapping, or an entry not a floating tensor.
             ValueError: If the names are not the modalities, an entry is not a matrix, or their N differ.
+
+        Example:
+            >>> import torch
+            >>> fuse = MomentumFusionFactors(["text", "audio"], init={"text": 2.0, "audio": 1.0})
+            >>> fuse({"text": torch.ones(1, 3), "audio": torch.ones(1, 2)})["text"].tolist()
+            [[2.0, 2.0, 2.0]]
         """
         if not isinstance(features, Mapping):
             wrong_type("features", "a mapping from name to tensor", describe(features))
@@ -116,13 +122,27 @@ class MomentumFusionFactors(WideModule):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the learned weights (Eq. 6); call it after the optimizer step."""
+        """Move the averages towards the learned weights (Eq. 6); call it after the optimizer step.
+
+        Example:
+            >>> import torch
+            >>> fuse = MomentumFusionFactors(["text"], decay=0.75)
+            >>> _ = torch.nn.init.zeros_(fuse.weight)  # stands for optimizer.step()
+            >>> fuse.update()
+            >>> fuse.factors()
+            {'text': 0.75}
+        """
         self._watch.look(self.weight)
         self._watch.left(self.weight)
         lerp_([self.average], [self.weight.to(self.average)], self.decay)
 
     def factors(self) -> dict[str, float]:
-        """The factors in use, by modality (Fig. 7). Makes the host wait for the device."""
+        """The factors in use, by modality (Fig. 7). Makes the host wait for the device.
+
+        Example:
+            >>> MomentumFusionFactors(["text", "audio"], init=0.5).factors()
+            {'text': 0.5, 'audio': 0.5}
+        """
         return dict(zip(self.modalities, self.average.tolist(), strict=True))
 
     @override

@@ -103,6 +103,15 @@ class HardSampleFusionLoss(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or device is wrong, or a part is incomplete.
+
+        Example:
+            >>> import torch
+            >>> loss_fn = HardSampleFusionLoss()
+            >>> fused, targets = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0])
+            >>> loss_fn(
+            ...     student_scores=torch.zeros(2), fused_scores=fused, targets=targets
+            ... )  # tanh(2) / 2
+            tensor(0.4820)
         """
         return functional.hard_sample_fusion_loss(
             student_scores=student_scores,

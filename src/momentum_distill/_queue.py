@@ -180,6 +180,14 @@ class ClassQueue(WideModule):
             ValueError: If names, shapes or devices are wrong, or a label reaches `num_classes` in a balanced queue (an
                 accelerator asserts on its own instead, unless `validate` looks first). Of several ranks all raise what
                 one does, or where names, widths or dtypes differ. The queue is then unchanged.
+
+        Example:
+            >>> import torch
+            >>> queue = ClassQueue(4, {"text": 2, "audio": 2})
+            >>> rows = {"text": torch.eye(2), "audio": torch.eye(2)}
+            >>> queue.enqueue(torch.tensor([0, 1]), rows, valid={"audio": torch.tensor([True, False])})
+            >>> queue.read("text")[1], queue.read("audio")[1]
+            (tensor([0, 1]), tensor([0]))
         """
         ranks = find_ranks(self.group)
         valid = {} if valid is None else valid
@@ -237,6 +245,9 @@ class ClassQueue(WideModule):
 
         Raises:
             RuntimeError: On all ranks, naming the first buffer that differs.
+
+        Example:
+            >>> ClassQueue(4, {"text": 2}).check_in_sync()  # one process: nothing to compare with
         """
         require_in_sync(find_ranks(self.group), dict(self.named_buffers()), what="ClassQueue")
 
@@ -301,6 +312,15 @@ class ClassQueue(WideModule):
         Raises:
             TypeError: If `stream` is not a string, or `padded` not a bool.
             ValueError: If there is no such stream.
+
+        Example:
+            >>> import torch
+            >>> queue = ClassQueue(3, {"text": 2})
+            >>> queue.enqueue(torch.tensor([5]), {"text": torch.tensor([[0.0, 2.0]])})
+            >>> queue.read("text")
+            (tensor([[0., 1.]]), tensor([5]))
+            >>> queue.read("text", padded=True)[1]
+            tensor([ 5, -1, -1])
         """
         if not isinstance(stream, str):
             wrong_type("stream", "a name", describe(stream))
@@ -327,7 +347,16 @@ class ClassQueue(WideModule):
         return int(torch.minimum(self.count, self.share).sum())
 
     def reset(self) -> None:
-        """Empty the queue."""
+        """Empty the queue.
+
+        Example:
+            >>> import torch
+            >>> queue = ClassQueue(3, {"text": 2})
+            >>> queue.enqueue(torch.tensor([5]), {"text": torch.ones(1, 2)})
+            >>> queue.reset()
+            >>> len(queue)
+            0
+        """
         self.count.zero_()
         self.labels.fill_(EMPTY)
         for stream in self.dims:

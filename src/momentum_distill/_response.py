@@ -95,6 +95,13 @@ class ResponseDistillLoss(nn.Module):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or device is wrong.
+
+        Example:
+            >>> import torch
+            >>> loss_fn = ResponseDistillLoss(task="classification")
+            >>> student, teacher = torch.zeros(2, 3), torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+            >>> loss_fn(student, teacher, mask=torch.tensor([True, False]))  # log(3)
+            tensor(1.0986)
         """
         return functional.response_distill_loss(
             student,

@@ -160,6 +160,15 @@ class SupConDistillLoss(WideModule):
         Raises:
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or device is wrong, or only one momentum input is given.
+
+        Example:
+            >>> import torch
+            >>> loss_fn = SupConDistillLoss(temperature=1.0)
+            >>> audio, text, labels = torch.eye(2), torch.eye(2), torch.tensor([0, 1])
+            >>> past, past_labels = torch.eye(2), torch.tensor([0, -1])  # its second slot is empty
+            >>> loss = loss_fn(audio, (text, past), labels, (labels, past_labels))
+            >>> f"{loss.item():.4f}"
+            '0.7067'
         """
         return self.terms(
             query,
@@ -186,6 +195,15 @@ class SupConDistillLoss(WideModule):
 
         Returns:
             `total`, `supervised` (modality-shared), `distill` (modality-specific), `rows`, `rows_with_positive`.
+
+        Example:
+            >>> import torch
+            >>> loss_fn = SupConDistillLoss()
+            >>> terms = loss_fn.terms(
+            ...     torch.eye(2), torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 2])
+            ... )
+            >>> int(terms.rows), int(terms.rows_with_positive)
+            (2, 1)
         """
         return functional.supcon_distill_terms(
             query,
