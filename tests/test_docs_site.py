@@ -277,36 +277,29 @@ class Searched(SimpleHTTPRequestHandler):
         return None
 
 
-def result_of(page, site, handler, folder):
-    """What a page beside those of the site has in its element `result` once it is loaded."""
+def browse(address, folder, *options):
+    """The document that a browser without a network makes of a page."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium")
+    rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    always = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", rules, "--dump-dom"]
+    ran = subprocess.run([browser, *always, *options, address], capture_output=True, text=True, timeout=120, check=True)
+    return ran.stdout
+
+
+def result_of(page, site, handler, folder):
+    """What a page beside those of the site has in its element `result` once it is loaded."""
     (site / "own.html").write_text(page, encoding="utf-8")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        ran = subprocess.run(
-            [
-                browser,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                f"--user-data-dir={folder}",
-                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-                "--dump-dom",
-                f"http://127.0.0.1:{server.server_port}/own.html",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
+        document = browse(f"http://127.0.0.1:{server.server_port}/own.html", folder)
     finally:
         server.shutdown()
         server.server_close()
         (site / "own.html").unlink()
-    result = re.search(r'<pre id="result">(.*?)</pre>', ran.stdout, flags=re.DOTALL)
+    result = re.search(r'<pre id="result">(.*?)</pre>', document, flags=re.DOTALL)
     assert result is not None
     return json.loads(html.unescape(result[1]))
 
@@ -351,6 +344,12 @@ const timer = setInterval(() => {
 
 def test_the_search_finds_pages_in_a_browser(site, tmp_path):
     found = result_of(SEARCH, site, partial(Searched, found=threading.Event()), tmp_path)
+    assert {"SupConDistillLoss", "How we read the paper"} <= set(found)
+
+
+def test_the_search_finds_pages_where_the_site_is_opened_as_a_file(site, tmp_path):
+    document = browse(f"{(site / 'index.html').as_uri()}?q=temperature", tmp_path, "--virtual-time-budget=10000")
+    found = re.findall(r"<h1>(.*?)</h1>", document.partition("md-search-result__list")[2], flags=re.DOTALL)
     assert {"SupConDistillLoss", "How we read the paper"} <= set(found)
 
 
