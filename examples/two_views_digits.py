@@ -1,6 +1,6 @@
 """Two views of a digit, one weak: does distillation help the weak view alone, outside the paper?
 
-    python examples/two_views_digits.py                        # a minute and a half on one CPU core
+    python examples/two_views_digits.py                        # two to three minutes on one CPU core
     python examples/two_views_digits.py --seeds 2 --epochs 2   # seconds, to see it run
 
 The strong view is the lower half of scikit-learn's 8×8 digits, the weak view the upper half; 1,000 pairs for training.
