@@ -35,6 +35,8 @@ def read_runs(folder: Path) -> list[Run]:
     best: dict[tuple[str, str], Run] = {}
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
+        if "metadata" not in run:  # what several ranks cost stands in docs/distributed.md
+            continue
         key = run["metadata"]["block"], run["metadata"]["device"]
         if key not in best or SIZES.index(run["metadata"]["size"]) > SIZES.index(best[key]["metadata"]["size"]):
             best[key] = run
@@ -120,7 +122,9 @@ def by_case(run: Run) -> dict[str, list[Row]]:
 
 
 def full_name(row: Row) -> str:
-    return row["contender"] + (f" ({row['computes']})" if row["computes"] else "")
+    """As Markdown."""
+    name = row["contender"] + (f" ({row['computes']})" if row["computes"] else "")
+    return name.replace("\\", "").replace("_", "\\_")
 
 
 def result_line(case: str, row: Row, *, ahead: bool) -> str:

@@ -99,6 +99,13 @@ def test_the_report_writes_table_and_chart_between_the_marks(results, tmp_path):
     assert (tmp_path / "images" / "performance.png").stat().st_size > 10_000
 
 
+def test_the_report_of_the_results_that_are_kept_is_what_the_page_says(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    assert report.main(["--page", str(page)]) == 0
+    assert page.read_text(encoding="utf-8") == report.PAGE.read_text(encoding="utf-8")
+
+
 def test_the_report_wants_marks_and_results(results, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("no marks", encoding="utf-8")
