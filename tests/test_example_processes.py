@@ -13,6 +13,7 @@ import example_rank_cases
 from conftest import ROOT
 from mtmd.checkpoint import load_checkpoint
 from mtmd.experiment import load_predictions
+from mtmd.processes import started
 from study_cases import TINY
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -103,6 +104,26 @@ def test_a_state_goes_on_at_another_number_of_processes(ranks, tmp_path):
     for end in [end for group in ends.values() for end in group]:
         assert end[:4] == ends[1][0][:4]  # where it goes on, and with what queue and averages, to the bit
         assert end[4] == pytest.approx(ends[1][0][4], rel=1e-4)  # the loss of the next step
+
+
+@pytest.mark.parametrize(("gpus", "backends"), [(0, "cpu:gloo"), (2, "cpu:gloo,cuda:nccl")])
+def test_numbers_travel_between_cpus_also_where_there_are_gpus(gpus, backends, monkeypatch):
+    """Named, for torch 2.11 takes nccl alone, which has no way for the seed that rank 0 gives out."""
+    asked = []
+
+    def stop(backend):
+        asked.append(backend)
+        raise ConnectionError("far enough")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", asked.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", stop)
+    with pytest.raises(ConnectionError, match="far enough"), started("train"):
+        pass
+    assert asked == ([1, backends] if gpus else [backends])
 
 
 def test_other_commands_want_one_process():

@@ -29,9 +29,11 @@ def started(command: str) -> Iterator[None]:
         return
     if command not in COMMANDS:
         raise ValueError(f"torchrun: expected the command {' or '.join(COMMANDS)}, got {command!r}, for one process")
+    backends = "cpu:gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group()  # gloo for the CPU, and beside it nccl where there are GPUs
+        backends += ",cuda:nccl"
+    dist.init_process_group(backends)  # named, for some versions of torch take nccl alone where there are GPUs
     try:
         yield
         dist.barrier()  # nobody goes while another still listens

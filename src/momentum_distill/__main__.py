@@ -37,14 +37,17 @@ def _has_backend(name: str) -> bool:
 
 
 def _triton_state() -> str:
-    """Whether the kernel would be used for float32 on CUDA."""
+    """Whether the kernel is used for float32 sums on CUDA."""
     from momentum_distill import _triton
 
     if not _triton.available():
         return "off: the package triton is not installed"
     if not torch.cuda.is_available():
         return "off: no CUDA device"
-    return "on" if os.environ.get("MOMENTUM_DISTILL_TRITON") == "1" else "off: MOMENTUM_DISTILL_TRITON=1 turns it on"
+    if os.environ.get("MOMENTUM_DISTILL_TRITON") == "0":
+        return "off: MOMENTUM_DISTILL_TRITON=0"
+    works = _triton.works(torch.device("cuda", torch.cuda.current_device()))
+    return "on" if works else "off: it does not work on this GPU"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ a number of collectives that never depends on the data, and both carry a checksu
 ranks: what is wrong on one raises the same error on every one, and none is left waiting.
 
 What bounds a wait is the timeout of the process group. Gathering has to know how many rows each rank brings, for which
-the host waits for the other ranks; where the group has a backend for the CPU (`init_process_group()` without a backend,
-or `"cpu:gloo,cuda:nccl"`) it does not wait for the accelerator.
+the host waits for the other ranks; where the group has a backend for the CPU (`"cpu:gloo,cuda:nccl"`) it does not wait
+for the accelerator.
 """
 
 import ctypes
