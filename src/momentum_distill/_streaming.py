@@ -261,11 +261,11 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> Statist
     )
 
 
-def is_small(query: Tensor, keys: list[Keys]) -> bool:
-    """Whether the plain N×Q matrices are the better way to the loss of so many rows and keys."""
-    rows, width = query.shape
+def is_small(queries: Tensor, keys: list[Keys]) -> bool:
+    """Whether the plain N×Q matrices are the better way to the loss of so many prepared queries and keys."""
+    rows, width = queries.shape
     count = sum(part.online.shape[0] for part in keys)
-    return rows * count <= DENSE_SCORES and width * count <= DENSE_KEYS and not wants_fused(query)
+    return rows * count <= DENSE_SCORES and width * count <= DENSE_KEYS and not wants_fused(queries)
 
 
 def wants_fused(query: Tensor) -> bool:

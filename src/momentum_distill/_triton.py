@@ -246,7 +246,7 @@ def _online_softmax(dots: Block, top: Block, log2_scale: Block, SHIFT: constexpr
     return new_top, shrink, weights
 
 
-# The kinds, in the order of their results.
+# The kinds, in the order of their results; kernels, which see no variables, write the numbers.
 _STUDENT, _POSITIVE, _MOMENTUM = 0, 1, 2
 
 

@@ -213,7 +213,9 @@ def supcon_distill_loss(
 
     More than $2^{18}$ scores (N·Q), or those of more than $2^{20}$ numbers in the keys (Q·d), are made tile by tile,
     and nothing of size N×Q is kept, forward or backward. Three cases take the N×Q matrices: fewer of both, which is
-    faster so; `torch.compile`, which fuses them; and a backward pass with `create_graph=True`.
+    faster so; `torch.compile`, which fuses them; and a backward pass with `create_graph=True`. On an NVIDIA GPU a fused
+    kernel (Triton) takes all sizes, but in float64: keys in 16 bits are multiplied as they are, and queries rounded to
+    their dtype.
 
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.
@@ -540,7 +542,7 @@ class _Solved(NamedTuple):
         momentum = None
         if problem.momentum_query is not None:
             momentum = ready(problem.momentum_query, problem.momentum_temperature)[0]
-        solve = _Matrices.solve if _streaming.is_small(query, problem.keys) else _Tiles.solve
+        solve = _Matrices.solve if _streaming.is_small(queries, problem.keys) else _Tiles.solve
         way = solve(problem, queries, momentum)
         supervised, distill = way.supervised, way.distill
         if absent is not None:
