@@ -303,8 +303,13 @@ def distance(teacher: Tensor, student: Tensor, task: str, temperature: float = 1
     """By row, Eq. 7: of scores, or of the softmax of logits."""
     if task == "regression":
         return (teacher - student).abs()
-    log_q = (student / temperature).log_softmax(dim=1)
-    return -(temperature**2) * ((teacher / temperature).softmax(dim=1) * log_q).sum(dim=1)
+    # Float64 has to be as good as exact here: of the logits, differences before all else. Off the largest, a softmax is
+    # made of them; off the mean by the teacher, its gradient.
+    largest = student.detach().amax(dim=1, keepdim=True)
+    p = ((teacher - teacher.detach().amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)
+    mean = (p * student).sum(dim=1, keepdim=True).detach()
+    log_sum = ((student - largest) / temperature).logsumexp(dim=1) + (largest - mean)[:, 0] / temperature
+    return temperature**2 * (log_sum - (p * (student - mean)).sum(dim=1) / temperature)
 
 
 def response_loss(x: Named, keep: Tensor, *, task: str, alpha: float, temperature: float, reduction: str) -> Tensor:
@@ -392,6 +397,14 @@ def outcome(
     zeros = {name: torch.zeros_like(x) for name, x in leaves.items()}
     values = {name: x.detach() for name, x in values.items()}
     return values, {name: zeros[name] if grad is None else grad for name, grad in grads.items()}
+
+
+def teacher_lengths(gradient: Tensor) -> Tensor:
+    """For :func:`assert_accurate`: the gradient for a teacher's logits is held to the size of the largest in its row.
+
+    It is p (E log q - log q): what rounding does to p, a share of it, is a share of all that cancels in the mean E.
+    """
+    return 1 / gradient.abs().amax(dim=1, keepdim=True).clamp_min(1.0)
 
 
 def weights(x: Tensor) -> Tensor:

@@ -54,8 +54,9 @@ def softmax(scores: Row) -> list[float]:
 
 def cross_entropy(teacher: Row, student: Row, temperature: float = 1.0) -> float:
     """H(p, q) of Eq. 7 with p and q the softmax of logits over `temperature`; 0 log 0 is 0."""
-    p = softmax([x / temperature for x in teacher])
-    log_q = log_softmax([x / temperature for x in student])
+    # Of differences: logits of 1e4 over 3 would be rounded by 1e-12.
+    p = softmax([(x - max(teacher)) / temperature for x in teacher])
+    log_q = log_softmax([(x - max(student)) / temperature for x in student])
     return -math.fsum(a * b for a, b in zip(p, log_q, strict=True) if a > 0.0)
 
 

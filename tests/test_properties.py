@@ -29,6 +29,7 @@ from property_cases import (
     plain_contrasts,
     plain_outputs,
     response_loss,
+    teacher_lengths,
     unit,
     way,
     wide,
@@ -146,14 +147,9 @@ def test_response_loss(dtype, task, data):
         everyone = torch.ones(len(x["student"]), dtype=torch.bool)
         return {"loss": response_loss(x, everyone if keep is None else keep, **options)}
 
-    # Logits over a temperature that is no power of two are rounded, and a softmax is made of their differences. The
-    # gradient for a teacher's logits is such a difference itself, of the student's log-probabilities.
-    classes = task == "classification"
-    largest = max([1.0, *(float(t.abs().max()) for t in wide(x).values() if classes and t.numel())])
-    floor = largest if math.frexp(options["temperature"])[0] != 0.5 else 1.0
     actual, expected = (outcome(f, y, ["student", "teacher"]) for f, y in ((ours, x), (theirs, wide(x))))
-    lengths = {"teacher": floor / largest}
-    assert_accurate(actual, expected, sums=summed_in(*x.values()), floors=(floor, floor), lengths=lengths)
+    lengths = {"teacher": teacher_lengths(expected[1]["teacher"])} if task == "classification" else None
+    assert_accurate(actual, expected, sums=summed_in(*x.values()), lengths=lengths)
     assert actual[0]["loss"].dtype == summed_in(*x.values())
 
 
@@ -190,7 +186,8 @@ def test_hard_sample_loss(dtype, data):
         return {"loss": hard_sample_loss(x, kept, labels, **options)}
 
     actual, expected = outcome(ours, x, x), outcome(theirs, wide(x), x)
-    assert_accurate(actual, expected, sums=summed_in(*x.values()))
+    lengths = {name: teacher_lengths(g) for name, g in expected[1].items() if name == "fused_logits"}
+    assert_accurate(actual, expected, sums=summed_in(*x.values()), lengths=lengths)
     assert not actual[1]["targets"].any()
 
 
@@ -368,7 +365,8 @@ def test_compiled_response_loss(data):
         return {"loss": response_loss(x, keep, **options)}
 
     actual, expected = (outcome(f, y, ["student", "teacher"]) for f, y in ((ours, x), (theirs, wide(x))))
-    assert_accurate(actual, expected, sums=torch.float32)
+    lengths = {"teacher": teacher_lengths(expected[1]["teacher"])}
+    assert_accurate(actual, expected, sums=torch.float32, lengths=lengths)
 
 
 # --- the formulas that all this is measured by ------------------------------------------------------------------------

@@ -203,6 +203,21 @@ def test_extreme_logits_give_finite_loss_and_gradient(autocast, temperature, dty
         assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_large_logits_lose_no_more_digits_than_small_ones(temperature):
+    logits = torch.tensor([[0.1, 37.2, 9963.3], [8123.4, 8124.1, 8120.2]])
+    teacher = torch.tensor([[0.2, 0.1, -INF], [5001.3, 5002.2, 5000.4]])
+
+    def outcome(dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (logits, teacher)]
+        options = {"task": "classification", "temperature": temperature, "detach_teacher": False}
+        rows = F.response_distill_loss(*leaves, **options, reduction="none")
+        return [rows, *torch.autograd.grad(rows.sum(), leaves)]
+
+    for single, double in zip(outcome(torch.float32), outcome(torch.float64), strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=2e-6, atol=2e-7)
+
+
 @pytest.mark.parametrize("detach_teacher", [True, False])
 def test_certain_teacher_against_a_soft_student_is_exact(detach_teacher):
     student = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)

@@ -908,15 +908,19 @@ def response_distill_loss(
                 check_finite(name, other if task == "regression" else _teacher_logits(other), mask)
 
     dtype = _sum_dtype(student, *(other for _, other in others))
-    distance = _absolute_error if task == "regression" else _soft_cross_entropy
     scale = 1.0 if task == "regression" else 1.0 / temperature
+
+    def distance(teacher: Tensor) -> Tensor:
+        teacher = _keep_rows(teacher.to(dtype), mask)
+        if task == "regression":
+            return _absolute_error(teacher, student)
+        return _soft_cross_entropy(teacher, student, scale)
+
     with full_precision(student):
-        student = _keep_rows(student.to(dtype), mask) * scale
-        teacher = _keep_rows((teacher.detach() if detach_teacher else teacher).to(dtype), mask)
-        rows = distance(teacher * scale, student)
+        student = _keep_rows(student.to(dtype), mask)
+        rows = distance(teacher.detach() if detach_teacher else teacher)
         if momentum is not None:
-            momentum = _keep_rows(momentum.detach().to(dtype), mask)
-            rows = _blend(rows, distance(momentum * scale, student), alpha)
+            rows = _blend(rows, distance(momentum.detach()), alpha)
         rows = torch.where(mask, rows / scale**2, 0.0)
         if reduction == "none":
             return rows
@@ -929,11 +933,23 @@ def _absolute_error(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher - student).abs()
 
 
-def _soft_cross_entropy(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    r"""$H(p, q) = -\sum_c p_c \log q_c$ of logits by row, shape `(N,)`; $0 \log 0 = 0$ in value and gradient."""
-    probs = teacher_logits.softmax(dim=1)
-    log_probs = student_logits.log_softmax(dim=1)
-    return -(probs * torch.where(probs == 0, 0.0, log_probs)).sum(dim=1)
+def _soft_cross_entropy(teacher_logits: Tensor, student_logits: Tensor, scale: float = 1.0) -> Tensor:
+    r"""$H(p, q) = -\sum_c p_c \log q_c$ of scaled logits by row, `(N,)`; $0 \log 0 = 0$ in value and gradient."""
+    probs = _scaled(teacher_logits, scale).softmax(dim=1)
+    log_probs = _scaled(student_logits, scale).log_softmax(dim=1)
+    rows = -(probs.detach() * torch.where(probs == 0, 0.0, log_probs)).sum(dim=1)
+    if probs.requires_grad:
+        # The gradient for the teacher's logits, by a term that is 0. It is p times the student's logits off their mean,
+        # which are much smaller than log q where log q has lost most in rounding.
+        logits = torch.where(probs == 0, 0.0, student_logits)
+        off = scale * (logits - (probs * logits).sum(dim=1, keepdim=True).detach())
+        rows = rows - ((probs - probs.detach()) * off).sum(dim=1)
+    return rows
+
+
+def _scaled(logits: Tensor, scale: float) -> Tensor:
+    """Scaled logits for a softmax: it is made of their differences, and to scale those rounds less."""
+    return logits if scale == 1.0 else (logits - logits.detach().amax(dim=1, keepdim=True)) * scale
 
 
 # --------------------------------------------------------------------------------------------------------------------
