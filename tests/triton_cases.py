@@ -26,7 +26,7 @@ ids = {"ids": lambda value: str(value).removeprefix("torch.")}
 
 # NumPy, by which the interpreter computes, speaks of every NaN and of -inf - -inf, and of how Triton 3.5 calls it.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
 ]
 
