@@ -522,7 +522,8 @@ def test_text_features_are_asked_for_where_the_file_has_none():
 
 
 def test_a_text_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable of the same name is read once, maybe before this test: then the hub would be asked for 45 seconds.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for text_encoder, message in {
         str(tmp_path / "nowhere"): "nowhere: no such directory",
         "./nowhere": "nowhere: no such directory",
