@@ -10,8 +10,8 @@ and of the momentum model, with weights $U$ from $q'$ and $k'$.
 1. `_first_kernel` finds for each query the first one of its class: what rows of a class share is made once.
 2. `_state_kernel` says which keys count, and whether those that do not hold anything that could reach a sum.
 3. `_attend_kernel`, over (blocks of queries) x (splits of the keys) x (kinds and slices of the output columns). A batch
-   has few queries, 512 of them fill 4 of the 132 multiprocessors of an H100, so the keys are cut into as many splits as
-   fill the chip. Each program goes through the keys of its split with a running maximum (online softmax).
+   has few queries, 512 of them make 8 blocks for the 132 multiprocessors of an H100, so the keys are cut into as many
+   splits as fill the chip. Each program goes through the keys of its split with a running maximum (online softmax).
 4. `_merge_kernel` weighs the splits of a row by their share $e^{\mathrm{lse}_\text{split} - \mathrm{lse}}$.
 
 Raw keys are not normalised into a copy (only those in float16 are): `_normalize_kernel` finds one number for each, by
@@ -22,8 +22,8 @@ waits for the device.
 
 **Precision.** 16-bit keys are multiplied on the tensor cores: queries and softmax weights are rounded to the dtype of
 the keys they meet, products are summed in float32. Products of float32 keys are made of three of TF32, which loses
-nothing that float32 has. Each query is first divided by a power of two near its largest
-number, so that none leaves the range of float16.
+nothing that float32 has. Each query is first divided by a power of two near its largest number, so that none leaves the
+range of float16.
 
 **Absent keys** get the logit -inf. Where one holds NaN or huge numbers, absent keys are not even loaded, for a weight
 of 0 times NaN is NaN; that is slower, for a load that waits for another cannot begin early. A NaN in a present key
@@ -289,8 +289,9 @@ def _attend_kind(
 ) -> None:
     """One kind of attention: a block of queries, one split of the keys, one slice of the output columns.
 
-    EQUAL: equal weights instead of a softmax, which needs no logits. SAME: `keys` and `values` are the same. GUARDED:
-    absent keys are not loaded.
+    KIND: 0 the student, 1 the positive keys, 2 the momentum model, whose mean logit is made as well. EQUAL: equal
+    weights instead of a softmax, which needs no logits. SAME: `keys` and `values` are the same. GUARDED: absent keys
+    are not loaded.
     """
     rows_ok = rows < N
     WHOLE: constexpr = CHUNK >= WIDTH
