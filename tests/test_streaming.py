@@ -1,5 +1,7 @@
 """The contrastive loss in tiles: the same numbers as the N×Q matrices, and never anything as large as they."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,6 +210,20 @@ def test_logits_too_large_for_plain_sums_are_noticed():
     assert_close(
         loss, dense_terms(exact, temperature=0.005, alpha=0.4, positives="outside", normalize=True).total, torch.float32
     )
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_the_logarithm_of_the_sum_is_not_lost_beside_logits_of_a_billion(positives, monkeypatch):
+    """Two equal keys share the weight: log 2 is no digit of 1.4e9 in float32, and without it both got all of it."""
+    monkeypatch.setattr(_streaming, "DENSE_SCORES", -1)
+    query = torch.full((1, 1), 3700.0)
+    keys = torch.full((2, 1), 3700.0, dtype=torch.float16, requires_grad=True)
+    zeros = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    options = {"temperature": 0.01, "alpha": 0.4, "positives": positives, "normalize": False}
+    loss = F.supcon_distill_loss(query, keys, *zeros, momentum_query=query, momentum_keys=keys.detach(), **options)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.6 * math.log(2) if positives == "outside" else 0.0)
+    assert keys.grad.abs().max() < 1e-6 * 3700.0 / 0.01  # of the two halves of a query that cancel
 
 
 @pytest.mark.parametrize("scores", [-1, 2**20], ids=["tiles", "matrices"])

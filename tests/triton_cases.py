@@ -17,7 +17,7 @@ from torch.nn.functional import normalize as normalize_rows
 
 from loss_cases import RTOL, bits
 from momentum_distill import _triton, functional
-from momentum_distill._streaming import Statistics, row_lengths
+from momentum_distill._streaming import LogSum, Statistics, row_lengths
 from momentum_distill._triton import Part
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -46,10 +46,10 @@ def attend(
     shortest=None,
     num_splits=None,
 ):
-    """The kernel over one part of the keys."""
+    """The kernel over one part of the keys; of each lse its value."""
     taught = momentum_query is not None
     part = Part(keys, momentum_keys if taught else None, key_labels, present, shortest)
-    return _triton.attend(
+    statistics = _triton.attend(
         query * scale,
         query_labels,
         [part],
@@ -57,6 +57,7 @@ def attend(
         inside=inside,
         num_splits=num_splits,
     )
+    return statistics._replace(**{name: x.value() for name, x in statistics._asdict().items() if isinstance(x, LogSum)})
 
 
 def case(n=5, q=70, d=16, dtype=F32, *, seed=0, scale=16.0, momentum="different", inside=False, absent=0.0):

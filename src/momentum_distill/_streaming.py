@@ -99,18 +99,34 @@ class Rows(NamedTuple):
     labels: Tensor  # (N,) int64
 
 
+class LogSum(NamedTuple):
+    r"""$\mathrm{lse} = \log\sum_j e^{s_j}$ of each row in two numbers: large logits take digits from their sum."""
+
+    shift: Tensor  # (N,): the largest logit, or what is near enough
+    log: Tensor  # (N,): the logarithm of the sum relative to it
+
+    def value(self) -> Tensor:
+        """The lse."""
+        return self.shift + self.log
+
+    def off(self, logits: Tensor) -> Tensor:
+        r"""$s - \mathrm{lse}$, the logarithm of a softmax, of logits `(N,)` or `(N, B)`."""
+        shift, log = (self.shift, self.log) if logits.ndim == 1 else (self.shift[:, None], self.log[:, None])
+        return (logits - shift) - log
+
+
 class Statistics(NamedTuple):
     """Sums over the keys that are present; without one, an lse and a mean are 0. What was not asked for is empty.
 
     The positive keys of a row are weighed by $P_{ij}$: alike, $1 / K_i$, or by the softmax over them.
     """
 
-    lse: Tensor  # (N,)
+    lse: LogSum
     mean_key: Tensor  # (N, d): sum_j V_ij k_j
     positive_count: Tensor  # (N,) int64: K_i
     positive_mean_key: Tensor  # (N, d): sum_j P_ij k_j
-    positive_lse: Tensor  # (N,): over the positive keys; where these are weighed by the softmax
-    momentum_lse: Tensor  # (N,)
+    positive_lse: LogSum  # over the positive keys; where these are weighed by the softmax
+    momentum_lse: LogSum
     momentum_mean_key: Tensor  # (N, d): sum_j U_ij k_j
     momentum_mean_logit: Tensor  # (N,): sum_j U_ij s'_ij
 
@@ -158,13 +174,14 @@ class _Sums:
         low, high = (bound.item() for bound in self.total.aminmax())
         return SAFE_SUM[0] < low and high < SAFE_SUM[1]
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The lse (N,), the mean key (N, d) and the mean logit (N,); zeros where there was no key."""
+    def results(self) -> tuple[LogSum, Tensor, Tensor]:
+        """The lse, the mean key (N, d) and the mean logit (N,); zeros where there was no key."""
         if self.shift is None:
-            return self.total.log(), self.keys.div_(self.total[:, None]), self.logits.div_(self.total)
+            lse = LogSum(torch.zeros_like(self.total), self.total.log())
+            return lse, self.keys.div_(self.total[:, None]), self.logits.div_(self.total)
         nothing = self.total == 0
         total = torch.where(nothing, 1.0, self.total)
-        lse = torch.where(nothing, 0.0, total.log() + self.shift)
+        lse = LogSum(torch.where(nothing, 0.0, self.shift), total.log())
         return lse, self.keys.div_(total[:, None]), self.logits.div_(total)
 
 
@@ -246,7 +263,8 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> Statist
     momentum_lse, momentum_mean_key, momentum_mean_logit = teacher.results()
     positive_count = class_counts[row_classes]
     if positive is None:
-        positive_lse, positive_mean_key = lse[:0], class_sums[row_classes] / positive_count.clamp(min=1)[:, None]
+        positive_lse = LogSum(query.new_empty(0), query.new_empty(0))
+        positive_mean_key = class_sums[row_classes] / positive_count.clamp(min=1)[:, None]
     else:
         positive_lse, positive_mean_key, _ = positive.results()
     return Statistics(
@@ -386,10 +404,10 @@ def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: RowGradient
         keys, lengths = part.prepare(part.online[chosen].masked_fill(absent[:, None], 0.0))
         classes = class_of(part.labels[chosen], sorted_labels)
         logits = (rows.query @ keys.T).masked_fill(absent, -torch.inf)
-        weights = _softmax(logits, statistics.lse) * grads.lse[:, None]
+        weights = statistics.lse.off(logits).exp() * grads.lse[:, None]
         if inside:
             others = row_classes[:, None] != classes
-            positive = _softmax(logits.masked_fill(others, -torch.inf), statistics.positive_lse)
+            positive = statistics.positive_lse.off(logits.masked_fill(others, -torch.inf)).exp()
             weights += positive * grads.positive_lse[:, None]
         tile = weights.T @ rows.query
         if not inside:
@@ -397,11 +415,6 @@ def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: RowGradient
         if rows.momentum is not None and part.momentum is not None:
             momentum = part.prepare(part.momentum[chosen].masked_fill(absent[:, None], 0.0))[0]
             scores = (rows.momentum @ momentum.T).masked_fill(absent, -torch.inf)
-            tile += _softmax(scores, statistics.momentum_lse).T @ grads.momentum_mean_key
+            tile += statistics.momentum_lse.off(scores).exp().T @ grads.momentum_mean_key
         grad[chosen] = part.prepare.backward(keys, lengths, tile).masked_fill(absent[:, None], 0.0)
     return grad
-
-
-def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
-    """Probabilities of logits (N, B), -inf for keys that do not count, whose row has this lse (N,)."""
-    return (logits - lse[:, None]).exp()

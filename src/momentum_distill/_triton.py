@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import describe, wrong_type
-from momentum_distill._streaming import Statistics
+from momentum_distill._streaming import LogSum, Statistics
 
 
 def _import(name: str) -> Any:  # noqa: ANN401 - a module without stubs, or None
@@ -725,14 +725,15 @@ def attend(
                 BLOCK_D=_MERGE_COLUMNS,
                 num_warps=_MERGE_WARPS,
             )
-    nothing, no_rows = lse.new_empty(0), lse.new_empty((0, d))
+    nothing, no_rows, zeros = lse.new_empty(0), lse.new_empty((0, d)), torch.zeros_like(mean_logit)
+    unasked = LogSum(nothing, nothing)
     return Statistics(
-        lse=lse[_STUDENT],
+        lse=LogSum(lse[_STUDENT], zeros),
         mean_key=mean[_STUDENT],
         positive_count=count,
         positive_mean_key=mean[_POSITIVE],
-        positive_lse=lse[_POSITIVE] if inside else nothing,
-        momentum_lse=lse[_MOMENTUM] if taught else nothing,
+        positive_lse=LogSum(lse[_POSITIVE], zeros) if inside else unasked,
+        momentum_lse=LogSum(lse[_MOMENTUM], zeros) if taught else unasked,
         momentum_mean_key=mean[_MOMENTUM] if taught else no_rows,
         momentum_mean_logit=mean_logit if taught else nothing,
     )

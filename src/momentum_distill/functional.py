@@ -403,16 +403,19 @@ def _supervised_rows(positive_log: Tensor, positive_count: Tensor, positives: Po
 
 def _positive_log(rows: Rows, statistics: Statistics, *, inside: bool) -> Tensor:
     r"""What :func:`_supervised_rows` starts from, by $\log V_{ij} = s_{ij} - \mathrm{lse}_i$."""
-    positive = statistics.positive_lse if inside else (rows.query * statistics.positive_mean_key).sum(dim=1)
-    return torch.where(statistics.positive_count > 0, positive - statistics.lse, statistics.lse * 0)
+    if inside:
+        positive = statistics.lse.off(statistics.positive_lse.shift) + statistics.positive_lse.log
+    else:
+        positive = statistics.lse.off((rows.query * statistics.positive_mean_key).sum(dim=1))
+    return torch.where(statistics.positive_count > 0, positive, statistics.lse.value() * 0)
 
 
 def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
-    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(s'_{ij} - s_{ij}) - lse'_i + lse_i$, shape `(N,)`, Eq. 11."""
+    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}\,((s'_{ij} - lse'_i) - (s_{ij} - lse_i))$, shape `(N,)`, Eq. 11."""
     if rows.momentum is None:
-        return torch.zeros_like(statistics.lse)
+        return torch.zeros_like(statistics.lse.log)
     mean_logit = (rows.query * statistics.momentum_mean_key).sum(dim=1)
-    return (statistics.momentum_mean_logit - mean_logit) - (statistics.momentum_lse - statistics.lse)
+    return statistics.momentum_lse.off(statistics.momentum_mean_logit) - statistics.lse.off(mean_logit)
 
 
 def _reduce_terms(rows: tuple[Tensor, Tensor, Tensor], problem: _Problem, alpha: float | Tensor) -> SupConTerms:
