@@ -322,3 +322,19 @@ def test_validation_refuses_scores_that_are_not_finite(which, name, bad):
     tensors[which][3] = bad
     with pytest.raises(ValueError, match=name):
         F.response_distill_loss(*tensors, task="regression", validate=True)
+
+
+def test_scores_have_no_temperature():
+    student, teacher, momentum = inputs("regression")
+    plain = F.response_distill_loss(student, teacher, momentum, task="regression")
+    assert torch.equal(F.response_distill_loss(student, teacher, momentum, task="regression", temperature=3.0), plain)
+
+
+@pytest.mark.parametrize("wide", ["teacher", "momentum"])
+@pytest.mark.parametrize("task", TASKS)
+def test_one_wide_input_makes_the_sum_wide(task, wide):
+    narrow = dict(zip(("student", "teacher", "momentum"), inputs(task, dtype=torch.float32), strict=True))
+    loss = F.response_distill_loss(**narrow | {wide: narrow[wide].double()}, task=task)
+    assert loss.dtype == torch.float64
+    exact = F.response_distill_loss(**{name: x.double() for name, x in narrow.items()}, task=task)
+    assert_close(loss, exact)
