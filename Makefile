@@ -1,8 +1,6 @@
 # Every target builds what it needs: `make example` or `make test` in a fresh clone is enough.
 PYTHON ?= python3
 BIN := .venv/bin
-# One more than there are cores: tests that wait, for a killed process or a browser, leave theirs to another.
-WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 OLDEST := .venv-oldest
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
@@ -12,7 +10,7 @@ example: setup  ## train MTMD on the synthetic set, about a minute on two CPU co
 	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
 
 test: setup  ## the whole suite, with the examples in docstrings, README and docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 # The pins of torch are those of the newest; NumPy 2.4 refuses what Triton's interpreter of that time does.
 test-oldest:  ## the suite on the oldest torch that pyproject.toml allows: some gigabytes of download
@@ -22,7 +20,7 @@ test-oldest:  ## the suite on the oldest torch that pyproject.toml allows: some 
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt "pip>=25.3"
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[examples]" --group test
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps --group peers
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadgroup \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup \
 		--deselect tests/test_supply_chain.py::test_everything_that_make_installs_is_pinned
 
 stress: setup  ## the tests of chance with many more repetitions, hours

@@ -28,6 +28,7 @@ from mtmd.config import Config
 from mtmd.experiment import load_predictions, run_experiment
 from mtmd.synthetic import synthetic_dataset
 from mtmd.training import pack_random, prepare, train, unpack_random
+from stress import times
 
 CPU = torch.device("cpu")
 SCRIPT = Path(mtmd_mosi.__file__)
@@ -451,10 +452,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undistur
     assert read_folder(tmp_path) == expected
 
 
+@pytest.mark.stress
 def test_killed_at_its_nth_operation_on_the_disk_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
-    """Process n dies at its nth write, sync, rename or removal: in the middle of saving each time."""
+    """A process dies at its nth write, sync, rename or removal, the next at a later one: while it saves each time."""
     expected, _ = undisturbed
-    for attempt in range(1, 80):
+    for attempt in range(1, 200, times(3, 1)):
         arguments = (tmp_path, attempt > 1, attempt, tmp_path / "log.txt")
         process = processes.Process(target=experiment_process, args=arguments)
         process.start()
