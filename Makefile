@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
 .PHONY: example test test-oldest stress mutants check bandit audit docs dist bench format setup clean
@@ -9,8 +10,11 @@ OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.tom
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
 
-test: setup  ## the whole suite, with the examples in docstrings, README and docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+test: setup  ## the suite, with the examples in docstrings, README and docs: five minutes on two cores
+	$(PYTEST) -m "not long"
+
+test-long: setup test-cpus test-oldest  ## what `test` leaves out: whole grids, more repetitions, other CPUs, the oldest torch
+	MOMENTUM_DISTILL_TIER=long $(PYTEST) -m "long or repeated"
 
 # The pins of torch are those of the newest; NumPy 2.4 refuses what Triton's interpreter of that time does.
 test-oldest:  ## the suite on the oldest torch that pyproject.toml allows: some gigabytes of download
@@ -24,7 +28,7 @@ test-oldest:  ## the suite on the oldest torch that pyproject.toml allows: some 
 		--deselect tests/test_supply_chain.py::test_everything_that_make_installs_is_pinned
 
 stress: setup  ## the tests of chance with many more repetitions, hours
-	MOMENTUM_DISTILL_STRESS=1 $(BIN)/python -m pytest -m stress
+	MOMENTUM_DISTILL_TIER=stress $(BIN)/python -m pytest -m repeated
 
 mutants: setup  ## mutation testing of src/, hours; it goes on where it was interrupted
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutants

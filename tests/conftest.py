@@ -3,11 +3,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import tiers
 from momentum_distill import _streaming
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What inductor has compiled for one CPU and kept gives wrong numbers, or corrupts memory, where torch is told that it
+# has another (ATEN_CPU_CAPABILITY): the name under which it is kept does not tell of that.
+COMPILED = ROOT / ".pytest_cache" / "inductor" / f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by these marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tiers.mark_long(items)
 
 
 @pytest.fixture(scope="session")

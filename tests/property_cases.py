@@ -20,10 +20,10 @@ from torch import Tensor
 import momentum_distill as md
 from loss_cases import DTYPES, POSITIVES, REDUCTIONS, RTOL
 from momentum_distill import _streaming
-from stress import STRESS, times
+from tiers import STRESS, times
 
-PROPERTY = settings(max_examples=times(200, 10_000), deadline=None, derandomize=not STRESS)
-"""Two hundred examples, the same in every run of CI; ten thousand new ones under `make stress`."""
+PROPERTY = settings(max_examples=times(25, 200, 10_000), deadline=None, derandomize=not STRESS)
+"""Examples of a property: the same in every run of CI, new ones under `make stress`."""
 
 LAYOUTS = ["contiguous", "strided", "expanded", "zero-size"]
 

@@ -147,6 +147,9 @@ LOSSES = {
     "fusion factors": fusion,
 }
 
+TRACED = ("supcon outside", "supcon, key parts", "response, classification", "hard sample, distance", "fusion factors")
+"""Of these a graph is made by `make test` too."""
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -186,12 +189,14 @@ def check(name, backend, steps):
             module.update()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [name if name in TRACED else pytest.param(name, marks=pytest.mark.long) for name in LOSSES]
+)
 def test_one_graph_and_no_recompilation_from_the_third_step_on(name):
     check(name, "aot_eager", steps=5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler: inductor needs one")
 @pytest.mark.parametrize(
     "name",

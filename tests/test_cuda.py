@@ -257,7 +257,7 @@ def test_under_autocast(autocast):
     assert all(p.grad.isfinite().all() for p in study.parameters() if p.grad is not None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_losses_compile_into_one_graph():
     case = to_cuda(supcon_case(3, 33, 200, 16, dtype=torch.float32))
 

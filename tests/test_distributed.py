@@ -9,6 +9,7 @@ from rank_cases import SPLITS, Case
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("together", [True, False], ids=["auto", "None"])

@@ -176,7 +176,7 @@ def test_a_rank_without_rows_gives_ddp_every_gradient(ranks, case):
 
 def test_losses_compile_to_one_graph(ranks):
     case = LossCase((3, 5))
-    first, second = ranks.run(2, "rank_blocks:compiled", case, limit=120)
+    first, second = ranks.run(2, "rank_blocks:compiled", case)
     alone = rank_blocks.losses(case)
     for name, (value, far) in first.items():
         assert value == second[name][0]
@@ -185,7 +185,7 @@ def test_losses_compile_to_one_graph(ranks):
 
 
 def test_rows_gathered_and_stored_by_compiled_code_are_the_same(ranks):
-    assert ranks.run(2, "rank_blocks:compiled_rows", limit=120) == [(True,) * 4] * 2
+    assert ranks.run(2, "rank_blocks:compiled_rows") == [(True,) * 4] * 2
 
 
 # --------------------------------------------------------------------------------------------------------------------

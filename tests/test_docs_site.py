@@ -284,7 +284,7 @@ def browse(address, folder, *options):
         pytest.skip("no Chromium")
     rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
     always = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", rules, "--dump-dom"]
-    ran = subprocess.run([browser, *always, *options, address], capture_output=True, text=True, timeout=120, check=True)
+    ran = subprocess.run([browser, *always, *options, address], capture_output=True, text=True, timeout=900, check=True)
     return ran.stdout
 
 
@@ -356,6 +356,7 @@ def test_the_search_finds_pages_where_the_site_is_opened_as_a_file(site, tmp_pat
 # ---------------------------------------------------------------------------------------------------- the pictures
 
 
+@pytest.mark.long
 def test_the_pictures_are_those_that_the_script_draws(tmp_path):
     pytest.importorskip("matplotlib")
     spec = util.spec_from_file_location("pictures", DOCS / "pictures.py")

@@ -467,6 +467,7 @@ def test_the_exported_program_scales_and_cuts_its_inputs_itself(exported, traine
     torch.testing.assert_close(program(inputs)["scores"], said, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 @can_export
 def test_a_text_encoder_is_exported(with_encoder, tmp_path, dataset):
     _, folder = with_encoder

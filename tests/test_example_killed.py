@@ -39,9 +39,9 @@ from mtmd.config import Config
 from mtmd.data import Standardizer
 from mtmd.model import MTMD
 from mtmd.training import Run
-from stress import times
 from study_cases import TINY
 from test_example_resume import SMALL, processes, small_dataset  # noqa: F401  the fixture is used by its name
+from tiers import times
 
 # Two kinds of save, numbered
 
@@ -152,14 +152,15 @@ def save_forever(kind, folder, size, first, board_path):
         enter(PHASES[0])
 
 
-@pytest.mark.stress
+@pytest.mark.long
+@pytest.mark.repeated
 @pytest.mark.parametrize("kind", [States, Models])
 def test_killed_at_random_moments_there_is_the_newest_or_the_one_before(kind, processes, tmp_path):  # noqa: F811
     saver = kind(tmp_path / "folder", size=250_000)
     board_path = tmp_path / "board"
     moments = random.Random(5)
     phases, outcomes = Counter(), Counter()
-    last, kills = 0, times(20, 300)
+    last, kills = 0, times(20, 20, 300)
     started = time.perf_counter()
     for kill in range(kills):
         board = np.memmap(board_path, dtype=np.int64, mode="w+", shape=2)
@@ -191,7 +192,7 @@ def test_killed_at_random_moments_there_is_the_newest_or_the_one_before(kind, pr
         assert saver.load() == last
     print(f"{kind.__name__}: {kills} kills in {time.perf_counter() - started:.0f} s, {dict(outcomes)}, {dict(phases)}")
     assert phases.keys() & BEFORE_A_RENAME
-    assert len(phases) >= times(4, len(PHASES))
+    assert len(phases) >= times(4, 4, len(PHASES))
 
 
 # Refused by the disk

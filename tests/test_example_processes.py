@@ -62,7 +62,6 @@ def command(processes, *options):
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=100,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -80,6 +79,7 @@ def trained(tmp_path_factory):
     return folders
 
 
+@pytest.mark.long
 def test_two_processes_get_the_metrics_of_one(trained):
     predictions = {n: load_predictions(folder)[1]["test"]["score"] for n, folder in trained.items()}
     np.testing.assert_allclose(predictions[2], predictions[1], atol=0.02)
@@ -87,6 +87,7 @@ def test_two_processes_get_the_metrics_of_one(trained):
     assert maes[2] == pytest.approx(maes[1], abs=0.005)
 
 
+@pytest.mark.long
 def test_what_two_processes_wrote_is_what_one_would(trained):
     names = {n: sorted(path.name for path in folder.iterdir()) for n, folder in trained.items()}
     assert names[2] == names[1]

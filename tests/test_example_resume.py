@@ -16,6 +16,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch._dynamo  # the optimiser imports it at its first step; the processes below start with it
@@ -28,7 +29,7 @@ from mtmd.config import Config
 from mtmd.experiment import load_predictions, run_experiment
 from mtmd.synthetic import synthetic_dataset
 from mtmd.training import pack_random, prepare, train, unpack_random
-from stress import times
+from tiers import times
 
 CPU = torch.device("cpu")
 SCRIPT = Path(mtmd_mosi.__file__)
@@ -97,10 +98,12 @@ def assert_same_run(first, second):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"save_every": 1},
+        pytest.param({"save_every": 1}, marks=pytest.mark.long),
         {"save_every": 2, "batch_size": 8, "accumulate": 2, "drop_text": 0.2, "drop_audio": 0.4},
         {"save_every": 0, "epochs": 8, "patience": 1, "schedule": "constant", "unimodal_lr": 0.1, "other_lr": 0.1},
-        {"save_every": 2, "amp": True, "deterministic": True, "balanced_queue": True},
+        pytest.param(
+            {"save_every": 2, "amp": True, "deterministic": True, "balanced_queue": True}, marks=pytest.mark.long
+        ),
     ],
     ids=["each step", "accumulated, dropped", "early stop", "bfloat16, deterministic"],
 )
@@ -150,6 +153,7 @@ def all_of(training_now):
     )
 
 
+@pytest.mark.long
 def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path, monkeypatch):
     """Everything live is compared, not what was saved of it: what the state forgets would show."""
     config = Config(**{**SMALL, "batch_size": 4, "epochs": 3}, save_every=1)
@@ -249,6 +253,7 @@ def empty(path):
     path.write_bytes(b"")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("ending", ["safetensors", "json"])
 @pytest.mark.parametrize("damage", [cut, flip, empty])
 def test_a_damaged_state_is_named_and_the_one_before_it_is_used(damage, ending, tmp_path):
@@ -422,17 +427,28 @@ def processes():
 
 @pytest.fixture(scope="module")
 def undisturbed(processes, tmp_path_factory):
-    """The folder of a run that nobody kills, and how long it took."""
+    """The folder of a run that nobody kills, and the seconds that it computed."""
     out = tmp_path_factory.mktemp("undisturbed")
     log = tmp_path_factory.mktemp("log") / "log.txt"
-    started = time.perf_counter()
     process = processes.Process(target=experiment_process, args=(out, False, None, log))
     process.start()
-    process.join()
+    seconds = 0.0
+    while process.is_alive():
+        seconds = max(seconds, computed(process))
+        process.join(0.01)
     assert process.exitcode == 0, log.read_text()
-    return read_folder(out), time.perf_counter() - started
+    return read_folder(out), seconds
 
 
+def computed(process):
+    """The seconds that a process has computed: how busy the machine is does not tell in them. 0 when it has ended."""
+    try:
+        return sum(psutil.Process(process.pid).cpu_times()[:2])
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+@pytest.mark.long
 def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
     expected, seconds = undisturbed
     moments = random.Random(11)
@@ -440,7 +456,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undistur
     for attempt in range(60):
         process = processes.Process(target=experiment_process, args=(tmp_path, attempt > 0, None, tmp_path / "log.txt"))
         process.start()
-        process.join(moments.uniform(0.1, 0.4) * seconds * (1 + attempt / 10))  # longer, should the machine have slowed
+        moment = moments.uniform(0.1, 0.4) * seconds * (1 + attempt / 10)  # later, for each begins by restoring
+        while process.is_alive() and computed(process) < moment:
+            process.join(0.001)
         process.kill()
         process.join()
         if process.exitcode == 0:
@@ -452,11 +470,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undistur
     assert read_folder(tmp_path) == expected
 
 
-@pytest.mark.stress
+@pytest.mark.repeated
 def test_killed_at_its_nth_operation_on_the_disk_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
     """A process dies at its nth write, sync, rename or removal, the next at a later one: while it saves each time."""
     expected, _ = undisturbed
-    for attempt in range(1, 200, times(3, 1)):
+    for attempt in range(1, 200, times(9, 3, 1)):
         arguments = (tmp_path, attempt > 1, attempt, tmp_path / "log.txt")
         process = processes.Process(target=experiment_process, args=arguments)
         process.start()
@@ -469,6 +487,7 @@ def test_killed_at_its_nth_operation_on_the_disk_it_ends_with_the_same_bits(proc
     assert read_folder(tmp_path) == expected
 
 
+@pytest.mark.long
 def test_the_command_itself_killed_with_kill_9_goes_on(tmp_path):
     widths = [f"--{name}=4" for name in ("width", "fused-width", "audio-hidden", "vision-hidden", "text-hidden")]
     options = [*widths, "--layers=1", "--epochs=2", "--batch-size=128", "--save-every=2", "--seeds", "1", "2"]

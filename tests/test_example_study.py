@@ -365,7 +365,7 @@ def test_arms_of_other_data_and_damaged_ones_stay_out_of_the_tables(tmp_path, tr
     assert "predictions.csv: expected the predictions of a finished experiment, got no such file" in shown
 
 
-@pytest.mark.parametrize("jobs_", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("jobs_", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_an_arm_with_wrong_settings_or_data_does_not_lose_the_others(tmp_path, capsys, jobs_):
     """The real thing, small: one folder holds another experiment."""
     fake_experiment(Config(out=tmp_path / "no_reg", seeds=[1], alpha=0.2))
@@ -420,6 +420,7 @@ def test_arms_that_cannot_differ_from_full_are_left_out(tmp_path, trained, capsy
     assert note in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("base", "arms"),
     [
@@ -485,7 +486,7 @@ def test_an_arm_that_was_trained_is_used_again(tmp_path, capsys):
     assert float(row["mae_low_over_utterances"]) < float(row["mae_high_over_utterances"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_arms_train_in_processes_side_by_side(tmp_path):
     arguments = ["ablate", *TINY, "--arms", "full", "no_fusion", "--seeds", "1", "--resamples", "50"]
     assert mtmd_mosi.main([*arguments, "--out", str(tmp_path), "--jobs", "2"]) == 0
@@ -501,7 +502,7 @@ class Dies:
         return os._exit, (1,)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_ends_early_is_told(capsys):
     with pytest.raises(OSError, match="--jobs: a process ended before its experiment did"):
         list(jobs.run_many({"arm": Dies()}, None, jobs=2))

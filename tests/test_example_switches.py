@@ -235,7 +235,12 @@ def test_texts_in_groups_of_like_length_are_encoded_as_all_at_once(monkeypatch):
     torch.testing.assert_close(alone, grouped[:1], rtol=1e-10, atol=1e-12)
 
 
-SWITCHES = [*(["--without", part] for part in PARTS), ["--sampling", "instance"], ["--modalities", "text"]]
+SWITCHES = [
+    ["--without", "distillation"],
+    ["--sampling", "instance"],
+    ["--modalities", "text"],
+    *(pytest.param(["--without", part], marks=pytest.mark.long) for part in PARTS if part != "distillation"),
+]
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=" ".join)

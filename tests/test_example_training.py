@@ -458,7 +458,7 @@ def test_deterministic_mode_is_left_as_it_was_found():
     assert small_run(deterministic=True).steps == small_run().steps
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_model_trains_alike():

@@ -36,7 +36,7 @@ from property_cases import (
 )
 
 pytestmark = [
-    pytest.mark.stress,
+    pytest.mark.repeated,
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),  # of the compiler's own making
 ]
 
@@ -324,7 +324,7 @@ needs_a_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_a_compiler
 @pytest.mark.parametrize("dtype", CONTRASTS, ids=str)
 @given(data=st.data())
@@ -348,7 +348,7 @@ def test_compiled_contrastive_loss(dtype, data):
     assert_accurate(actual, expected, sums=torch.float32, floors=floors, lengths=lengths)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_a_compiler
 @given(data=st.data())
 @PROPERTY

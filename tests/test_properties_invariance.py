@@ -19,7 +19,7 @@ from property_cases import (
     wide,
 )
 
-pytestmark = pytest.mark.stress
+pytestmark = pytest.mark.repeated
 
 GARBAGE = st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e300, 0.0])
 CASES = contrasts().map(lambda case: case._replace(features=wide(case.features)))

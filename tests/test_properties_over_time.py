@@ -26,7 +26,7 @@ from property_cases import (
     unit,
 )
 
-pytestmark = pytest.mark.stress
+pytestmark = pytest.mark.repeated
 
 DECAYS = st.sampled_from([0.0, 0.25, 0.9, 0.995, 1.0])
 

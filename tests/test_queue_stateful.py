@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import momentum_distill as md
-from stress import STRESS, times
+from tiers import STRESS, times
 
 DIMS = {"t": 3, "a": 2, "v": 1, "a_momentum": 2}
 
@@ -207,9 +207,9 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 QueueMachine.TestCase.settings = settings(
-    max_examples=times(80, 2_000), deadline=None, derandomize=not STRESS, stateful_step_count=15
+    max_examples=times(20, 80, 2_000), deadline=None, derandomize=not STRESS, stateful_step_count=15
 )
-TestQueueAgainstDeque = pytest.mark.stress(QueueMachine.TestCase)
+TestQueueAgainstDeque = pytest.mark.repeated(QueueMachine.TestCase)
 
 
 def test_the_reference_itself_keeps_the_newest():

@@ -143,6 +143,7 @@ def test_the_wheel_works_beside_torch_alone(installed, tmp_path):
     assert "MomentumFusionFactors" in quickstart.stdout
 
 
+@pytest.mark.long
 def test_mypy_sees_the_types_of_the_wheel(installed, tmp_path):
     shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
     wrong = [
@@ -161,6 +162,7 @@ def test_mypy_sees_the_types_of_the_wheel(installed, tmp_path):
     assert [line.split(":")[1] for line in lines if ": error:" in line] == [str(3 + i) for i in range(len(wrong))]
 
 
+@pytest.mark.long
 def test_every_public_type_is_known(installed, tmp_path):
     verify = [sys.executable, "-m", "basedpyright", "--ignoreexternal", "--verifytypes", "momentum_distill"]
     done = run(*verify, folder=tmp_path, PATH=f"{installed.parent}{os.pathsep}{os.environ['PATH']}")

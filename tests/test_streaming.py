@@ -87,6 +87,7 @@ def test_tiles_give_the_values_of_the_loop_reference(
     assert int(terms.rows_with_positive) == expected.rows_with_positive
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("normalize", [True, "query", False], ids=str)

@@ -46,6 +46,7 @@ LEGAL = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
 @pytest.mark.parametrize("name", LEGAL)
@@ -128,6 +129,7 @@ def test_zero_vectors_get_no_gradient_and_leave_the_others_alone():
 BROKEN = ["query", "keys", "momentum_query", "momentum_keys"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("name", BROKEN)
@@ -155,6 +157,7 @@ def test_nan_reaches_the_gradient_too(name):
     assert query_grad.isnan().any()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("garbage", [NAN, float("inf"), 0.0, 1e30], ids=str)
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("normalize", [True, "query", False], ids=str)

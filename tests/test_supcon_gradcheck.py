@@ -13,6 +13,7 @@ from momentum_distill import functional as F
 pytestmark = pytest.mark.usefixtures("both_ways")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("normalize", [True, "query", False], ids=str)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from momentum_distill import _triton
+from tiers import TIER
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 needs_triton = pytest.mark.skipif(not _triton.available(), reason="Triton is not installed")
@@ -21,13 +22,13 @@ needs_triton = pytest.mark.skipif(not _triton.available(), reason="Triton is not
 @pytest.mark.parametrize(
     "interpret",
     [
-        pytest.param("1", id="interpreter", marks=pytest.mark.slow),
+        pytest.param("1", id="interpreter", marks=pytest.mark.repeated),
         pytest.param(
             "0",
             id="gpu",
             marks=[
                 pytest.mark.cuda,
-                pytest.mark.slow,
+                pytest.mark.long,
                 pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
             ],
         ),
@@ -35,7 +36,8 @@ needs_triton = pytest.mark.skipif(not _triton.available(), reason="Triton is not
 )
 def test_the_kernel_equals_the_formulas(interpret):
     tests = Path(__file__).resolve().parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / "triton_cases.py")]
+    chosen = ["-m", "not long"] if TIER == "test" else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(tests / "triton_cases.py")]
     environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -95,6 +97,7 @@ def test_few_queries_fill_the_gpu_and_no_program_waits_for_another(dtype, inside
     assert 0.9 * slots <= programs <= slots
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize(
     ("d", "dtype", "capability"),

@@ -19,6 +19,7 @@ from loss_cases import RTOL, bits
 from momentum_distill import _triton, functional
 from momentum_distill._streaming import LogSum, Statistics, row_lengths
 from momentum_distill._triton import Part
+from tiers import times
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -145,7 +146,7 @@ def check(args, options, dtype=F32):
     return actual
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=times(5, 25, 25), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 70),
@@ -168,6 +169,7 @@ def test_every_statistic_equals_its_formula(dtype, num_splits, raw, **sizes):
     check(args, options | {"num_splits": num_splits}, dtype)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], **ids)
 @pytest.mark.parametrize("d", [1, 3, 16, 64, 100, 128, 384, 1024])
 def test_any_width(d, dtype):
@@ -241,6 +243,7 @@ def test_momentum_keys_in_the_memory_of_the_keys_equal_a_copy(dtype):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_in_a_present_key_makes_every_row_nan(value, num_splits):
@@ -275,6 +278,7 @@ def test_nan_in_a_query_stays_in_its_row():
                 assert x[2].isnan().all(), field
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("scale", [2.0**-120, 2.0**-20, 2.0**14, 2.0**20, 2.0**90])
 @pytest.mark.parametrize("d", [16, 200])
 def test_queries_beyond_the_range_of_float16(scale, d):
@@ -337,6 +341,7 @@ def test_the_host_does_not_wait():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("positives", ["outside", "inside", "inside_per_positive"])
 @pytest.mark.parametrize("normalize", [True, "query"], ids=str)
 @pytest.mark.parametrize(("momentum", "ignore_index"), [("different", -1), ("same", 2), ("none", 2)])
