@@ -3,9 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+# Not those that look at files, messages, pages and packages.
+COMPUTING = $(filter-out $(foreach name,bad_inputs benchmarks cuda distributed% docs% example_bootstrap \
+	example_data example_garbage example_killed example_own_format example_plots example_processes public_api release \
+	safe_pickle supply_chain triton,tests/test_$(name).py),$(wildcard tests/test_*.py))
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
-.PHONY: example test test-oldest stress mutants check bandit audit docs dist bench format setup clean
+.PHONY: example test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
@@ -13,19 +17,29 @@ example: setup  ## train MTMD on the synthetic set, about a minute on two CPU co
 test: setup  ## the suite, with the examples in docstrings, README and docs: five minutes on two cores
 	$(PYTEST) -m "not long"
 
-test-long: setup test-cpus test-oldest  ## what `test` leaves out: whole grids, more repetitions, other CPUs, the oldest torch
+test-long: setup test-cpu-avx2 test-cpu-default test-oldest  ## what `test` leaves out: whole grids, other CPUs, the oldest torch
 	MOMENTUM_DISTILL_TIER=long $(PYTEST) -m "long or repeated"
 
+# Without AVX-512, and without AVX2, a CPU has other kernels, other last digits, and no bfloat16 in an LSTM.
+CPU_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+CPU_default := ATEN_CPU_CAPABILITY=default
+test-cpus: test-cpu-avx2 test-cpu-default test-cpu-native  ## the tests that compute, with the instructions of other CPUs and of this one
+test-cpu-%: setup
+	$(CPU_$*) $(PYTEST) -m "not long" $(COMPUTING)
+
 # The pins of torch are those of the newest; NumPy 2.4 refuses what Triton's interpreter of that time does.
-test-oldest:  ## the suite on the oldest torch that pyproject.toml allows: some gigabytes of download
+test-oldest: $(OLDEST)/.installed  ## the suite on the oldest torch that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup -m "not long" \
+		--deselect tests/test_supply_chain.py::test_everything_that_make_installs_is_pinned
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -v -i -E '^(torch|triton|sympy|numpy)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -v -i -E '^(torch|triton|sympy|numpy|cuda-.*|nvidia-.*)==' constraints.txt > $(OLDEST)/constraints.txt
 	printf 'torch==%s\nnumpy==2.2.6\n' $(OLDEST_TORCH) >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt "pip>=25.3"
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[examples]" --group test
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps --group peers
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup \
-		--deselect tests/test_supply_chain.py::test_everything_that_make_installs_is_pinned
+	touch $@
 
 stress: setup  ## the tests of chance with many more repetitions, hours
 	MOMENTUM_DISTILL_TIER=stress $(BIN)/python -m pytest -m repeated
