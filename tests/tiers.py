@@ -42,6 +42,6 @@ def mark_long(items: Sequence[pytest.Item]) -> None:
 
 
 def values(item: pytest.Item) -> set[tuple[str, int]]:
-    """Which value of each of its parameters a test has."""
+    """Which value of each of its parameters a test has: the object, for not every one can be compared."""
     callspec = getattr(item, "callspec", None)
-    return set() if callspec is None else set(callspec.indices.items())
+    return set() if callspec is None else {(name, id(value)) for name, value in callspec.params.items()}
