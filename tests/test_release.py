@@ -96,16 +96,17 @@ def test_every_file_has_the_version():
     assert tag is None or headings[1][1]
 
 
-def closure(*names: str) -> dict[str, Distribution]:
-    """The installed packages and all that they require, without extras, by name."""
-    found, wanted = {}, list(names)
+def closure(name: str) -> list[Distribution]:
+    """An installed package and all that it requires."""
+    found, wanted = set(), [(name, "")]  # with an extra
     while wanted:
-        name = wanted.pop()
-        if name not in found:
-            found[name] = distribution(name)
-            required = map(Requirement, found[name].requires or ())
-            wanted += [each.name for each in required if not each.marker or each.marker.evaluate({"extra": ""})]
-    return found
+        name, extra = wanted.pop()
+        if (name, extra) not in found:
+            found.add((name, extra))
+            required = map(Requirement, distribution(name).requires or ())
+            needed = [each for each in required if not each.marker or each.marker.evaluate({"extra": extra})]
+            wanted += [(each.name, extra) for each in needed for extra in ("", *each.extras)]
+    return [distribution(name) for name in {name for name, _ in found}]
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +116,16 @@ def installed(builds, tmp_path_factory) -> Path:
     venv.create(folder / "env", symlinks=True)
     python = folder / "env" / "bin" / "python"
     (site,) = (folder / "env").glob("lib/python*/site-packages")
-    for package in closure("torch").values():
+    for package in closure("torch"):
         for name in {path.parts[0] for path in package.files} - {"..", "__pycache__"}:
             if not (site / name).exists():  # NVIDIA's packages share a folder
                 (site / name).symlink_to(package.locate_file(name))
     (folder / WHEEL).write_bytes(builds[0][WHEEL])
-    # Without an index nothing can be fetched: what the wheel requires beyond torch's own would be an error here.
+    # What the wheel requires beyond torch's own is an error here, for nothing can be fetched: no index, and no settings
+    # that name another place. Else pip could replace what the links lead to.
     arguments = ["--quiet", "--disable-pip-version-check", "install", "--no-index", folder / WHEEL]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *arguments], check=True)
+    environment = os.environ | {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *arguments], env=environment, check=True)
     return python
 
 
