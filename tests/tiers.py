@@ -1,11 +1,12 @@
 """How much of the suite runs when: a part with `make test`, all of it with `make test-long`, more with `make stress`.
 
 - Marked `long`, a test runs with `make test-long` alone.
-- Marked `grid`, a test of many parameters runs with `make test` at points in which each value of each parameter occurs,
-  and with `make test-long` at the others.
+- Marked `grid`, a test of many parameters runs with `make test` at points in which any two values of two parameters
+  meet, and with `make test-long` at the others.
 - Marked `repeated`, a test runs in all three, and repeats `times(...)`.
 """
 
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -32,16 +33,17 @@ def mark_long(items: Sequence[pytest.Item]) -> None:
     for points in grids.values():
         # In the order of a hash of their names: a draw that is the same everywhere.
         left = sorted(points, key=lambda item: sha256(item.nodeid.encode()).digest())
-        unseen = set().union(*map(values, left))
-        while unseen:
-            best = max(left, key=lambda item: len(values(item) & unseen))
+        unmet = set().union(*map(meetings, left))
+        while unmet:
+            best = max(left, key=lambda item: len(meetings(item) & unmet))
             left.remove(best)
-            unseen -= values(best)
+            unmet -= meetings(best)
         for item in left:
             item.add_marker("long")
 
 
-def values(item: pytest.Item) -> set[tuple[str, int]]:
-    """Which value of each of its parameters a test has: the object, for not every one can be compared."""
+def meetings(item: pytest.Item) -> set[tuple[object, ...]]:
+    """Which values of any two of its parameters meet in a test. By the object, for not every one can be compared."""
     callspec = getattr(item, "callspec", None)
-    return set() if callspec is None else {(name, id(value)) for name, value in callspec.params.items()}
+    values = [] if callspec is None else [(name, id(value)) for name, value in callspec.params.items()]
+    return {*itertools.combinations(values, min(2, len(values)))}
