@@ -43,7 +43,7 @@ def fake_experiment(
     runs, rows = [], []
     for seed in config.seeds:
         rng = np.random.default_rng([seed, int(1000 * noise)])
-        entry = {"seed": seed, "best_epoch": 2, "epochs": 3, "seconds": 1.5}
+        entry = {"seed": seed, "best_epoch": 2, "epochs": 3, "seconds": 1.5, "precision": "float32"}
         for split, (targets, missing, hard) in folds.items():
             scale, shift = limit / 3, (offset or {}).get(seed, 0.0)
             score = 0.8 * targets + scale * (hard + noise * rng.normal(size=len(targets))) + shift

@@ -543,6 +543,7 @@ def tried(monkeypatch):
                 "best_epoch": 2,
                 "epochs": 3,
                 "seconds": 1.0,
+                "precision": "float32",
             }
             for place, seed in enumerate(config.seeds)
         ]

@@ -7,8 +7,12 @@ import importlib.util
 import io
 import json
 import math
+import os
+import platform
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -438,9 +442,48 @@ def test_a_branch_that_predicts_nan_ends_the_run_though_the_fusion_does_not(monk
 def test_bfloat16_is_for_training_alone():
     run, plain = small_run(amp=True), small_run()
     assert run.steps[0]["total"] == pytest.approx(plain.steps[0]["total"], rel=0.05)
-    assert run.steps[0]["total"] != plain.steps[0]["total"]
+    assert plain.precisions == ["float32"]
+    if training.no_bfloat16(torch.device("cpu")):
+        assert (run.steps, run.precisions) == (plain.steps, ["float32"])
+    else:
+        assert run.steps[0]["total"] != plain.steps[0]["total"]
+        assert run.precisions == ["bfloat16"]
     assert {value.dtype for value in run.model.parameters()} == {torch.float32}
     assert run.predictions["test"].dtype == np.float32
+
+
+def test_bfloat16_is_tried_with_what_the_model_is_made_of_and_costs_no_random_number(monkeypatch):
+    before = torch.get_rng_state()
+    training.no_bfloat16.__wrapped__(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def refuse(*_):
+        raise RuntimeError("could not create a descriptor. Run it again")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", refuse)
+    assert training.no_bfloat16.__wrapped__(torch.device("cpu")) == "could not create a descriptor"
+
+
+OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # what an x86 CPU without AVX-512 has
+
+
+def test_a_cpu_without_bfloat16_trains_in_float32_and_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, mtmd_mosi.__file__, *TINY, "--amp", "--out", str(tmp_path)],
+        env={**os.environ, **OLD_CPU},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (run,) = load_experiment(tmp_path)["runs"]
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: --amp")]
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
+        (note,) = notes
+        assert "it trains in float32 (could not create a primitive descriptor for the LSTM" in note
+        assert run["precision"] == "float32"
+        assert "training on cpu in float32\n" in done.stdout
+    else:
+        assert (notes, run["precision"]) == ([], "bfloat16")
 
 
 def test_deterministic_mode_is_left_as_it_was_found():

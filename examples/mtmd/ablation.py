@@ -18,7 +18,7 @@ from rich.console import Console
 from mtmd.bootstrap import RESAMPLES
 from mtmd.compare import SIMS_LIMIT, compare_experiments, read_scores
 from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
-from mtmd.experiment import load_experiment
+from mtmd.experiment import check_machine, load_experiment
 from mtmd.jobs import LOG, run_many
 from mtmd.model import TEACHER, used_modalities
 from mtmd.tables import METRICS, Row, mean_and_deviation, row_of, write_table
@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train what is not trained yet, then write the tables. The exit code is 1 if an arm did not train."""
     base = config_from(arguments)
     base.resume = base.resume is not False
+    check_machine(base, console)
     asked = list(ARMS) if "all" in arguments.arms else [name for name in ARMS if name in arguments.arms]
     left_out = {name: why for name in ARMS if (why := why_left_out(base, name))}
     for name in asked:
@@ -237,6 +238,9 @@ def write_tables(
     rows = {name: arm_row(base, name, results, resamples) for name in ARMS if name in {*results, *errors}}
     where, notes = describe(next(iter(results.values()))["dataset"])
     notes += base_notes(base)
+    precisions = {run["precision"] for one in results.values() for run in one["runs"] if "precision" in run}
+    if len(precisions) > 1:
+        notes.append(f"Not all trained in the same: {' and '.join(sorted(precisions))}; each results.json says which.")
     paths = []
     second = [row for name, row in rows.items() if name != "instance_sampling"]
     if second:

@@ -83,3 +83,8 @@ def overview() -> str:
     """The commands and how to learn more, for `--help`."""
     lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(["commands:", *lines, "", "COMMAND --help explains the options of a command."])
+
+
+def note(console: Console, text: str) -> None:
+    """What is worth knowing but stops nothing, on one line."""
+    console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)

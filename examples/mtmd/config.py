@@ -118,7 +118,11 @@ class Config:
     )
     clip: float = setting(1.0, "largest gradient norm, 0 for no limit (paper: does not say)")
     accumulate: int = setting(1, "batches whose gradients are averaged for one optimiser step")
-    amp: bool = setting(False, "train in bfloat16 where that is safe (autocast); evaluation stays in float32")
+    amp: bool = setting(
+        False,
+        "train in bfloat16 where that is safe (autocast); evaluation stays in float32, and so does training on a device"
+        " that cannot, with a note",
+    )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, or Triton on CUDA")
     deterministic: bool = setting(False, "only operations that give the same bits each time; slower on CUDA")
 

@@ -45,6 +45,7 @@ from mtmd.checkpoint import (
     write_json,
     write_text,
 )
+from mtmd.cli import note
 from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
 from mtmd.data import Dataset, Fold
 from mtmd.files import (
@@ -66,7 +67,7 @@ from mtmd.own_format import open_dataset
 from mtmd.plots import plot_factors, plot_losses
 from mtmd.processes import from_leader, leads
 from mtmd.synthetic import synthetic_dataset
-from mtmd.training import Run, compare_configs, prepare, train
+from mtmd.training import Run, compare_configs, no_bfloat16, precision_of, prepare, train
 
 SEED_FILES = ("checkpoint", "steps", "representations", "losses", "fusion_factors")  # begin so, then _seedS
 PREDICTION_COLUMNS = ("seed", "split", "id", "target", "score", *MODALITIES)
@@ -117,8 +118,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
+    config = config_from(arguments)
+    check_machine(config, console)
     try:
-        run_experiment(config_from(arguments), console)
+        run_experiment(config, console)
     except KeyboardInterrupt:
         console.print("stopped; with --resume the same command goes on", style="yellow", highlight=False)
         raise
@@ -153,14 +156,15 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
         OSError: If a file cannot be read or written.
     """
 
-    def say(note: str) -> None:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    def say(text: str) -> None:
+        note(console, text)
 
     dataset = load_data(config) if dataset is None else dataset
-    for note in dataset.notes:
-        say(note)
+    for text in dataset.notes:
+        say(text)
     folds, standardizer = prepare(dataset, config)
     device = choose_device(config.device)
+    precision = precision_of(config, device)
     if not leads():
         follow(config, folds, dataset, device)
         return {}
@@ -169,6 +173,9 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
     finished = Finished()
     if config.resume:
         finished = read_finished(config, dataset, say)
+        for seed, entry in finished.runs.items():
+            if entry.get("precision", precision) != precision:
+                say(f"seed {seed} was trained in {entry['precision']}, those that follow are in {precision}")
     elif earlier := [*files_of_earlier(config.out), *states_of_earlier(config.out)]:
         if config.resume is None:
             raise ValueError(
@@ -179,7 +186,9 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
         say(f"the earlier results in {config.out} are deleted")
     title = describe(dataset)
     sizes = ", ".join(f"{len(fold)} {name}" for name, fold in folds.items())
-    console.print(f"{title}: {sizes}; training on {device}", markup=False, highlight=False)
+    console.print(
+        f"{title}: {sizes}; training on {device} in {precision}", markup=False, highlight=False, soft_wrap=True
+    )
 
     steps = math.ceil(math.ceil(len(folds["train"]) / config.batch_size) / config.accumulate) * config.epochs
     with progress_bars(console) as progress:
@@ -260,6 +269,14 @@ def follow(config: Config, folds: dict[str, Fold], dataset: Dataset, device: tor
 
 
 # Before training
+
+
+def check_machine(config: Config, console: Console) -> None:
+    """Refuse, before any data are read, what this machine cannot do; say what it does instead."""
+    device = choose_device(config.device)
+    if config.amp and precision_of(config, device) == "float32":
+        why = no_bfloat16(device) or "another process cannot"
+        note(console, f"--amp: this {device} cannot train the model in bfloat16, it trains in float32 ({why})")
 
 
 def load_data(config: Config) -> Dataset:
@@ -407,6 +424,7 @@ def run_entry(run: Run) -> dict[str, Any]:
             "best_epoch": run.best_epoch,
             "epochs": len(run.epochs),
             "seconds": run.seconds,
+            "precision": ", then ".join(run.precisions),
         }
     )
 

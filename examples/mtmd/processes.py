@@ -71,3 +71,12 @@ def from_leader(number: float) -> float:
     sent = torch.tensor([number], dtype=torch.float64)
     dist.broadcast(sent, 0)
     return sent.item()
+
+
+def everywhere(yes: bool) -> bool:
+    """Whether it holds in all processes."""
+    if place()[1] == 1:
+        return yes
+    answer = torch.tensor(int(yes))
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from mtmd.config import NOT_IDENTITY, Config, add_config_arguments, config_from
 from mtmd.data import key_names
-from mtmd.experiment import progress_bars
+from mtmd.experiment import check_machine, progress_bars
 from mtmd.files import COUNT, MEASURE, MEASURES, NAME, NUMBER, OBJECT, Rule, check_layout, is_text, parse_json, shown
 from mtmd.jobs import run_many
 from mtmd.tables import write_csv
@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     """Run the trials that are not there yet, write the table, train at the best point."""
     base = config_from(arguments)
     base.resume = base.resume is not False
+    check_machine(base, console)
     grid = parse_grid(arguments.grid) if arguments.grid else PAPER_GRID
     size = math.prod(len(values) for values in grid.values())
     if not 1 <= arguments.trials <= size:
@@ -311,8 +312,8 @@ def trial_of(place: int, point: Mapping[str, Any], outcome: Mapping[str, Any]) -
     trial: dict[str, Any] = {"trial": place, "point": dict(point), "mae": None, "sha256": None, "runs": []}
     if "error" in outcome:
         return trial | {"error": outcome["error"]}
-    for entry in outcome["runs"]:
-        trial["runs"].append({key: entry[key] for key in ("seed", "valid", "best_epoch", "epochs", "seconds")})
+    kept = ("seed", "valid", "best_epoch", "epochs", "seconds", "precision")
+    trial["runs"] = [{key: entry[key] for key in kept} for entry in outcome["runs"]]
     maes = [entry["valid"]["mae"] for entry in trial["runs"]]
     return trial | {
         "mae": None if None in maes else float(np.mean(maes)),
