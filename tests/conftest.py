@@ -1,4 +1,5 @@
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from momentum_distill import _streaming
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The compiler's cache does not tell code for some vector instructions from code without: to each setting its own.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.environ.get('USER', '')}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 @pytest.fixture(scope="session")
