@@ -1,5 +1,4 @@
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The compiler's cache does not tell code for some vector instructions from code without: to each setting its own.
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-    cache = Path(tempfile.gettempdir()) / f"torchinductor_{os.environ.get('USER', '')}_{capability}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+# The compiler's cache does not tell code for some vector instructions from code for others, and mixed they end the
+# process: to each setting its own.
+capability = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".pytest_cache" / f"inductor_{capability}"))
 
 
 @pytest.fixture(scope="session")
