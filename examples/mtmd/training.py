@@ -94,19 +94,13 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
     """
     from transformers import AutoTokenizer
 
-    path = Path(config.text_encoder)
-    # A name on the hub has at most one slash; what looks like a path is not asked for there, again and again.
-    if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or config.text_encoder.startswith((".", "~"))):
-        raise ValueError(
-            f"--text-encoder: expected a BERT-type model's name or directory, got {path}: no such directory"
-        )
+    check_encoder(config.text_encoder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        why = str(error).strip().splitlines()[0]
         raise ValueError(
-            "--text-encoder: expected the name or the directory of a BERT-type model, "
-            f"got {config.text_encoder}: {reason}"
+            f"--text-encoder: expected the name or the directory of a BERT-type model, got {config.text_encoder}: {why}"
         ) from error
     words = ["[CLS]", "[SEP]", "movie", "##s", "good"]
     is_uncased_bert = tokenizer.convert_tokens_to_ids(words) == [101, 102, 3185, 2015, 2204]
@@ -127,6 +121,15 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
             tokens = tokenize(fold.raw_text, tokenizer, config.max_tokens)
         tokenised[name] = replace(one_text(fold, tokens=True), text_bert=tokens)
     return tokenised
+
+
+def check_encoder(name: str) -> None:
+    """Refuse what looks like a path and is none. A name on the hub has at most one slash."""
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))):
+        raise ValueError(
+            f"--text-encoder: expected a BERT-type model's name or directory, got {name}: no such directory"
+        )
 
 
 @dataclass
@@ -317,7 +320,10 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile: expected a C++ compiler (g++, clang++ or what CXX names), found none")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("--compile: expected the package triton, which compiles for CUDA, found none")
+        raise ValueError(
+            "--compile: expected the package triton, which compiles for CUDA, found none; "
+            'pip install "momentum-distill[triton]" brings it'
+        )
 
 
 def epoch_steps(training: Training, config: Config, fold: Fold, device: torch.device) -> Iterator[dict[str, float]]:
