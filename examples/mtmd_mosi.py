@@ -17,23 +17,28 @@ what it minimises stand in mtmd/model.py and mtmd/objective.py; how the paper is
 
 import sys
 
-from rich.console import Console
-from rich.markup import escape
-
-from mtmd import cli, processes
-
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command; the exit code. What goes wrong with options, files or data is one line, no traceback."""
     try:
+        from rich.console import Console  # here: what is not installed is told as all else is
+
+        from mtmd import cli, processes
+
         command, parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
         with processes.started(command):
             return run(parsed, Console(quiet=not processes.leads())) or 0
-    except (ValueError, OSError, FloatingPointError) as error:  # data, settings, a loss of NaN: one line, no traceback
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 2
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package == "mtmd":  # ours: no installation brings it
+            raise
+        complaint = f'{package} is not installed; pip install "momentum-distill[examples]" brings it'
+    except (ValueError, OSError, FloatingPointError) as error:  # options, data, settings, a loss of NaN
+        complaint = str(error)
     except KeyboardInterrupt:
         return 130
+    print("error:", " ".join(complaint.split("\n")), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtmd import cli, training
-from mtmd.config import config_from
+from mtmd.config import Config, config_from
 from mtmd.data import drop_modalities
 from mtmd.processes import place
 from mtmd.synthetic import synthetic_dataset
@@ -52,6 +52,16 @@ def go_on(options: list[str], folder: str) -> list[object]:
     held = [digest(module) for module in (state.run.model, state.objective)]
     record = next(training.epoch_steps(state, config, folds["train"], torch.device("cpu")))
     return [state.epoch, state.step, *held, record["total"]]
+
+
+def precision(last_can: bool) -> str:
+    """What is trained in where rank 1 may have no bfloat16."""
+    has = training.no_bfloat16
+    training.no_bfloat16 = lambda _: "" if last_can or place()[0] == 0 else "none here"
+    try:
+        return training.precision_of(Config(amp=True), torch.device("cpu"))
+    finally:
+        training.no_bfloat16 = has
 
 
 def _begin(options: list[str]):

@@ -1,19 +1,40 @@
-"""Experiment folders as `train` leaves them, made up: what `report`, `ablate` and `search` read, in a moment."""
+"""Checkpoints and experiment folders as `train` leaves them, made up: what other commands read, in a moment."""
 
 import csv
 import json
+import types
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from mtmd.checkpoint import save_checkpoint
 from mtmd.config import Config
+from mtmd.data import Dataset, Standardizer
 from mtmd.metrics import msa_metrics, sims_metrics
+from mtmd.model import MTMD
 
 MODALITIES = ("text", "audio", "vision")
 
 # The least that a command trains: options of one epoch of a small model.
 TINY = ["--epochs=1", "--width=16", "--fused-width=16", "--layers=1"]
 TINY += ["--audio-hidden=8", "--vision-hidden=8", "--text-hidden=8"]
+
+
+SMALL = {"width": 8, "fused_width": 8, "audio_hidden": 4, "vision_hidden": 4, "text_hidden": 4, "layers": 1, "heads": 2}
+
+
+def fake_checkpoint(path: Path, dataset: Dataset, /, **settings) -> MTMD:
+    """A checkpoint of a model that was not trained: what it says is as good as any for tests. The model."""
+    torch.manual_seed(0)
+    config = Config(**SMALL, **settings)
+    model = MTMD(config, dataset.widths)
+    if model.fusion is not None:  # spread the scores over both signs
+        torch.nn.init.normal_(model.fusion.heads.score.weight, std=2)
+        torch.nn.init.zeros_(model.fusion.heads.score.bias)
+    run = types.SimpleNamespace(seed=1, model=model, best_epoch=1, metrics={"valid": {"mae": 1.0}})
+    save_checkpoint(path, run, config, Standardizer.fit(dataset.folds["train"]), dataset)
+    return model
 
 
 def fake_experiment(
@@ -43,7 +64,7 @@ def fake_experiment(
     runs, rows = [], []
     for seed in config.seeds:
         rng = np.random.default_rng([seed, int(1000 * noise)])
-        entry = {"seed": seed, "best_epoch": 2, "epochs": 3, "seconds": 1.5}
+        entry = {"seed": seed, "best_epoch": 2, "epochs": 3, "seconds": 1.5, "precision": "float32"}
         for split, (targets, missing, hard) in folds.items():
             scale, shift = limit / 3, (offset or {}).get(seed, 0.0)
             score = 0.8 * targets + scale * (hard + noise * rng.normal(size=len(targets))) + shift

@@ -107,6 +107,11 @@ def test_a_state_goes_on_at_another_number_of_processes(ranks, tmp_path):
         assert end[4] == pytest.approx(ends[1][0][4], rel=1e-4)  # the loss of the next step
 
 
+def test_all_train_in_what_each_of_them_can(ranks):
+    assert ranks.run(2, "example_rank_cases:precision", True) == ["bfloat16"] * 2
+    assert ranks.run(2, "example_rank_cases:precision", False) == ["float32"] * 2
+
+
 @pytest.mark.parametrize(("gpus", "backends"), [(0, "cpu:gloo"), (2, "cpu:gloo,cuda:nccl")])
 def test_numbers_travel_between_cpus_also_where_there_are_gpus(gpus, backends, monkeypatch):
     """Named, for torch 2.11 takes nccl alone, which has no way for the seed that rank 0 gives out."""

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
@@ -215,6 +216,26 @@ def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
     assert steps == run.steps
     assert [record["epoch"] for record in epochs] == [1, 2]
     assert notes == ["seed 7 goes on in epoch 2, after step 4"]
+
+
+@pytest.mark.parametrize("first", ["bfloat16", "float32"])
+def test_a_run_may_go_on_where_there_is_another_precision_and_says_so(first, tmp_path, monkeypatch):
+    if training.no_bfloat16(CPU):  # what counts here is what is written down
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    second = {"bfloat16": "float32", "float32": "bfloat16"}[first]
+    monkeypatch.setattr(training, "no_bfloat16", lambda _: "" if now == "bfloat16" else "none here")
+    config = Config(**SMALL, save_every=1, amp=True, resume=True)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    now = first
+    with pytest.raises(Stop):
+        train_until(config, folds, dataset.widths, tmp_path, stop=3)
+    now = second
+    run, notes = train_until(config, folds, dataset.widths, tmp_path)
+    assert notes[0] == f"seed 7 was trained in {first} so far and goes on in {second}"
+    assert run.precisions == [first, second]
+    assert experiment.run_entry(run)["precision"] == f"{first}, then {second}"
+    assert len(run.steps) == 6
 
 
 def test_random_numbers_of_all_kinds_go_on_where_they_were():
@@ -554,6 +575,19 @@ def test_finished_seeds_are_kept_and_new_ones_added(tmp_path, trained_seeds):
     again = run_experiment(dataclasses.replace(second, seeds=[1]), quiet(), dataset=dataset)
     assert [entry["seed"] for entry in again["runs"]] == [1, 2]
     assert trained_seeds == [1, 2, 2, 1]
+
+
+def test_seeds_of_another_precision_are_kept_and_named(tmp_path, trained_seeds, monkeypatch):
+    monkeypatch.setattr(training, "no_bfloat16", lambda _: "none here")
+    config = Config(**{**SMALL, "seeds": [1]}, amp=True, out=tmp_path)
+    run_experiment(config, quiet(), dataset=small_dataset())
+    path = tmp_path / "results.json"
+    path.write_text(path.read_text().replace('"precision": "float32"', '"precision": "bfloat16"'))
+    printed = quiet()
+    results = run_experiment(dataclasses.replace(config, seeds=[1, 2], resume=True), printed, dataset=small_dataset())
+    assert [run["precision"] for run in results["runs"]] == ["bfloat16", "float32"]
+    assert "note: seed 1 was trained in bfloat16, those that follow are in float32\n" in printed.file.getvalue()
+    assert trained_seeds == [1, 2]
 
 
 def test_a_seed_whose_files_are_gone_is_trained_again(tmp_path, trained_seeds):

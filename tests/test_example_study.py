@@ -464,13 +464,6 @@ def test_seeds_that_were_not_asked_for_stay_out_of_the_table(tmp_path, monkeypat
     assert no_reg["mae_low_over_seeds"] == ""
 
 
-def test_unknown_arms_and_jobs_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        mtmd_mosi.main(["ablate", "--arms", "no_such"])
-    assert "invalid choice: 'no_such'" in capsys.readouterr().err
-    assert fails(capsys, ["ablate", "--jobs", "0"]) == "error: --jobs: expected at least 1, got 0"
-
-
 def test_an_arm_that_was_trained_is_used_again(tmp_path, capsys):
     """The real thing, small."""
     arguments = ["ablate", *TINY, "--seeds", "1", "--resamples", "50", "--out", str(tmp_path), "--arms"]
@@ -544,6 +537,7 @@ def tried(monkeypatch):
                 "best_epoch": 2,
                 "epochs": 3,
                 "seconds": 1.0,
+                "precision": "float32",
             }
             for place, seed in enumerate(config.seeds)
         ]
@@ -731,9 +725,10 @@ def test_an_own_grid_takes_settings_of_every_simple_kind(tmp_path, tried):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trials", "0"], "--trials: expected 1 to 2025, the points of the grid, got 0"),
-        (["--trials", "2026"], "--trials: expected 1 to 2025, the points of the grid, got 2026"),
-        (["--grid", "alhpa=1"], "--grid: expected NAME=V,V with the name of a setting, got 'alhpa=1'"),
+        (
+            ["--grid", "alhpa=1"],
+            "--grid: expected NAME=V,V with the name of a setting, got 'alhpa=1'; did you mean alpha?",
+        ),
         (["--grid", "seeds=1"], "--grid: expected NAME=V,V with the name of a setting, got 'seeds=1'"),
         (["--grid", "alpha"], "--grid: expected NAME=V,V with the name of a setting, got 'alpha'"),
         (["--grid", "without=reg"], "--grid: expected a setting with a number, a word or true and false, got without"),

@@ -7,8 +7,12 @@ import importlib.util
 import io
 import json
 import math
+import os
+import platform
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,7 @@ import torch
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import cli, experiment, training
+from mtmd import experiment, training
 from mtmd.checkpoint import load_checkpoint
 from mtmd.config import PARTS, Config, add_config_arguments, config_from
 from mtmd.data import Standardizer, batches, presence
@@ -179,105 +183,6 @@ def test_training_learns_from_the_synthetic_set(tmp_path):
     assert results["mean"]["corr"] > 0.6
 
 
-# Command line
-
-
-def test_help_explains_every_setting_with_its_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        mtmd_mosi.main(["train", "--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for entry in dataclasses.fields(Config):
-        assert "--" + entry.name.replace("_", "-") in text
-        assert len(entry.metadata["help"]) > 15
-
-
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as stop:
-        mtmd_mosi.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for name, command in cli.COMMANDS.items():
-        assert f"  {name} " in text
-        assert command.summary in text
-
-
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_explains_itself(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        mtmd_mosi.main([name, "--help"])
-    assert stop.value.code == 0
-    assert cli.COMMANDS[name].summary in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--epochs", "two"], "--epochs"),
-        (["--schedule", "step"], "--schedule"),
-        (["--gamma", "1"], "--gamma"),
-        (["train", "--without", "nothing"], "--without"),
-        (["--bert_lr", "1", "--no-resum", "--zzz=1"], "--no-resum --zzz=1; did you mean --bert-lr, --no-resume?"),
-        (["--zzz"], "unrecognized arguments: --zzz\n"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_wrong_option_ends_in_one_message(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        mtmd_mosi.main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["tain"], "command: expected one of train, evaluate, predict"),
-        (["--dataset", "mosi"], "data: expected a file"),
-        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
-        (["--drop-audio", "1.5"], "drop_audio: expected a share in [0, 1], got 1.5"),
-        (["--seeds", "1", "1"], "seeds: expected each once, got 1 1"),
-        (["--seeds"], "seeds: expected at least one"),
-        (["--modalities"], "modalities: expected at least one"),
-        (["--config", "no_such_file.toml"], "no_such_file.toml"),
-        (["--data", "no_such_file.pkl"], "no_such_file.pkl"),
-        (["--alpha", "1.5"], "alpha: expected a finite number in [0, 1], got 1.5"),
-        (["--temperature", "0"], "temperature: expected a number in [0.01, 10], got 0.0"),
-        (["--decay", "1.1"], "decay: expected a finite number in [0, 1], got 1.1"),
-        (["--dropout", "1"], "dropout: expected a share in [0, 1), got 1.0"),
-        (["--wrong-text", "-0.1"], "wrong_text: expected a share in [0, 1], got -0.1"),
-        (["--signal-audio", "nan"], "signal_audio: expected a share in [0, 1], got nan"),
-        (["--gamma-reg", "-1"], "gamma_reg: expected a finite number of at least 0, got -1.0"),
-        (["--gamma-fusion", "nan"], "gamma_fusion: expected a finite number of at least 0, got nan"),
-        (["--unimodal-lr", "0"], "unimodal_lr: expected a finite number above 0, got 0.0"),
-        (["--bert-lr", "inf"], "bert_lr: expected a finite number of at least 0, got inf"),
-        (["--clip", "inf"], "clip: expected a finite number of at least 0, got inf"),
-        (["--heads", "3"], "text_hidden: expected a multiple of heads (3), got 8"),
-        (["--audio-hidden", "6"], "audio_hidden: expected a multiple of heads (4), got 6"),
-        (["--modalities", "text", "--without", "text_task"], "modalities: expected at least one that is left, got"),
-        (["--balanced-queue", "--sampling", "instance"], "balanced_queue: expected sampling 'class'"),
-        (["--other-lr", "1e30", "--clip", "0"], "seed 1111, epoch 1"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_wrong_data_or_settings_end_in_one_line(arguments, message, tmp_path, capsys):
-    options = arguments if arguments[0] == "tain" else [*TWO_EPOCHS, "--out", str(tmp_path), *arguments]
-    assert mtmd_mosi.main(options) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-
-
-def test_a_command_is_imported_when_it_is_chosen(monkeypatch):
-    absent = cli.Command("mtmd.no_such_module", "add_arguments", "run", "nothing")
-    monkeypatch.setitem(cli.COMMANDS, "absent", absent)
-    _, parsed, run = cli.parse(["--epochs", "3"], "")
-    assert (parsed.epochs, run) == (3, experiment.run)
-    with pytest.raises(ModuleNotFoundError):
-        cli.parse(["absent"], "")
-
-
 # Settings files
 
 
@@ -302,7 +207,7 @@ def test_options_go_before_the_file_and_the_file_before_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch = 3", "own.toml: unknown setting 'epoch'; near it: epochs"),
+        ("epoch = 3", "own.toml: unknown setting 'epoch'; did you mean epochs?"),
         ("[model]\nwidth = 3", "own.toml: unknown setting 'model'"),
         ("epochs = 2.5", "own.toml: epochs: expected a whole number, got 2.5"),
         ("epochs = true", "own.toml: epochs: expected a whole number, got True"),
@@ -438,9 +343,48 @@ def test_a_branch_that_predicts_nan_ends_the_run_though_the_fusion_does_not(monk
 def test_bfloat16_is_for_training_alone():
     run, plain = small_run(amp=True), small_run()
     assert run.steps[0]["total"] == pytest.approx(plain.steps[0]["total"], rel=0.05)
-    assert run.steps[0]["total"] != plain.steps[0]["total"]
+    assert plain.precisions == ["float32"]
+    if training.no_bfloat16(torch.device("cpu")):
+        assert (run.steps, run.precisions) == (plain.steps, ["float32"])
+    else:
+        assert run.steps[0]["total"] != plain.steps[0]["total"]
+        assert run.precisions == ["bfloat16"]
     assert {value.dtype for value in run.model.parameters()} == {torch.float32}
     assert run.predictions["test"].dtype == np.float32
+
+
+def test_bfloat16_is_tried_with_what_the_model_is_made_of_and_costs_no_random_number(monkeypatch):
+    before = torch.get_rng_state()
+    training.no_bfloat16.__wrapped__(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def refuse(*_):
+        raise RuntimeError("could not create a descriptor. Run it again")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", refuse)
+    assert training.no_bfloat16.__wrapped__(torch.device("cpu")) == "could not create a descriptor"
+
+
+OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # what an x86 CPU without AVX-512 has
+
+
+def test_a_cpu_without_bfloat16_trains_in_float32_and_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, mtmd_mosi.__file__, *TINY, "--amp", "--out", str(tmp_path)],
+        env={**os.environ, **OLD_CPU},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (run,) = load_experiment(tmp_path)["runs"]
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: --amp")]
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
+        (note,) = notes
+        assert "it trains in float32 (could not create a primitive descriptor for the LSTM" in note
+        assert run["precision"] == "float32"
+        assert "training on cpu in float32\n" in done.stdout
+    else:
+        assert (notes, run["precision"]) == ([], "bfloat16")
 
 
 def test_deterministic_mode_is_left_as_it_was_found():

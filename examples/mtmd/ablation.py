@@ -16,9 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from mtmd.bootstrap import RESAMPLES
+from mtmd.cli import note
 from mtmd.compare import SIMS_LIMIT, compare_experiments, read_scores
-from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
-from mtmd.experiment import load_experiment
+from mtmd.config import MODALITIES, Config, add_config_arguments, at_least, config_from, one_of
+from mtmd.experiment import check_before, load_experiment
 from mtmd.jobs import LOG, run_many
 from mtmd.model import TEACHER, used_modalities
 from mtmd.tables import METRICS, Row, mean_and_deviation, row_of, write_table
@@ -66,20 +67,21 @@ PAPER_INSTANCE = {"acc2_has0": 83.1, "acc2_non0": 84.8, "corr": 0.791}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ablate`, and those of a run."""
-    parser.add_argument(
+    group = parser.add_argument_group("ablation")
+    group.add_argument(
         "--arms",
         nargs="+",
         default=["all"],
-        choices=["all", *ARMS],
+        type=one_of("all", *ARMS),
         metavar="ARM",
         help=f"all, or of {', '.join(ARMS)}",
     )
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="arms that train at the same time (default: 1)"
+    group.add_argument(
+        "--jobs", type=at_least(1), default=1, metavar="N", help="arms that train at the same time (default: 1)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--resamples",
-        type=int,
+        type=at_least(1),
         default=RESAMPLES,
         metavar="N",
         help=f"draws of the paired bootstrap (default: {RESAMPLES})",
@@ -95,12 +97,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     left_out = {name: why for name in ARMS if (why := why_left_out(base, name))}
     for name in asked:
         if name in left_out:
-            say(console, f"note: {name} is left out: {left_out[name]}", style="yellow")
+            note(console, f"{name} is left out: {left_out[name]}")
     configs = {name: arm_config(base, name) for name in asked if name not in left_out}
     if not configs:
         raise ValueError(
             f"--arms: expected an arm that can be told from full with these settings, got {' '.join(asked)}"
         )
+    check_before(base, console)
 
     done, errors = {}, {}
     for name, outcome in run_many(configs, console, jobs=arguments.jobs, keep_going=True):
@@ -191,7 +194,7 @@ def read_others(base: Config, not_these: set[str], done: dict[str, Any], console
         try:
             found[name] = load_arm(arm_config(base, name), known)
         except (ValueError, OSError) as error:
-            say(console, f"note: {name} is not in the tables: {error}", style="yellow")
+            note(console, f"{name} is not in the tables: {error}")
     return found
 
 
@@ -237,6 +240,9 @@ def write_tables(
     rows = {name: arm_row(base, name, results, resamples) for name in ARMS if name in {*results, *errors}}
     where, notes = describe(next(iter(results.values()))["dataset"])
     notes += base_notes(base)
+    precisions = {run["precision"] for one in results.values() for run in one["runs"] if "precision" in run}
+    if len(precisions) > 1:
+        notes.append(f"Not all trained in the same: {' and '.join(sorted(precisions))}; each results.json says which.")
     paths = []
     second = [row for name, row in rows.items() if name != "instance_sampling"]
     if second:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,23 @@ def replacing(path: Path) -> Iterator[Path]:
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
         raise
     sync_folder(path.parent)
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Whether a file, or a folder of files, can be written at `path`, tried before any work. Nothing is left there.
+
+    Raises:
+        OSError: If not, with `path` in it.
+    """
+    try:
+        if path.is_dir() and not folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        places = [path, *path.parents] if folder else path.parents
+        there = next(place for place in places if os.path.lexists(place))  # the others would be made
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -233,6 +251,11 @@ def load_checkpoint(path: Path) -> tuple[MTMD, Standardizer, dict[str, Any]]:
         found = sorted(file.stem for file in Path(path).glob("checkpoint_seed*.safetensors"))
         raise ValueError(f"{path}: expected a checkpoint, got a folder, which has {', '.join(found) or 'none'}")
     weights, description = pair(Path(path))
+    missing = [file for file in (weights, description) if not file.exists()]
+    if len(missing) == 2:
+        raise FileNotFoundError(f"{path}: expected a checkpoint, found no such file")
+    if missing:
+        raise FileNotFoundError(f"{path}: expected a checkpoint, two files, found none called {missing[0].name}")
     about = read_description(weights, description)
     for key in ("config", "widths", "encoder"):
         if key not in about:
@@ -266,6 +289,8 @@ def build_model(about: dict[str, Any], state: dict[str, Tensor], weights: Path, 
             encoder = known_settings(encoder, state)
         with torch.device("meta"):
             expected = MTMD(config, about["widths"], encoder_config=encoder).state_dict()
+    except ModuleNotFoundError:  # transformers
+        raise
     except Exception as error:  # whatever torch and transformers raise for a size or a name that is none
         raise ValueError(f"{description}: expected a model that can be built, got another: {reason(error)}") from error
     for name in sorted({*expected, *state}):

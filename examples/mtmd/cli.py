@@ -5,12 +5,13 @@ parser, the other runs it with what was parsed and a console to write to.
 """
 
 import argparse
-import difflib
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from rich.console import Console
+
+from mtmd.config import did_you_mean, unknown
 
 
 class Command(NamedTuple):
@@ -38,48 +39,61 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors, of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
 def parse(
     arguments: list[str], description: str
 ) -> tuple[str, argparse.Namespace, Callable[[argparse.Namespace, Console], int | None]]:
     """What was asked for: the command, its parsed options, and the function that runs it.
 
-    argparse ends the program after `--help`, or with exit code 2 and a message where an option is wrong.
+    `--help` ends the program.
+
+    Raises:
+        ValueError: If a command, an option or a value is wrong.
     """
     if arguments and arguments[0] in ("-h", "--help"):
         top = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=overview()
+            usage="mtmd_mosi.py [COMMAND] [OPTIONS]",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=overview(),
         )
         top.print_help()
         top.exit()
     if arguments and arguments[0] in COMMANDS:
         name, rest = arguments[0], arguments[1:]
     elif arguments and not arguments[0].startswith("-"):
-        raise ValueError(f"command: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}")
+        raise ValueError(f"command: {unknown(arguments[0], COMMANDS)}")
     else:
         name, rest = DEFAULT, arguments
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(
-        prog=f"mtmd_mosi.py {name}",
-        description=f"{name}: {command.summary}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog=f"mtmd_mosi.py {name}", description=f"{name}: {command.summary}.", allow_abbrev=False)
     getattr(module, command.add_arguments)(parser)
-    parsed, unknown = parser.parse_known_args(rest)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion(parser, unknown)}")
+    shapes = {None: "{}", "?": "[{}]", "+": "{} ..."}
+    wanted = [shapes[one.nargs].format(one.metavar or one.dest) for one in parser._get_positional_actions()]
+    parser.usage = " ".join([parser.prog, *wanted, "[OPTIONS]"])
+    parsed, others = parser.parse_known_args(rest)
+    if others:
+        options = [text.partition("=")[0] for text in others if text.startswith("-")]
+        hint = did_you_mean(options, parser._option_string_actions)
+        if not options and others[0] in COMMANDS:
+            hint = f"; the command comes first: {others[0]} ..."
+        raise ValueError(f"{name}: expected options that it has, got {' '.join(others)}{hint}")
     return name, parsed, getattr(module, command.run)
-
-
-def suggestion(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
-    """The options that were probably meant."""
-    options = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-    near = [match for text in options for match in difflib.get_close_matches(text, parser._option_string_actions, n=1)]
-    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def overview() -> str:
     """The commands and how to learn more, for `--help`."""
     lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(["commands:", *lines, "", "COMMAND --help explains the options of a command."])
+
+
+def note(console: Console, text: str) -> None:
+    """What is worth knowing but stops nothing, on one line."""
+    console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)

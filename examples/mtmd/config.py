@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -54,9 +55,37 @@ RANGES = (
 )
 
 
-def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), many: bool = False) -> Any:
-    """A field with the text that `--help` shows."""
-    metadata = {"help": text, "choices": choices, "many": many}
+# Options that say nothing beside others are refused on the command line, where somebody meant them, if they are not at
+# their default. A file may have them: one serves for all arms of the study.
+IDLE: tuple[tuple[tuple[str, ...], str, Callable[["Config"], bool]], ...] = (
+    (
+        ("synthetic_seed", *(f"signal_{name}" for name in MODALITIES), "wrong_text"),
+        "the synthetic set",
+        lambda config: config.data is None,
+    ),
+    (("max_tokens", "pooling", "bert_lr"), "a --text-encoder", lambda config: config.text_encoder != "features"),
+    (("text_hidden",), "--text-encoder features", lambda config: config.text_encoder == "features"),
+    *(
+        ((f"drop_{name}",), f"{name} as a modality", lambda config, name=name: name in config.modalities)
+        for name in MODALITIES
+    ),
+    *(
+        ((f"gamma_{term}",), f"L_{term}", lambda config, term=term: not {term, "distillation"} & {*config.without})
+        for term in ("reg", "cls", "feat", "fusion")
+    ),
+    (
+        ("queue_size", "balanced_queue"),
+        "a queue",
+        lambda config: not {"queue", "feat", "distillation"} & {*config.without},
+    ),
+)
+
+
+def setting(
+    default: Any, text: str, *, choices: tuple[str, ...] = (), many: bool = False, group: str | None = None
+) -> Any:
+    """A field with the text that `--help` shows; `group` begins a group of them there."""
+    metadata = {"help": text, "choices": choices, "many": many, "group": group}
     if many:
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -66,9 +95,10 @@ def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), many: boo
 class Config:
     """Settings; "paper" marks those of Lin and Hu (2023), Section V-B."""
 
-    # What to train on
     data: Path | None = setting(
-        None, "pickle in the layout of MMSA (aligned or unaligned) or folder in the own format; none: the synthetic set"
+        None,
+        "pickle in the layout of MMSA (aligned or unaligned) or folder in the own format; none: the synthetic set",
+        group="data",
     )
     dataset: str | None = setting(
         None,
@@ -80,64 +110,26 @@ class Config:
     signal_audio: float = setting(0.45, "synthetic set: share of the opinion's variance that audio can explain")
     signal_vision: float = setting(0.35, "synthetic set: share of the opinion's variance that vision can explain")
     wrong_text: float = setting(0.0, "synthetic set: share of samples whose text says nothing true (a wrong teacher)")
-    text_encoder: str = setting(
-        "features",
-        "'features' (the file's 'text' array), or a BERT-type model of transformers, by name or local directory",
-    )
     max_tokens: int = setting(50, "longest text, in tokens, where raw text is tokenised here; MMSA's files: 50")
-    seeds: list[int] = setting([1111], "one run per seed; the paper reports the mean of five runs", many=True)
-    device: str = setting("auto", "where to train; auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
-    out: Path = setting(Path("runs/mtmd"), "folder for results, metrics, predictions, figures and checkpoints")
-    resume: bool | None = setting(
-        None,
-        "go on with what --out holds: finished seeds are kept, an interrupted one goes on where it was saved; "
-        "--no-resume deletes it and begins anew. Without either, ablate and search go on, and training refuses a "
-        "folder that holds an experiment",
-    )
-    save_every: int = setting(0, "optimiser steps between saves for --resume; 0: at the end of each epoch only")
-
-    # Optimisation
-    epochs: int | None = setting(
-        None, "most epochs, over which the schedule runs; default: 12 with --data, 30 for synthetic"
-    )
-    patience: int = setting(8, "epochs without a better validation MAE before a run stops; MMSA: 8")
-    batch_size: int | None = setting(
-        None, "samples per step; default: 64 for mosi and synthetic, 128 for mosei (paper)"
-    )
-    bert_lr: float = setting(
-        1e-4,
-        "Adam learning rate of a pretrained text encoder, 0: frozen; the default is best on validation with MiniLM "
-        "(paper, BERT-base: 5e-5)",
-    )
-    unimodal_lr: float = setting(5e-3, "Adam learning rate of the audio and vision models (paper)")
-    other_lr: float = setting(1e-3, "Adam learning rate of everything else (paper)")
-    schedule: str = setting(
-        "cosine",
-        "learning rates: 'cosine' (linear warm-up over a tenth of the steps, then to zero) or 'constant' (paper)",
-        choices=("cosine", "constant"),
-    )
-    clip: float = setting(1.0, "largest gradient norm, 0 for no limit (paper: does not say)")
-    accumulate: int = setting(1, "batches whose gradients are averaged for one optimiser step")
-    amp: bool = setting(False, "train in bfloat16 where that is safe (autocast); evaluation stays in float32")
-    compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, or Triton on CUDA")
-    deterministic: bool = setting(False, "only operations that give the same bits each time; slower on CUDA")
-
-    # Missing modalities
     drop_text: float = setting(0.0, "share of the training samples that lose their text, drawn anew each epoch")
     drop_audio: float = setting(0.0, "share of the training samples that lose their audio, drawn anew each epoch")
     drop_vision: float = setting(0.0, "share of the training samples that lose their vision, drawn anew each epoch")
 
-    # Model (Section III)
+    text_encoder: str = setting(
+        "features",
+        "'features' (the file's 'text' array), or a BERT-type model of transformers, by name or local directory",
+        group="model (Section III)",
+    )
     modalities: list[str] = setting(
         MODALITIES, "modalities of the model; 'text' alone is the text-only baseline", choices=MODALITIES, many=True
     )
-    width: int = setting(128, "common width d of the unimodal representations (paper: does not say)")
-    fused_width: int = setting(128, "width d_f of the fused representation (paper: does not say)")
     pooling: str = setting(
         "mean",
         "what represents a text of a BERT-type model: the mean of its tokens or the first of them (paper)",
         choices=("cls", "mean"),
     )
+    width: int = setting(128, "common width d of the unimodal representations (paper: does not say)")
+    fused_width: int = setting(128, "width d_f of the fused representation (paper: does not say)")
     audio_hidden: int = setting(32, "width of the audio LSTM and Transformer (paper)")
     vision_hidden: int = setting(64, "width of the vision LSTM and Transformer (paper)")
     text_hidden: int = setting(64, "width of the text LSTM and Transformer, for --text-encoder features")
@@ -148,8 +140,9 @@ class Config:
         False, "end the heads in a ReLU as Eq. 4 prints: no negative score can then be predicted"
     )
 
-    # Distillation (Eq. 6 to 18)
-    gamma_reg: float = setting(0.8, "weight of L_reg in Eq. 18; paper: searched in 0.6, 0.8, 1.0")
+    gamma_reg: float = setting(
+        0.8, "weight of L_reg in Eq. 18; paper: searched in 0.6, 0.8, 1.0", group="distillation (Eq. 6 to 18)"
+    )
     gamma_cls: float = setting(0.8, "weight of L_cls in Eq. 18; paper: searched in 0.6, 0.8, 1.0")
     gamma_feat: float = setting(0.8, "weight of L_feat in Eq. 18; paper: searched in 0.6, 0.8, 1.0")
     gamma_fusion: float = setting(0.8, "weight of L_fusion in Eq. 18; paper: searched in 0.6, 0.8, 1.0")
@@ -174,6 +167,50 @@ class Config:
     without: list[str] = setting(
         (), "parts to switch off, the rows of Table II; distillation: all of it", choices=PARTS, many=True
     )
+
+    seeds: list[int] = setting(
+        [1111], "one run per seed; the paper reports the mean of five runs", many=True, group="training"
+    )
+    device: str = setting("auto", "where to train; auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
+    epochs: int | None = setting(
+        None, "most epochs, over which the schedule runs; default: 12 with --data, 30 for synthetic"
+    )
+    patience: int = setting(8, "epochs without a better validation MAE before a run stops; MMSA: 8")
+    batch_size: int | None = setting(
+        None, "samples per step; default: 64 for mosi and synthetic, 128 for mosei (paper)"
+    )
+    bert_lr: float = setting(
+        1e-4,
+        "Adam learning rate of a pretrained text encoder, 0: frozen; the default is best on validation with MiniLM "
+        "(paper, BERT-base: 5e-5)",
+    )
+    unimodal_lr: float = setting(5e-3, "Adam learning rate of the audio and vision models (paper)")
+    other_lr: float = setting(1e-3, "Adam learning rate of everything else (paper)")
+    schedule: str = setting(
+        "cosine",
+        "learning rates: 'cosine' (linear warm-up over a tenth of the steps, then to zero) or 'constant' (paper)",
+        choices=("cosine", "constant"),
+    )
+    clip: float = setting(1.0, "largest gradient norm, 0 for no limit (paper: does not say)")
+    accumulate: int = setting(1, "batches whose gradients are averaged for one optimiser step")
+    amp: bool = setting(
+        False,
+        "train in bfloat16 where that is safe (autocast); evaluation stays in float32, and so does training on a device"
+        " that cannot, with a note",
+    )
+    compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, or Triton on CUDA")
+    deterministic: bool = setting(False, "only operations that give the same bits each time; slower on CUDA")
+
+    out: Path = setting(
+        Path("runs/mtmd"), "folder for results, metrics, predictions, figures and checkpoints", group="output"
+    )
+    resume: bool | None = setting(
+        None,
+        "go on with what --out holds: finished seeds are kept, an interrupted one goes on where it was saved; "
+        "--no-resume deletes it and begins anew. Without either, ablate and search go on, and training refuses a "
+        "folder that holds an experiment",
+    )
+    save_every: int = setting(0, "optimiser steps between saves for --resume; 0: at the end of each epoch only")
 
     def __post_init__(self) -> None:
         """Fill in what depends on the dataset, and refuse what cannot be meant."""
@@ -203,7 +240,7 @@ class Config:
             value, allowed = getattr(self, entry.name), entry.metadata["choices"]
             for one in value if entry.metadata["many"] else [value]:
                 if allowed and one not in allowed:
-                    raise ValueError(f"{entry.name}: expected one of {', '.join(allowed)}, got {shown(one)}")
+                    raise ValueError(f"{entry.name}: {unknown(one, allowed)}")
             if entry.metadata["many"] and len(set(value)) < len(value):
                 raise ValueError(f"{entry.name}: expected each once, got {' '.join(map(str, value))[:80]}")
         if not self.seeds or min(self.seeds) < 0:
@@ -256,8 +293,7 @@ class Config:
             raise ValueError(f"{source}: expected settings by name, got {shown(values)}")
         for name in values:
             if name not in hints:
-                near = difflib.get_close_matches(name, hints, n=1)
-                raise ValueError(f"{source}: unknown setting {shown(name)}" + (f"; near it: {near[0]}" if near else ""))
+                raise ValueError(f"{source}: unknown setting {shown(name)}{did_you_mean([name], hints)}")
         typed = {name: _typed(value, hints[name], f"{source}: {name}") for name, value in values.items()}
         try:
             return cls(**typed)
@@ -289,36 +325,100 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {kind}, got {shown(value)}")
 
 
+def did_you_mean(words: Iterable[object], known: Iterable[str]) -> str:
+    """The end of an error: what was probably meant by each of the words."""
+    names = list(known)
+    near = [match for word in words for match in difflib.get_close_matches(str(word), names, n=1)]
+    return f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+
+
+def unknown(word: object, known: Iterable[str]) -> str:
+    """What to say of a word that is none of those that are known."""
+    names = list(known)
+    return f"expected one of {', '.join(names)}, got {shown(word)}{did_you_mean([word], names)}"
+
+
+# Options. argparse puts the name of the option before what these say.
+
+
+def whole(text: str, *, least: int | None = None) -> int:
+    """A whole number, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise argparse.ArgumentTypeError(f"expected a whole number{bound}, got {shown(text)}")
+    return value
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    return functools.partial(whole, least=least)
+
+
+def a_number(text: str) -> float:
+    """A number, for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {shown(text)}") from None
+
+
+def a_path(text: str) -> Path:
+    """A path, for argparse; an empty one would be the folder where one stands."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
+def one_of(*known: str) -> Callable[[str], str]:
+    """One of these words, for argparse."""
+
+    def check(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(unknown(text, known))
+        return text
+
+    return check
+
+
+PARSERS = {int: whole, float: a_number, Path: a_path, str: str}
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Every setting as an option, and `--config` for a file of them. What is not given stays out of the namespace."""
     parser.add_argument(
         "--config",
-        type=Path,
+        type=a_path,
         metavar="FILE.toml",
         default=argparse.SUPPRESS,
         help="file of settings, named as here with '_' for '-'; options given beside it go before it",
     )
     hints = get_type_hints(Config)
+    group = parser
     for entry in dataclasses.fields(Config):
+        if entry.metadata["group"]:
+            group = parser.add_argument_group(entry.metadata["group"])
         option = "--" + entry.name.replace("_", "-")
         text = entry.metadata["help"].replace("%", "%%")
         kinds = [kind for kind in (get_args(hints[entry.name]) or (hints[entry.name],)) if kind is not type(None)]
         if kinds == [bool]:
             text += "" if entry.default is None else f" (default: {'on' if entry.default else 'off'})"
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         default = entry.default_factory() if entry.metadata["many"] else entry.default
         if default not in (None, []):
             shown = " ".join(str(value) for value in default) if entry.metadata["many"] else default
             text += f" (default: {shown})"
-        parser.add_argument(
+        choices = entry.metadata["choices"]
+        group.add_argument(
             option,
-            type=kinds[0],
+            type=one_of(*choices) if choices else PARSERS[kinds[0]],
             default=argparse.SUPPRESS,
             help=text,
-            choices=entry.metadata["choices"] or None,
             nargs="*" if entry.metadata["many"] else None,
-            metavar=None if entry.metadata["choices"] else kinds[0].__name__.upper(),
+            metavar=f"{{{','.join(choices)}}}" if choices else kinds[0].__name__.upper(),
         )
 
 
@@ -332,7 +432,13 @@ def config_from(arguments: argparse.Namespace) -> Config:
     given = vars(arguments)
     path = given.get("config")
     values = read_toml(path) if path is not None else {}
-    names = {entry.name for entry in dataclasses.fields(Config)}
-    options = {name: value for name, value in given.items() if name in names}
+    fields = {entry.name: entry for entry in dataclasses.fields(Config)}
+    options = {name: value for name, value in given.items() if name in fields}
     source = "settings" if path is None else f"{path} with the options beside it" if options else str(path)
-    return Config.from_values({**values, **options}, source=source)
+    config = Config.from_values({**values, **options}, source=source)
+    for names, beside, is_read in IDLE:
+        for name in names:
+            if name in options and options[name] != fields[name].default and not is_read(config):
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option}: expected {beside} beside it, got settings without; leave it out")
+    return config

@@ -15,6 +15,7 @@ A seed is finished when results.json has it; that is written after all its other
 import argparse
 import csv
 import errno
+import importlib
 import importlib.metadata
 import io
 import json
@@ -34,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mtmd.checkpoint import (
+    check_writable,
     file_sha256,
     finite_or_none,
     pair,
@@ -45,6 +47,7 @@ from mtmd.checkpoint import (
     write_json,
     write_text,
 )
+from mtmd.cli import note
 from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
 from mtmd.data import Dataset, Fold
 from mtmd.files import (
@@ -62,11 +65,21 @@ from mtmd.files import (
     shown,
 )
 from mtmd.metrics import metrics_for
+from mtmd.model import TEACHER, used_modalities
 from mtmd.own_format import open_dataset
 from mtmd.plots import plot_factors, plot_losses
-from mtmd.processes import from_leader, leads
+from mtmd.processes import choose_device, from_leader, leads
 from mtmd.synthetic import synthetic_dataset
-from mtmd.training import Run, compare_configs, prepare, train
+from mtmd.training import (
+    Run,
+    check_compiler,
+    check_encoder,
+    compare_configs,
+    no_bfloat16,
+    precision_of,
+    prepare,
+    train,
+)
 
 SEED_FILES = ("checkpoint", "steps", "representations", "losses", "fusion_factors")  # begin so, then _seedS
 PREDICTION_COLUMNS = ("seed", "split", "id", "target", "score", *MODALITIES)
@@ -117,8 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
+    config = config_from(arguments)
+    check_before(config, console)
     try:
-        run_experiment(config_from(arguments), console)
+        run_experiment(config, console)
     except KeyboardInterrupt:
         console.print("stopped; with --resume the same command goes on", style="yellow", highlight=False)
         raise
@@ -153,14 +168,21 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
         OSError: If a file cannot be read or written.
     """
 
-    def say(note: str) -> None:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    def say(text: str) -> None:
+        note(console, text)
 
+    earlier = [*files_of_earlier(config.out), *states_of_earlier(config.out)]
+    if leads() and earlier and config.resume is None:
+        raise ValueError(
+            f"--out: expected a folder without an experiment, got {config.out}, which has {earlier[0].name}; "
+            "--resume goes on with it, --no-resume deletes it and begins anew"
+        )
     dataset = load_data(config) if dataset is None else dataset
-    for note in dataset.notes:
-        say(note)
+    for text in dataset.notes:
+        say(text)
     folds, standardizer = prepare(dataset, config)
     device = choose_device(config.device)
+    precision = precision_of(config, device)
     if not leads():
         follow(config, folds, dataset, device)
         return {}
@@ -169,17 +191,17 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
     finished = Finished()
     if config.resume:
         finished = read_finished(config, dataset, say)
-    elif earlier := [*files_of_earlier(config.out), *states_of_earlier(config.out)]:
-        if config.resume is None:
-            raise ValueError(
-                f"--out: expected a folder without an experiment, got {config.out}, which has {earlier[0].name}; "
-                "--resume goes on with it, --no-resume deletes it and begins anew"
-            )
+        for seed, entry in finished.runs.items():
+            if entry.get("precision", precision) != precision:
+                say(f"seed {seed} was trained in {entry['precision']}, those that follow are in {precision}")
+    elif earlier:
         clear(config.out)
         say(f"the earlier results in {config.out} are deleted")
     title = describe(dataset)
     sizes = ", ".join(f"{len(fold)} {name}" for name, fold in folds.items())
-    console.print(f"{title}: {sizes}; training on {device}", markup=False, highlight=False)
+    console.print(
+        f"{title}: {sizes}; training on {device} in {precision}", markup=False, highlight=False, soft_wrap=True
+    )
 
     steps = math.ceil(math.ceil(len(folds["train"]) / config.batch_size) / config.accumulate) * config.epochs
     with progress_bars(console) as progress:
@@ -262,20 +284,31 @@ def follow(config: Config, folds: dict[str, Fold], dataset: Dataset, device: tor
 # Before training
 
 
+def check_before(config: Config, console: Console) -> None:
+    """Refuse, before any data are read, what cannot be done here; say where it is done in another way.
+
+    Raises:
+        ValueError: If the device, the compiler or the folder of the text encoder is not there.
+        OSError: If nothing can be written to `config.out`.
+    """
+    check_writable(config.out, folder=True)
+    device = choose_device(config.device)
+    if config.compile:
+        check_compiler(device)
+    if config.text_encoder != "features" and TEACHER in used_modalities(config):
+        importlib.import_module("transformers")
+        check_encoder(config.text_encoder)
+    if config.amp and precision_of(config, device) == "float32":
+        why = no_bfloat16(device) or "another process cannot"
+        note(console, f"--amp: this {device} cannot train the model in bfloat16, it trains in float32 ({why})")
+
+
 def load_data(config: Config) -> Dataset:
     """The file or folder, or the embedded synthetic set."""
     if config.data is None:
         signal = {name: getattr(config, f"signal_{name}") for name in MODALITIES}
         return synthetic_dataset(seed=config.synthetic_seed, signal=signal, wrong={"text": config.wrong_text})
     return open_dataset(config.data, name=config.dataset, modalities=config.modalities)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected a device that is there, got cuda without a CUDA device")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def describe(dataset: Dataset) -> str:
@@ -336,6 +369,8 @@ def find_fault(
 
 def files_of_earlier(out: Path) -> list[Path]:
     """The files that an earlier experiment has left."""
+    if not out.is_dir():
+        return []
     own = re.compile(rf"({'|'.join(SEED_FILES)})_seed\d+\.\w+")
     # results.json goes first: while it has a seed, that seed is finished.
     files = [out / name for name in ("results.json", "metrics.jsonl", "predictions.csv") if (out / name).exists()]
@@ -407,6 +442,7 @@ def run_entry(run: Run) -> dict[str, Any]:
             "best_epoch": run.best_epoch,
             "epochs": len(run.epochs),
             "seconds": run.seconds,
+            "precision": ", then ".join(run.precisions),
         }
     )
 

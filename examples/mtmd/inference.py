@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from mtmd.checkpoint import finite_or_none, load_checkpoint
-from mtmd.config import Config
+from mtmd.checkpoint import check_writable, load_checkpoint, replacing, write_json
+from mtmd.cli import note
+from mtmd.config import MODALITIES, Config, a_number, a_path, at_least, one_of
 from mtmd.data import (
     FOLDS,
     Batch,
     DataError,
-    Dataset,
     Fold,
     Standardizer,
     batches,
@@ -45,6 +45,8 @@ from mtmd.files import is_plain, read_npy, read_table, shown
 from mtmd.metrics import metrics_for
 from mtmd.model import MTMD
 from mtmd.own_format import load_fold, open_dataset
+from mtmd.processes import choose_device
+from mtmd.training import check_encoder, with_tokens
 
 try:
     from torch.export._patches import register_lstm_while_loop_decomposition
@@ -53,6 +55,8 @@ except ImportError:  # torch 2.13 has it, 2.9 does not
 
 BATCH_SIZE = 64
 RATES = tuple(round(0.1 * step, 1) for step in range(11))
+DRAWS = 5
+CHECKPOINT = "checkpoint_seed*.safetensors of an experiment"
 
 # Columns of the table of metrics; two in one are negative/non-negative, then negative/positive.
 COLUMNS = {
@@ -117,24 +121,23 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
         text_encoder: Where the tokenizer of the text encoder lies now, if not where it lay in training.
         device: "cpu", "cuda" or "auto".
     """
+    place = choose_device(device)
+    if text_encoder is not None:
+        check_encoder(text_encoder)
     model, standardizer, about = load_checkpoint(path)
     config = Config.from_json(about["config"], source=str(path))
     if text_encoder is not None:
         if config.text_encoder == "features":
             raise ValueError("--text-encoder: expected none, for this checkpoint reads text as features")
         config = dataclasses.replace(config, text_encoder=text_encoder)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected a device that is there, got cuda without a CUDA device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(
-        model=model.to(device).requires_grad_(False),
+        model=model.to(place).requires_grad_(False),
         standardizer=standardizer,
         config=config,
         widths=about["widths"],
         classes=tuple(about["classes"]),
         data_sha256=about["data_sha256"],
-        device=torch.device(device),
+        device=place,
     )
 
 
@@ -171,8 +174,6 @@ def prepare_fold(fold: Fold, trained: Trained) -> Fold:
         dataclasses.replace(fold, features=features, lengths=lengths, raw_text=raw_text, text_bert=text_bert)
     )
     if trained.reads_tokens:
-        from mtmd.training import with_tokens
-
         return with_tokens({"data": scaled}, trained.config)["data"]
     return one_text(scaled, tokens=False)
 
@@ -224,57 +225,77 @@ def without_modalities(trained: Trained, said: Said, fold: Fold) -> Callable[[Ma
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--data", type=Path, default=None, help="pickle or folder of the own format (default: what was trained on)"
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", type=a_path, default=None, help="pickle or folder of the own format (default: what was trained on)"
     )
-    parser.add_argument("--fold", choices=FOLDS, default="test", help="what to score (default: test)")
-    parser.add_argument(
+    _add_fold_argument(data, "test", "what to score (default: test)")
+    data.add_argument(
         "--drop",
+        type=drop_rate,
         nargs="+",
         default=[],
         metavar="MODALITY=RATE",
         help="share of the samples that lose a modality, say audio=0.3 vision=0.5",
     )
-    parser.add_argument(
+    data.add_argument(
         "--robustness", action="store_true", help="drop each modality, and all, at --rates: a table and a figure"
     )
-    parser.add_argument(
+    data.add_argument(
         "--rates",
-        type=float,
+        type=a_share,
         nargs="+",
-        default=list(RATES),
         metavar="RATE",
         help="shares for --robustness (default: 0 to 1 in tenths)",
     )
-    parser.add_argument(
-        "--draws", type=int, default=5, help="how often to choose the samples anew; mean and deviation are over them"
+    data.add_argument(
+        "--draws",
+        type=at_least(1),
+        metavar="N",
+        help=f"how often to choose the samples anew; mean and deviation are over them (default: {DRAWS})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first draw; the next ones count up")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder for evaluation.json and the curves (default: none is written)"
+    data.add_argument(
+        "--seed", type=at_least(0), metavar="SEED", help="of the first draw; the next ones count up (default: 0)"
+    )
+    parser.add_argument_group("output").add_argument(
+        "--out", type=a_path, default=None, help="folder for evaluation.json and the curves (default: none is written)"
     )
 
 
 def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     """Print the metrics; with --out, write them too."""
-    rates = parse_rates(arguments.drop)
-    if arguments.draws < 1 or arguments.seed < 0:
-        raise ValueError(
-            f"--draws, --seed: expected at least 1 and at least 0, got {arguments.draws} and {arguments.seed}"
-        )
-    for rate in arguments.rates:
-        if not 0 <= rate <= 1:
-            raise ValueError(f"--rates: expected numbers in [0, 1], got {rate}")
+    rates = dict(arguments.drop)
+    if len(rates) < len(arguments.drop):
+        raise ValueError(f"--drop: expected each modality once, got {' '.join(name for name, _ in arguments.drop)}")
+    for option, given, beside in (
+        ("--rates", arguments.rates, arguments.robustness),
+        ("--draws", arguments.draws, arguments.robustness or rates),
+        ("--seed", arguments.seed, arguments.robustness or rates),
+    ):
+        if given is not None and not beside:
+            wanted = "--robustness" if option == "--rates" else "--drop or --robustness"
+            raise ValueError(f"{option}: expected {wanted} beside it, got it alone")
     if arguments.robustness and arguments.out is None:
         raise ValueError("--out: expected a folder for the curves of --robustness, got none")
+    arguments.rates, arguments.draws = arguments.rates or list(RATES), arguments.draws or DRAWS
+    arguments.seed = arguments.seed or 0
+    if arguments.out is not None:
+        check_writable(arguments.out, folder=True)
+    from mtmd.experiment import load_data  # here: it brings matplotlib, which `predict` does without
+
     trained = load_trained(arguments.checkpoint, text_encoder=arguments.text_encoder, device=arguments.device)
     for name in rates:
         if name not in trained.modalities:
             known = ", ".join(trained.modalities)
             raise ValueError(f"--drop: expected modalities of the model ({known}), got {name!r}")
-    dataset = evaluation_data(arguments.data, trained.config)
+    config = trained.config
+    if arguments.data is None:
+        dataset = load_data(config)
+    else:  # named like the training data: of a file, that says between which numbers the scores lie
+        name = "data" if config.data is None else config.dataset
+        dataset = open_dataset(arguments.data, name=name, modalities=config.modalities)
     if dataset.fingerprint != trained.data_sha256:
-        console.print("note: these are not the data that the checkpoint was trained on", style="yellow")
+        note(console, "these are not the data that the checkpoint was trained on")
     fold = prepare_fold(dataset.folds[arguments.fold], trained)
     said = ask(trained, fold)
     measure = metrics_for(dataset.score_range)
@@ -313,8 +334,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.out is None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(finite_or_none(report), indent=2, allow_nan=False) + "\n"
-    (arguments.out / "evaluation.json").write_text(text, encoding="utf-8")
+    write_json(arguments.out / "evaluation.json", report)
     if arguments.robustness:
         write_curves(curves, arguments.out / "robustness.csv")
         title = f"{dataset.name}, {arguments.fold} fold ({len(fold)} samples)"
@@ -322,30 +342,20 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"Written: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
-def parse_rates(pairs: Iterable[str]) -> dict[str, float]:
-    """`["audio=0.3"]` as `{"audio": 0.3}`."""
-    rates = {}
-    for pair in pairs:
-        name, equals, number = pair.partition("=")
-        if name in rates:
-            raise ValueError(f"--drop: expected each modality once, got {name} again with {pair!r}")
-        try:
-            rates[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not 0 <= rates[name] <= 1:
-            raise ValueError(f"--drop: expected MODALITY=RATE with a rate in [0, 1], got {pair!r}")
-    return rates
+def a_share(text: str) -> float:
+    """A share, for argparse."""
+    value = a_number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text}")
+    return value
 
 
-def evaluation_data(path: Path | None, config: Config) -> Dataset:
-    """The data at `path`, or without one those that the configuration names."""
-    if path is None:
-        from mtmd.experiment import load_data  # here: it brings matplotlib, which `predict` does without
-
-        return load_data(config)
-    # A name like that of the training data: of a file, it says between which numbers the scores lie.
-    return open_dataset(path, name="data" if config.data is None else config.dataset, modalities=config.modalities)
+def drop_rate(text: str) -> tuple[str, float]:
+    """`audio=0.3`, for argparse."""
+    name, equals, share = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected MODALITY=RATE, got {shown(text)}")
+    return one_of(*MODALITIES)(name), a_share(share)
 
 
 def metrics_by_branch(said: Said, fold: Fold, measure: Any) -> dict[str, dict[str, float]]:
@@ -471,7 +481,7 @@ def write_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
         return "" if value is None or not np.isfinite(value) else repr(float(value))
 
     names = list(curves[0]["mean"])
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["dropped", "rate", *names, *(f"{name}_std" for name in names)])
         for record in curves:
@@ -513,28 +523,30 @@ def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path, *, title: str, 
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_arguments(parser)
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument(
         "source",
-        type=Path,
+        type=a_path,
         nargs="?",
         default=None,
         metavar="FILE",
         help="utterances: a CSV with any of the columns id, text, text_features, audio, vision (the last three are "
         "paths of .npy files), an .npz with the keys of a fold, an MMSA pickle, or a folder of the own format",
     )
-    parser.add_argument("--text", default=None, help="one utterance: its words")
-    parser.add_argument(
-        "--text-features", type=Path, default=None, metavar="FILE.npy", help="one utterance: its text as features"
+    data.add_argument("--text", default=None, help="one utterance: its words")
+    data.add_argument(
+        "--text-features", type=a_path, default=None, metavar="FILE.npy", help="one utterance: its text as features"
     )
-    parser.add_argument("--audio", type=Path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
-    parser.add_argument("--vision", type=Path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
-    parser.add_argument("--fold", choices=FOLDS, default="test", help="of a pickle or folder (default: test)")
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE.csv", help="where to write (default: a table)")
+    data.add_argument("--audio", type=a_path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
+    data.add_argument("--vision", type=a_path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
+    _add_fold_argument(data, None, "of a pickle or folder (default: test)")
+    parser.add_argument_group("output").add_argument(
+        "--out", type=a_path, default=None, metavar="FILE.csv", help="where to write (default: a table)"
+    )
 
 
 def run_predict(arguments: argparse.Namespace, console: Console) -> None:
     """Print or write a line for each utterance."""
-    trained = load_trained(arguments.checkpoint, text_encoder=arguments.text_encoder, device=arguments.device)
     given = {"text_features": arguments.text_features, "audio": arguments.audio, "vision": arguments.vision}
     single = arguments.text is not None or any(path is not None for path in given.values())
     if single == (arguments.source is not None):
@@ -542,26 +554,33 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
         raise ValueError(
             f"predict: expected a FILE of utterances, or one by --text, --text-features, --audio, --vision; got {got}"
         )
+    if arguments.fold is not None and (single or arguments.source.suffix.lower() in (".csv", ".npz")):
+        raise ValueError("--fold: expected a pickle or folder beside it, got what has no folds")
+    if arguments.out is not None:
+        for path in (arguments.source, *given.values()):
+            if path is not None and path.resolve() == arguments.out.resolve():
+                raise ValueError(f"--out: expected another file than the one to read, got {arguments.out}")
+        check_writable(arguments.out)
+    trained = load_trained(arguments.checkpoint, text_encoder=arguments.text_encoder, device=arguments.device)
     if single:
         text = arguments.text if arguments.text and arguments.text.strip() else None  # as an empty cell of a CSV
         fold = build_fold([{"id": "0", "text": text, **given}])
     else:
-        fold = read_utterances(arguments.source, arguments.fold)
-    for note in unread(fold, trained):
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+        fold = read_utterances(arguments.source, arguments.fold or "test")
+    for text in unread(fold, trained):
+        note(console, text)
     said = ask(trained, prepare_fold(fold, trained))
     blind = int((~np.any(list(said.present.values()), axis=0)).sum())
     if blind:
-        console.print(
-            f"note: {blind} of {len(fold)} utterances have no modality that the model reads; "
-            "what is predicted for them says nothing",
-            style="yellow",
-            highlight=False,
+        note(
+            console,
+            f"{blind} of {len(fold)} utterances have no modality that the model reads; what is predicted for them says "
+            "nothing",
         )
     lines = prediction_lines(fold, said, trained.classes)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", encoding="utf-8", newline="") as file:
+        with replacing(arguments.out) as part, part.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
         console.print(f"Written: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
         return
@@ -753,17 +772,20 @@ def export_program(trained: Trained) -> torch.export.ExportedProgram:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="checkpoint_seed*.safetensors of an experiment")
-    parser.add_argument("target", type=Path, metavar="OUT.pt2", help="where to write the program")
+    parser.add_argument_group("model").add_argument("checkpoint", type=a_path, help=CHECKPOINT)
+    parser.add_argument_group("output").add_argument(
+        "target", type=a_path, metavar="OUT.pt2", help="where to write the program"
+    )
 
 
 def run_export(arguments: argparse.Namespace, console: Console) -> None:
     """Write the program, read it again, and compare with the model."""
-    if arguments.target.suffix != ".pt2":
-        raise ValueError(f"target: expected a file name that ends in .pt2, got {arguments.target}")
+    target = arguments.target
+    if target.suffix != ".pt2":
+        raise ValueError(f"target: expected a file name that ends in .pt2, got {target}")
+    check_writable(target)
     trained = load_trained(arguments.checkpoint)
     program = export_program(trained)
-    arguments.target.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "inputs": list(example_inputs(trained, samples=1, steps=2)),
         "widths": trained.read_widths,
@@ -771,20 +793,23 @@ def run_export(arguments: argparse.Namespace, console: Console) -> None:
         "text_encoder": trained.config.text_encoder if trained.reads_tokens else None,
         "max_tokens": trained.config.max_tokens if trained.reads_tokens else None,
     }
-    torch.export.save(program, arguments.target, extra_files={"about.json": json.dumps(about)})
-
-    again = torch.export.load(arguments.target).module()
-    deployed = Deployed(trained).eval()
-    largest = 0.0
-    for samples, steps in ((1, 4), (5, 12)):
-        inputs = example_inputs(trained, samples=samples, steps=steps, seed=samples)
-        with torch.no_grad():
-            expected, got = deployed(inputs), again(inputs)
-        largest = max(largest, *(float((got[key] - expected[key]).abs().max()) for key in expected))
-    if not largest < 1e-4:
-        raise ValueError(f"{arguments.target}: expected the outputs of the model, got others, by up to {largest:.2g}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as part:
+        with part.open("wb") as file:  # of a path, torch would want its own ending
+            torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+        with part.open("rb") as file:
+            again = torch.export.load(file).module()
+        deployed = Deployed(trained).eval()
+        largest = 0.0
+        for samples, steps in ((1, 4), (5, 12)):
+            inputs = example_inputs(trained, samples=samples, steps=steps, seed=samples)
+            with torch.no_grad():
+                expected, got = deployed(inputs), again(inputs)
+            largest = max(largest, *(float((got[key] - expected[key]).abs().max()) for key in expected))
+        if not largest < 1e-4:
+            raise ValueError(f"{target}: expected the outputs of the model, got others, by up to {largest:.2g}")
     console.print(
-        f"Written: {arguments.target.resolve()}; its outputs differ from the model's by at most {largest:.2g}",
+        f"Written: {target.resolve()}; its outputs differ from the model's by at most {largest:.2g}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -792,12 +817,22 @@ def run_export(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="checkpoint_seed*.safetensors of an experiment")
-    parser.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument("checkpoint", type=a_path, help=CHECKPOINT)
+    model.add_argument(
         "--text-encoder",
         default=None,
         help="name or directory of the text encoder whose tokenizer to use (default: as in training)",
     )
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda", "auto"), help="where to run the model (default: cpu)"
+    devices = ("cpu", "cuda", "auto")
+    model.add_argument(
+        "--device",
+        default="cpu",
+        type=one_of(*devices),
+        metavar=f"{{{','.join(devices)}}}",
+        help="where to run the model (default: cpu)",
     )
+
+
+def _add_fold_argument(group: argparse._ArgumentGroup, default: str | None, text: str) -> None:
+    group.add_argument("--fold", default=default, type=one_of(*FOLDS), metavar=f"{{{','.join(FOLDS)}}}", help=text)

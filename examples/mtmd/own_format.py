@@ -30,6 +30,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mtmd import safe_pickle
+from mtmd.checkpoint import check_writable
+from mtmd.cli import note
+from mtmd.config import a_number, a_path
 from mtmd.data import (
     CLASSES,
     FOLDS,
@@ -218,9 +221,7 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str]) -> None:
         ValueError: If the folder has something in it, or a text cannot be stored.
         OSError: If it cannot be written.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: expected a new or empty folder, got one that holds something")
+    folder = check_new(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
     partial.mkdir(parents=True)
@@ -248,6 +249,18 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str]) -> None:
         raise
 
 
+def check_new(folder: str | os.PathLike[str]) -> Path:
+    """The folder, absolute, if there is none yet or an empty one.
+
+    Raises:
+        ValueError: If it has something in it.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or empty folder, got one that holds something")
+    return folder
+
+
 def _arrays(fold: Fold) -> dict[str, np.ndarray]:
     arrays = {"id": _string_array("id", fold.ids), "regression_labels": fold.scores}
     arrays |= {UNIMODAL_LABELS[name]: scores for name, scores in fold.unimodal_scores.items()}
@@ -271,16 +284,19 @@ def _string_array(key: str, strings: list[str]) -> np.ndarray:
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="FILE", help="pickle in the layout of MMSA, aligned or unaligned")
-    parser.add_argument("target", type=Path, metavar="FOLDER", help="new folder for dataset.json and the .npz files")
-    parser.add_argument("--name", default=None, help="what to call the data (default: the name of the file)")
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument("source", type=a_path, metavar="FILE", help="pickle in the layout of MMSA, aligned or unaligned")
+    data.add_argument("--name", default=None, help="what to call the data (default: the name of the file)")
+    data.add_argument(
         "--score-range",
-        type=float,
+        type=a_number,
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=None,
         help="between which the scores lie (default: -1 1 for CH-SIMS, -3 3 for anything else)",
+    )
+    parser.add_argument_group("output").add_argument(
+        "target", type=a_path, metavar="FOLDER", help="new folder for dataset.json and the .npz files"
     )
 
 
@@ -290,17 +306,20 @@ def run_convert(arguments: argparse.Namespace, console: Console) -> None:
     score_range = None if arguments.score_range is None else tuple(arguments.score_range)
     if score_range is not None and not -np.inf < score_range[0] < 0 < score_range[1] < np.inf:
         raise ValueError(f"--score-range: expected a number below 0 and one above, got {score_range}")
+    check_new(arguments.target)
+    check_writable(arguments.target.parent, folder=True)
     dataset = load_mmsa(arguments.source, name=name, score_range=score_range)
     save_dataset(dataset, arguments.target)
     console.print(_overview(dataset.folds, title=f"{dataset.name}, scores in {_interval(dataset.score_range)}"))
-    for note in dataset.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    for text in dataset.notes:
+        note(console, text)
     console.print(f"Written: {arguments.target.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="FILE_OR_FOLDER", help="MMSA pickle, or folder in the own format")
-    parser.add_argument("--name", default="", help="name of the data, as for training: 'sims' means scores in [-1, 1]")
+    data = parser.add_argument_group("data")
+    data.add_argument("source", type=a_path, metavar="FILE_OR_FOLDER", help="MMSA pickle, or folder in the own format")
+    data.add_argument("--name", default="", help="name of the data, as for training: 'sims' means scores in [-1, 1]")
 
 
 def run_check(arguments: argparse.Namespace, console: Console) -> int:

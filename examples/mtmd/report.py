@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
 
 from mtmd.bootstrap import RESAMPLES
+from mtmd.checkpoint import check_writable
 from mtmd.compare import SIMS_LIMIT, Scores, compare_experiments, read_scores
-from mtmd.config import MODALITIES
+from mtmd.config import MODALITIES, a_path, at_least
 from mtmd.data import key_names
 from mtmd.experiment import load_experiment
 from mtmd.files import is_number, read_npz, read_table, reason, shown
@@ -39,17 +42,24 @@ MOST = 7  # experiments in a report: more colours cannot be told apart
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `report`."""
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="--out of a finished experiment")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: 'report' in the first DIR)")
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument("folders", type=a_path, nargs="+", metavar="DIR", help="--out of a finished experiment")
+    data.add_argument(
         "--before",
-        type=Path,
+        type=a_path,
         metavar="DIR",
         help="experiment without distillation, the 'before' of Fig. 6; default: the same model before any training",
     )
-    parser.add_argument("--seed", type=int, metavar="SEED", help="run that Fig. 6 shows (default: the first)")
-    parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, metavar="N", help=f"draws of the bootstrap (default: {RESAMPLES})"
+    data.add_argument("--seed", type=at_least(0), metavar="SEED", help="run that Fig. 6 shows (default: the first)")
+    data.add_argument(
+        "--resamples",
+        type=at_least(1),
+        default=RESAMPLES,
+        metavar="N",
+        help=f"draws of the bootstrap (default: {RESAMPLES})",
+    )
+    parser.add_argument_group("output").add_argument(
+        "--out", type=a_path, metavar="DIR", help="where to write (default: 'report' in the first DIR)"
     )
 
 
@@ -57,12 +67,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     """Draw and write everything that the folders have."""
     if len(arguments.folders) > MOST:
         raise ValueError(f"report: expected at most {MOST} folders, got {len(arguments.folders)}")
-    experiments = [
-        Experiment.load(folder, name)
-        for folder, name in zip(arguments.folders, short_names(arguments.folders), strict=True)
-    ]
-    before = Experiment.load(arguments.before, arguments.before.resolve().name) if arguments.before else None
+    names = short_names(arguments.folders)
     out = arguments.out or arguments.folders[0] / "report"
+    check_writable(out, folder=True)
+    experiments = [Experiment.load(folder, name) for folder, name in zip(arguments.folders, names, strict=True)]
+    before = Experiment.load(arguments.before, arguments.before.resolve().name) if arguments.before else None
     out.mkdir(parents=True, exist_ok=True)
 
     parts = []
@@ -344,15 +353,11 @@ def draw_embedding(one: Experiment, before: Experiment | None, seed: int, path: 
 
 def embed(features: np.ndarray) -> np.ndarray:
     """The plane of t-SNE, (n, 2)."""
-    from sklearn.manifold import TSNE
-
     perplexity = min(30.0, (len(features) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
 
 
 def separation(features: np.ndarray, scores: np.ndarray) -> float:
     """Mean silhouette of the signs of the scores, in the space that t-SNE starts from; NaN with a single sign."""
-    from sklearn.metrics import silhouette_score
-
     signs = np.sign(scores)
     return float(silhouette_score(features, signs)) if 1 < len(set(signs)) < len(signs) else float("nan")

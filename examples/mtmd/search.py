@@ -29,9 +29,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtmd.config import NOT_IDENTITY, Config, add_config_arguments, config_from
+from mtmd.checkpoint import write_text
+from mtmd.cli import note
+from mtmd.config import NOT_IDENTITY, Config, add_config_arguments, at_least, config_from, did_you_mean
 from mtmd.data import key_names
-from mtmd.experiment import progress_bars
+from mtmd.experiment import check_before, progress_bars
 from mtmd.files import COUNT, MEASURE, MEASURES, NAME, NUMBER, OBJECT, Rule, check_layout, is_text, parse_json, shown
 from mtmd.jobs import run_many
 from mtmd.tables import write_csv
@@ -62,23 +64,26 @@ TRIAL = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `search`, and those of a run."""
-    parser.add_argument("--trials", type=int, default=TRIALS, metavar="N", help=f"points in all (default: {TRIALS})")
-    parser.add_argument("--search-seed", type=int, default=0, metavar="SEED", help="which points (default: 0)")
-    parser.add_argument(
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--trials", type=at_least(1), default=TRIALS, metavar="N", help=f"points in all (default: {TRIALS})"
+    )
+    group.add_argument("--search-seed", type=at_least(0), default=0, metavar="SEED", help="which points (default: 0)")
+    group.add_argument(
         "--grid",
         nargs="+",
         metavar="NAME=V,V",
         help="settings and their values in place of the paper's grid, as alpha=0.2,0.4 layers=1,3",
     )
-    parser.add_argument(
+    group.add_argument(
         "--final-seeds",
-        type=int,
+        type=at_least(0),
         nargs="+",
         default=[],
         metavar="SEED",
         help="train with these at the best point, into best_trialNNNN",
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at the same time (default: 1)")
+    group.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="trials at the same time (default: 1)")
     add_config_arguments(parser)
 
 
@@ -87,16 +92,26 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     base = config_from(arguments)
     base.resume = base.resume is not False
     grid = parse_grid(arguments.grid) if arguments.grid else PAPER_GRID
+    for name in grid:
+        if name in vars(arguments):
+            option, got = "--" + name.replace("_", "-"), shown(getattr(arguments, name))
+            raise ValueError(
+                f"{option}: expected none, for the search chooses it among the values of its grid, got {got}"
+            )
+    if len(set(arguments.final_seeds)) < len(arguments.final_seeds):
+        raise ValueError(f"--final-seeds: expected each once, got {' '.join(map(str, arguments.final_seeds))}")
     size = math.prod(len(values) for values in grid.values())
-    if not 1 <= arguments.trials <= size:
+    if arguments.trials > size:
         raise ValueError(f"--trials: expected 1 to {size}, the points of the grid, got {arguments.trials}")
+    points = list(itertools.islice(sample(grid, arguments.search_seed), arguments.trials))
+    for point in points:  # what a setting refuses is told before anything begins
+        dataclasses.replace(base, **point)
+    check_before(base, console)
     base.out.mkdir(parents=True, exist_ok=True)
     store = base.out / STORE
     if not base.resume:
         begin_anew(base.out)
     trials = open_store(store, identity(base, grid, arguments.search_seed), console)
-
-    points = list(itertools.islice(sample(grid, arguments.search_seed), arguments.trials))
     check_trials(trials, points, store)
     run_trials(base, points, trials, store, console, jobs=arguments.jobs)
     ranked = rank(trials, points)
@@ -129,7 +144,7 @@ def write_toml(config: Config, path: Path) -> None:
         for name, value in config.identity().items()
         if value is not None
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 # The grid
@@ -143,7 +158,8 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         name, separator, listed = text.partition("=")
         name = name.strip().replace("-", "_")
         if not separator or name not in hints or name in NOT_IDENTITY:
-            raise ValueError(f"--grid: expected NAME=V,V with the name of a setting, got {text!r}")
+            hint = "" if name in hints else did_you_mean([name], hints)
+            raise ValueError(f"--grid: expected NAME=V,V with the name of a setting, got {text!r}{hint}")
         kind = hints[name] if hints[name] in KINDS else get_args(hints[name])[0]  # of T | None, the T
         if get_origin(hints[name]) is list or kind not in KINDS:
             raise ValueError(f"--grid: expected a setting with a number, a word or true and false, got {name}")
@@ -217,9 +233,7 @@ def open_store(store: Path, ours: dict[str, Any], console: Console) -> list[dict
     lines = store.read_bytes().splitlines(keepends=True) if store.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         whole = sum(len(line) for line in lines[:-1])
-        console.print(
-            f"note: {store}: an unfinished last line was taken out", style="yellow", markup=False, soft_wrap=True
-        )
+        note(console, f"{store}: an unfinished last line was taken out")
         os.truncate(store, whole)
         lines.pop()
     if not lines:
@@ -311,8 +325,8 @@ def trial_of(place: int, point: Mapping[str, Any], outcome: Mapping[str, Any]) -
     trial: dict[str, Any] = {"trial": place, "point": dict(point), "mae": None, "sha256": None, "runs": []}
     if "error" in outcome:
         return trial | {"error": outcome["error"]}
-    for entry in outcome["runs"]:
-        trial["runs"].append({key: entry[key] for key in ("seed", "valid", "best_epoch", "epochs", "seconds")})
+    kept = ("seed", "valid", "best_epoch", "epochs", "seconds", "precision")
+    trial["runs"] = [{key: entry[key] for key in kept if key in entry} for entry in outcome["runs"]]
     maes = [entry["valid"]["mae"] for entry in trial["runs"]]
     return trial | {
         "mae": None if None in maes else float(np.mean(maes)),

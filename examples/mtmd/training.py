@@ -4,6 +4,7 @@ Given a folder for its state, a run that was killed goes on from where it was sa
 """
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -26,10 +27,11 @@ import momentum_distill as md
 from mtmd.checkpoint import load_state, remove_states, save_state, section
 from mtmd.config import Config
 from mtmd.data import Batch, Dataset, Fold, Standardizer, batches, drop_modalities, one_text, presence, tokenize
+from mtmd.files import reason
 from mtmd.metrics import msa_metrics
-from mtmd.model import MTMD, TEACHER, used_modalities
+from mtmd.model import MTMD, TEACHER, SequenceEncoder, used_modalities
 from mtmd.objective import Objective
-from mtmd.processes import from_leader, in_parallel, leads, place
+from mtmd.processes import everywhere, from_leader, in_parallel, leads, place
 
 WARM_UP = 0.1  # share of the steps of a cosine schedule in which the rates rise
 
@@ -44,6 +46,7 @@ class Run:
     model: MTMD
     best_epoch: int = 0
     seconds: float = 0.0
+    precisions: list[str] = field(default_factory=list)  # what it was trained in, in order; evaluation is in float32
     epochs: list[dict[str, Any]] = field(default_factory=list)  # one record of metrics.jsonl each
     steps: list[dict[str, float]] = field(default_factory=list)  # the terms of Eq. 18 and the fusion factors
     predictions: dict[str, np.ndarray] = field(default_factory=dict)  # fused scores of valid and test
@@ -91,19 +94,13 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
     """
     from transformers import AutoTokenizer
 
-    path = Path(config.text_encoder)
-    # A name on the hub has at most one slash; what looks like a path is not asked for there, again and again.
-    if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or config.text_encoder.startswith((".", "~"))):
-        raise ValueError(
-            f"--text-encoder: expected a BERT-type model's name or directory, got {path}: no such directory"
-        )
+    check_encoder(config.text_encoder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        why = str(error).strip().splitlines()[0]
         raise ValueError(
-            "--text-encoder: expected the name or the directory of a BERT-type model, "
-            f"got {config.text_encoder}: {reason}"
+            f"--text-encoder: expected the name or the directory of a BERT-type model, got {config.text_encoder}: {why}"
         ) from error
     words = ["[CLS]", "[SEP]", "movie", "##s", "good"]
     is_uncased_bert = tokenizer.convert_tokens_to_ids(words) == [101, 102, 3185, 2015, 2204]
@@ -126,6 +123,15 @@ def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
     return tokenised
 
 
+def check_encoder(name: str) -> None:
+    """Refuse what looks like a path and is none. A name on the hub has at most one slash."""
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))):
+        raise ValueError(
+            f"--text-encoder: expected a BERT-type model's name or directory, got {name}: no such directory"
+        )
+
+
 @dataclass
 class Training:
     """A run while it is under way: all that training changes."""
@@ -136,6 +142,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     steps_per_epoch: int
+    precision: str
     epoch: int = 1
     step: int = 0  # optimiser steps made in this epoch
     best_mae: float = math.inf
@@ -266,7 +273,7 @@ def begin(config: Config, folds: dict[str, Fold], widths: dict[str, int], seed: 
     step_module: nn.Module = Step(model, objective)
     if place()[1] > 1:
         step_module = in_parallel(step_module)
-    return Training(run, objective, step_module, optimizer, schedule, steps_per_epoch)
+    return Training(run, objective, step_module, optimizer, schedule, steps_per_epoch, precision_of(config, device))
 
 
 class Step(nn.Module):
@@ -280,12 +287,43 @@ class Step(nn.Module):
         return self.objective(self.model, batch)
 
 
+def precision_of(config: Config, device: torch.device) -> str:
+    """What training computes in: bfloat16 where it is asked for and every process can."""
+    with deterministic_mode(config.deterministic):  # which cuBLAS has to know before it is used for the first time
+        return "bfloat16" if everywhere(config.amp and not no_bfloat16(device)) else "float32"
+
+
+@functools.cache
+def no_bfloat16(device: torch.device) -> str:
+    """Why a device cannot train this model in bfloat16, empty if it can: what the model is made of is tried, once.
+
+    oneDNN has no bfloat16 LSTM for a CPU without AVX-512, and an old GPU no bfloat16 at all.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights and dropout of a run stay what they are
+            encoder, linear = SequenceEncoder(4, 4, layers=1, heads=1, dropout=0.0), nn.Linear(4, 4)
+        encoder.to(device), linear.to(device)
+        steps, lengths = torch.ones(2, 3, 4, device=device), torch.tensor([3, 1], device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = linear(encoder(steps, lengths)).float().sum()
+            with torch.no_grad():  # as the momentum models
+                encoder.eval()(steps, lengths)
+        loss.backward()
+        loss.item()  # waits for what a GPU has to say
+    except RuntimeError as error:
+        return reason(error).partition(". ")[0]
+    return ""
+
+
 def check_compiler(device: torch.device) -> None:
     """Say at once what torch.compile would say in the middle of a traceback."""
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("--compile: expected a C++ compiler (g++, clang++ or what CXX names), found none")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("--compile: expected the package triton, which compiles for CUDA, found none")
+        raise ValueError(
+            "--compile: expected the package triton, which compiles for CUDA, found none; "
+            'pip install "momentum-distill[triton]" brings it'
+        )
 
 
 def epoch_steps(training: Training, config: Config, fold: Fold, device: torch.device) -> Iterator[dict[str, float]]:
@@ -311,6 +349,8 @@ def epoch_steps(training: Training, config: Config, fold: Fold, device: torch.de
             )
         run.steps.append(record)
         training.step += 1
+        if run.precisions[-1:] != [training.precision]:
+            run.precisions.append(training.precision)
         yield record
 
 
@@ -324,7 +364,7 @@ def train_step(training: Training, group: list[Batch], config: Config, device: t
         share = batch.total / samples
         last = batch is group[-1] or place()[1] == 1
         with nullcontext() if last else training.step_module.no_sync():  # gradients travel once per optimiser step
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
                 loss, terms = training.step_module(batch)
             (loss * share).backward()
         for name, term in terms.items():
@@ -453,6 +493,7 @@ def save_training(folder: Path, training: Training, identity: dict[str, Any], de
         "epochs": run.epochs,
         "steps": run.steps,
         "seconds": run.seconds,
+        "precisions": run.precisions,
     }
     pack_optimizer(training.optimizer, tensors, values)
     pack_random(device, tensors, values)
@@ -482,6 +523,9 @@ def restore_training(
     training.epoch, training.step = values["position"]
     training.best_mae, run.best_epoch = values["best"]
     run.epochs, run.steps, run.seconds = values["epochs"], values["steps"], values["seconds"]
+    run.precisions = values.get("precisions") or ["bfloat16" if values["config"]["amp"] else "float32"]  # as of 0.1.0
+    if run.precisions[-1] != training.precision:
+        on_note(f"seed {run.seed} was trained in {run.precisions[-1]} so far and goes on in {training.precision}")
     unpack_random(device, tensors, values)
     return True
 
