@@ -231,31 +231,35 @@ def fill(key, where, value):
 
 
 BROKEN = {
-    "missing fold": (lambda c: c.pop("valid"), "'valid' is missing or something else, there is: train, test"),
-    "fold of another kind": (lambda c: c.update(valid=[1]), "'valid' is missing or something else"),
+    "missing fold": (lambda c: c.pop("valid"), "'valid' is missing, there is: train, test"),
+    "fold of another kind": (lambda c: c.update(valid=[1]), "valid: expected a dictionary of arrays, got [1]"),
     "no labels": (remove("regression_labels"), "the key 'regression_labels' is missing, there is: id, raw_text"),
     "no ids": (remove("id"), "the key 'id' is missing"),
-    "no audio": (remove("audio"), "the key 'audio' is missing"),
+    "no audio": (remove("audio"), "audio is in train and test, but not in valid"),
     "no text at all": (
         remove("text", "text_bert", "raw_text"),
-        "expected at least one of text_bert, text, raw_text, there is: id, regression_labels",
+        "text is in train and test, but not in valid",
+    ),
+    "no modality": (
+        remove("text", "text_bert", "raw_text", "audio", "vision"),
+        "expected at least one of text, text_bert, raw_text, audio, vision, there is: id, regression_labels",
     ),
     "labels in two columns": (
         change("regression_labels", np.zeros((3, 2))),
-        "regression_labels: expected (n,) or (n, 1) numbers, got (3, 2)",
+        "regression_labels: expected 3 numbers, got shape (3, 2)",
     ),
     "labels 3-D": (
         change("regression_labels", np.zeros((3, 1, 1))),
-        "regression_labels: expected (n,) or (n, 1) numbers, got shape (3, 1, 1)",
+        "regression_labels: expected 3 numbers, got shape (3, 1, 1)",
     ),
     "labels in words": (
         change("regression_labels", ["a", "b", "c"]),
-        "regression_labels: expected (n,) or (n, 1) numbers, got list",
+        "regression_labels: expected 3 numbers, got 'a' in row 0",
     ),
-    "no samples": (change("regression_labels", np.zeros(0)), "numbers, got (0,)"),
-    "nan label": (fill("regression_labels", 1, np.nan), "got 1 NaN or infinite"),
+    "no samples": (change("regression_labels", np.zeros(0)), "valid: expected at least one sample, got none"),
+    "nan label": (fill("regression_labels", 1, np.nan), "got nan in row 1, 1 NaN or infinite in all"),
     "fewer ids": (change("id", lambda ids: ids[:2]), "id: expected 3 strings, got 2"),
-    "ids that are bytes": (change("id", [b"a"] * 3), "id: expected 3 strings, got list"),
+    "ids that are bytes": (change("id", [b"a"] * 3), "id: expected 3 strings, got b'a' in row 0; decode it"),
     "more texts": (change("raw_text", ["a"] * 4), "raw_text: expected 3 strings, got 4"),
     "more audio": (
         change("audio", np.zeros((4, 5, 5))),
@@ -263,14 +267,14 @@ BROKEN = {
     ),
     "audio without time": (change("audio", np.zeros((3, 5))), "audio: expected (3, T, d) numbers"),
     "audio without steps": (change("audio", np.zeros((3, 0, 5))), "got shape (3, 0, 5)"),
-    "audio ragged": (change("audio", [[1], [1, 2], []]), "audio: expected (3, T, d) numbers, got list"),
+    "audio ragged": (change("audio", [[1], [1, 2], []]), "audio: expected (3, T, d) numbers, got shape (1,) in row 0"),
     "audio of objects": (
         change("audio", np.array([None] * 3)),
-        "audio: expected (3, T, d) numbers, got dtype object",
+        "audio: expected (3, T, d) numbers, got None in row 0",
     ),
     "other width": (
         change("audio", np.zeros((3, 5, 6))),
-        "valid: expected feature widths {'text': 8, 'audio': 5, 'vision': 4}, got {'text': 8, 'audio': 6",
+        "valid: audio: expected 5 features as in train, got 6",
     ),
     "length beyond T": (
         fill("audio_lengths", 2, 6),
@@ -278,16 +282,16 @@ BROKEN = {
     ),
     "negative length": (fill("audio_lengths", 1, -1), "integers from 0 to 5, got -1 in row 1"),
     "broken length": (change("audio_lengths", [1.5, 1, 1]), "got 1.5 in row 0"),
-    "fewer lengths": (change("audio_lengths", [1, 1]), "3 integers from 0 to 5, got shape (2,)"),
+    "fewer lengths": (change("audio_lengths", [1, 1]), "3 integers from 0 to 5, got 2"),
     "two token rows": (change("text_bert", lambda a: a[:, :2]), "got shape (3, 2, 6)"),
     "fewer tokens": (change("text_bert", lambda a: a[:2]), "text_bert: expected (3, 3, L) token ids"),
-    "negative token": (fill("text_bert", (0, 0, 0), -1), "got values that are no ids"),
-    "broken token": (fill("text_bert", (0, 0, 0), 0.5), "got values that are no ids"),
-    "nan token": (fill("text_bert", (0, 0, 0), np.nan), "got values that are no ids"),
-    "mask of 2": (fill("text_bert", (0, 1, 0), 2), "an attention mask of 0 and 1 in row 1, got 2"),
-    "tokens in some folds": (remove("text_bert"), "text_bert is in one of train and valid"),
-    "texts in some folds": (remove("raw_text"), "raw_text is in one of train and valid"),
-    "text features in some folds": (remove("text"), "valid: expected feature widths"),
+    "negative token": (fill("text_bert", (0, 0, 0), -1), "got -1.0 among the token ids of row 0"),
+    "broken token": (fill("text_bert", (1, 2, 0), 0.5), "got 0.5 among the segment ids of row 1"),
+    "nan token": (fill("text_bert", (2, 1, 0), np.nan), "got nan among the attention mask of row 2"),
+    "mask of 2": (fill("text_bert", (0, 1, 0), 2), "with a mask of 0 and 1; got 2 in the mask of row 0"),
+    "tokens in some folds": (remove("text_bert"), "text_bert is in train and test, but not in valid"),
+    "texts in some folds": (remove("raw_text"), "raw_text is in train and test, but not in valid"),
+    "text features in some folds": (remove("text"), "text is in train and test, but not in valid"),
 }  # fmt: skip
 
 
@@ -311,7 +315,7 @@ def test_file_is_read_through_the_safe_reader(tmp_path, content):
     with pytest.raises(UnsafePickleError, match=r"asks for 'builtins.print'"):
         load_mmsa(path, name="toy")
     path.write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(DataError, match=r"expected a dictionary of the folds .* got list"):
+    with pytest.raises(DataError, match=r"expected a dictionary of the folds .* got \[1, 2\]"):
         load_mmsa(path, name="toy")
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -289,8 +289,13 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {kind}, got {shown(value)}")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every setting as an option, and `--config` for a file of them. What is not given stays out of the namespace."""
+def add_config_arguments(parser: argparse.ArgumentParser, *, only: Collection[str] | None = None) -> None:
+    """Every setting as an option, and `--config` for a file of them. What is not given stays out of the namespace.
+
+    Args:
+        parser: Gets the options.
+        only: The settings that become options, where not all do.
+    """
     parser.add_argument(
         "--config",
         type=Path,
@@ -300,6 +305,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     hints = get_type_hints(Config)
     for entry in dataclasses.fields(Config):
+        if only is not None and entry.name not in only:
+            continue
         option = "--" + entry.name.replace("_", "-")
         text = entry.metadata["help"].replace("%", "%%")
         kinds = [kind for kind in (get_args(hints[entry.name]) or (hints[entry.name],)) if kind is not type(None)]

@@ -267,7 +267,7 @@ def load_data(config: Config) -> Dataset:
     if config.data is None:
         signal = {name: getattr(config, f"signal_{name}") for name in MODALITIES}
         return synthetic_dataset(seed=config.synthetic_seed, signal=signal, wrong={"text": config.wrong_text})
-    return open_dataset(config.data, name=config.dataset, modalities=config.modalities)
+    return open_dataset(config.data, name=config.dataset)
 
 
 def choose_device(name: str) -> torch.device:

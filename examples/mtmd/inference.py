@@ -30,6 +30,7 @@ from mtmd.checkpoint import finite_or_none, load_checkpoint
 from mtmd.config import Config
 from mtmd.data import (
     FOLDS,
+    FORMS,
     Batch,
     DataError,
     Dataset,
@@ -38,12 +39,12 @@ from mtmd.data import (
     batches,
     drop_modalities,
     key_names,
-    one_text,
     presence,
 )
 from mtmd.files import is_plain, read_npy, read_table, shown
 from mtmd.metrics import metrics_for
-from mtmd.model import MTMD
+from mtmd.model import MTMD, TEACHER
+from mtmd.needs import TextReader, keys_of, lack, text_reader, with_text
 from mtmd.own_format import load_fold, open_dataset
 
 try:
@@ -138,12 +139,25 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
     )
 
 
-def prepare_fold(fold: Fold, trained: Trained) -> Fold:
+def prepare_fold(fold: Fold, trained: Trained, *, source: str = "data", complete: bool = False) -> Fold:
     """The fold as the model reads it: scaled, tokenised, without what it does not know, missing where there is nothing.
+
+    Args:
+        fold: What to read.
+        trained: The model.
+        source: Begins error messages.
+        complete: Whether there must be every modality of the model, as in training.
 
     Raises:
         ValueError: If features have another width than in training, or the text is in a form the model cannot read.
     """
+    there, text = keys_of(fold), TextReader("features")
+    asked = [name for name in trained.modalities if complete or any(there.get(form) for form in FORMS[name])]
+    if trained.reads_tokens and TEACHER in asked:
+        text = text_reader(trained.config, trained.model.branches[TEACHER].encoder)
+    fault = lack(asked, dict.fromkeys(there, True), text)
+    if fault:
+        raise DataError(f"{source}: {fault}")
     features, lengths = {}, {}
     for name, width in trained.read_widths.items():
         if name in fold.features:
@@ -151,30 +165,12 @@ def prepare_fold(fold: Fold, trained: Trained) -> Fold:
         else:
             features[name] = np.zeros((len(fold), 1, width), np.float32)
             lengths[name] = np.zeros(len(fold), np.int64)
-    raw_text, text_bert = fold.raw_text, fold.text_bert
-    if trained.reads_tokens:
-        if raw_text is None and text_bert is None:
-            if "text" in fold.features:
-                raise DataError(
-                    f"text: expected raw_text or text_bert, for the checkpoint reads text with "
-                    f"{trained.config.text_encoder}; got features alone"
-                )
-            raw_text = [""] * len(fold)
-    elif "text" in trained.modalities and "text" not in fold.features:
-        has_words = text_bert is not None or any(text.strip() for text in raw_text or [])
-        if has_words:
-            raise DataError(
-                f"text: expected features of width {trained.widths['text']}, as the checkpoint reads text; "
-                "got words or tokens alone"
-            )
-    scaled = trained.standardizer.apply(
-        dataclasses.replace(fold, features=features, lengths=lengths, raw_text=raw_text, text_bert=text_bert)
-    )
-    if trained.reads_tokens:
-        from mtmd.training import with_tokens
-
-        return with_tokens({"data": scaled}, trained.config)["data"]
-    return one_text(scaled, tokens=False)
+    if TEACHER in asked:
+        fold = with_text(fold, text, trained.config.max_tokens, source)
+    else:
+        no_tokens = np.zeros((len(fold), 3, 1), np.int64)
+        fold = dataclasses.replace(fold, text_bert=no_tokens if trained.reads_tokens else None)
+    return trained.standardizer.apply(dataclasses.replace(fold, features=features, lengths=lengths))
 
 
 @torch.no_grad()
@@ -275,7 +271,8 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     dataset = evaluation_data(arguments.data, trained.config)
     if dataset.fingerprint != trained.data_sha256:
         console.print("note: these are not the data that the checkpoint was trained on", style="yellow")
-    fold = prepare_fold(dataset.folds[arguments.fold], trained)
+    source = str(arguments.data or trained.config.data or dataset.name)
+    fold = prepare_fold(dataset.folds[arguments.fold], trained, source=f"{source}: {arguments.fold}", complete=True)
     said = ask(trained, fold)
     measure = metrics_for(dataset.score_range)
 
@@ -345,7 +342,7 @@ def evaluation_data(path: Path | None, config: Config) -> Dataset:
 
         return load_data(config)
     # A name like that of the training data: of a file, it says between which numbers the scores lie.
-    return open_dataset(path, name="data" if config.data is None else config.dataset, modalities=config.modalities)
+    return open_dataset(path, name="data" if config.data is None else config.dataset)
 
 
 def metrics_by_branch(said: Said, fold: Fold, measure: Any) -> dict[str, dict[str, float]]:
@@ -549,7 +546,7 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
         fold = read_utterances(arguments.source, arguments.fold)
     for note in unread(fold, trained):
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    said = ask(trained, prepare_fold(fold, trained))
+    said = ask(trained, prepare_fold(fold, trained, source=str(arguments.source or "predict")))
     blind = int((~np.any(list(said.present.values()), axis=0)).sum())
     if blind:
         console.print(
@@ -582,9 +579,7 @@ def read_utterances(path: Path, fold: str) -> Fold:
     """The utterances of a file of any of the four kinds."""
     if path.suffix.lower() == ".csv":
         return build_fold(read_csv(path))
-    if path.suffix.lower() == ".npz":
-        return load_fold(path)
-    return open_dataset(path, name="data", modalities=()).folds[fold]
+    return load_fold(path, fold)
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
