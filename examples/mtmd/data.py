@@ -270,11 +270,8 @@ def _read_fold(
             raise DataError(f"{where}: expected at least one sample, got none")
     if not n:
         return None
-    # Where an error is noted, these stand for what cannot be read, and say nothing that the file does not.
-    ids, scores = [f"{where}: {row}" for row in range(n)], np.full(n, np.nan, np.float32)
-    raw_text = text_bert = None
-    with _noting(errors):
-        ids = _strings(content, "id", where, n)
+    ids = raw_text = text_bert = None
+    scores = np.full(n, np.nan, np.float32)
     with _noting(errors):
         scores = _read_scores(content, "regression_labels", where, n)
         notes += _score_notes(f"{fold}/regression_labels", scores, score_range)
@@ -284,6 +281,8 @@ def _read_fold(
                 f"{where}: regression_labels: expected finite numbers, got {scores[bad[0]]} in row {bad[0]}, "
                 f"{len(bad)} NaN or infinite in all; leave these samples out"
             )
+    with _noting(errors):
+        ids = _strings(content, "id", where, n)
     if "raw_text" in content:
         with _noting(errors):
             raw_text = _strings(content, "raw_text", where, n)
@@ -320,6 +319,8 @@ def _read_fold(
     unread = [key for key in content if key not in {*AXES, *NOT_READ}]
     if unread:
         notes.append(f"{fold}: not read: {key_names(unread)}")
+    if ids is None:  # an error is noted; these are in no other fold
+        ids = [f"{where}: {row}" for row in range(n)]
     return Fold(ids, scores, raw_text, text_bert, features, lengths, unimodal)
 
 
