@@ -243,3 +243,118 @@ def test_commands_agree_on_all_layouts(tmp_path, encoders, run):
 def test_commands_agree_as_processes(tmp_path, encoders, encoder):
     cell = Cell(("raw_text",), ("audio",), "pickle", "mosi", encoder, "there")
     assert complaints(cell, tmp_path / "cell", encoders, COMMANDS, process) == []
+
+
+# What the keys hold
+
+
+def both(run: Any, data: Path, *settings: object, out: Path) -> str:
+    """The error in which training ends, which has to be what `check` finds."""
+    code, printed, error = run("train", "--data", data, *settings, *TINY, "--out", out)
+    assert (code, error.startswith("error: ")) == (2, True), error
+    said = error.removeprefix("error: ").strip()
+    code, printed, _ = run("check", data, *settings)
+    assert code == 1
+    assert said.rpartition(": ")[2] in " ".join(printed.split())
+    return said
+
+
+def test_tokens_that_the_encoder_does_not_know_are_named_before_training(tmp_path, encoders, run):
+    encoder = encoders["uncased"]
+    cell = Cell(("text_bert",), ("audio", "vision"), "pickle", "mosi", "uncased", "all")
+    whole = write_data(tmp_path / "whole.pkl", cell)
+    settings = ["--text-encoder", encoder]
+    assert run("train", "--data", whole, *settings, *TINY, "--out", tmp_path / "run")[0] == 0
+    checkpoint = tmp_path / "run" / "checkpoint_seed1"
+    ones = np.ones((5, 70))
+    for change, expected in {
+        (0, 1, 1): f"expected token ids below 3200, which {encoder} knows, got 3200 in row 1",
+        (2, 3, 0): f"expected segment ids below 2, which {encoder} knows, got 3200 in row 3",
+        "long": f"expected at most 60 tokens, as {encoder} reads, got 70 in row 0",
+        "exchanged": "expected token ids, attention mask, segment ids, in this order; got a mask that begins with 0 "
+        "and segments that begin with 1, as if exchanged",
+    }.items():
+        content = pickle.loads(whole.read_bytes())
+        tokens = content["test"]["text_bert"]
+        if change == "long":
+            content["test"]["text_bert"] = np.stack([ones * 101, ones, ones * 0], axis=1)
+        elif change == "exchanged":
+            content["test"]["text_bert"] = tokens[:, [0, 2, 1]]
+        else:
+            part, row, place = change
+            tokens[row, part, place] = 3200
+        data = tmp_path / "data.pkl"
+        data.write_bytes(pickle.dumps(content))
+        message = f"{data}: test: text_bert: {expected}"
+        assert both(run, data, *settings, out=tmp_path / "not") == message
+        for command in ("evaluate", "predict"):
+            code, _, error = run(command, checkpoint, *(["--data"] if command == "evaluate" else []), data)
+            assert code == 2
+            assert error.startswith(f"error: {data}: ")
+            assert error.endswith(f"text_bert: {expected}\n")
+    # What stands behind the last token that is attended to is never looked up.
+    content = pickle.loads(whole.read_bytes())
+    content["train"]["text_bert"][:, 0, 4] = 9999
+    data.write_bytes(pickle.dumps(content))
+    assert run("check", data, *settings)[0] == 0
+    assert run("train", "--data", data, *settings, *TINY, "--out", tmp_path / "behind")[0] == 0
+    said = both(run, data, *settings, "--max-tokens", 61, out=tmp_path / "not")
+    assert said == f"max_tokens: expected at most 60, the positions of {encoder}, got 61"
+
+
+def test_a_modality_that_every_training_sample_lacks_is_an_error(tmp_path, encoders, run):
+    cell = Cell(("text", "text_bert", "raw_text"), ("audio", "vision"), "pickle", "mosi", "features", "all")
+    whole = write_data(tmp_path / "whole.pkl", cell)
+    data = tmp_path / "data.pkl"
+    for key, nothing, encoder, name in (
+        ("vision_lengths", [0] * 12, "features", "vision"),
+        ("text_lengths", [0] * 12, "features", "text"),
+        ("text_bert", np.zeros((12, 3, 5)), "uncased", "text"),
+        ("raw_text", [" "] * 12, "other", "text"),
+    ):
+        content = pickle.loads(whole.read_bytes())
+        content["train"][key] = nothing
+        data.write_bytes(pickle.dumps(content))
+        settings = ["--text-encoder", encoders[encoder]]
+        said = both(run, data, *settings, out=tmp_path / "not")
+        form = key.removesuffix("_lengths")
+        assert said.startswith(f"{data}: {name}: expected samples that have it, got {form} in which it is missing")
+    content = pickle.loads(whole.read_bytes())
+    content["test"]["vision_lengths"] = [0] * 5  # of the other folds this may be
+    data.write_bytes(pickle.dumps(content))
+    assert run("train", "--data", data, *TINY, "--out", tmp_path / "run")[0] == 0
+
+
+def test_predict_reads_one_clip_and_one_fold(tmp_path, encoders, run):
+    cell = Cell(("text", "text_bert", "raw_text"), ("audio", "vision"), "pickle", "mosi", "features", "all")
+    data = write_data(tmp_path / "data.pkl", cell)
+    content = pickle.loads(data.read_bytes())
+    for name, encoder in (("features", "features"), ("tokens", encoders["uncased"])):
+        settings = ["--text-encoder", encoder]
+        assert run("train", "--data", data, *settings, *TINY, "--out", tmp_path / name)[0] == 0
+        checkpoint = tmp_path / name / "checkpoint_seed1"
+
+        def predicted(source, *options, checkpoint=checkpoint):
+            code, _, error = run("predict", checkpoint, source, *options, "--out", tmp_path / "out.csv")
+            assert (code, error) == (0, "")
+            rows = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()]
+            return [[one, float(score)] for one, score, *_ in rows[1:]]
+
+        expected = predicted(data)
+        assert len(expected) == 5
+        fold = content["test"]
+        for label in ([np.nan] * 5, ["unknown"] * 5, None):  # labels are not read
+            fold["regression_labels"] = label
+            for number, part in enumerate(({"test": fold}, fold)):
+                path = tmp_path / f"fold{number}.pkl"
+                path.write_bytes(pickle.dumps(part))
+                assert predicted(path) == expected
+        clip = {key: value[2] for key, value in fold.items() if key != "regression_labels"}
+        (tmp_path / "clip.pkl").write_bytes(pickle.dumps(clip))
+        np.savez(tmp_path / "clip.npz", **clip)
+        for path in (tmp_path / "clip.pkl", tmp_path / "clip.npz"):
+            ((one, score),) = predicted(path)
+            assert one == expected[2][0]
+            assert score == pytest.approx(expected[2][1], abs=1e-6)
+    code, _, error = run("predict", checkpoint, tmp_path / "fold0.pkl", "--fold", "valid")
+    assert (code, error) == (2, f"error: {tmp_path / 'fold0.pkl'}: expected the fold 'valid', there is: test\n")

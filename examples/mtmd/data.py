@@ -176,34 +176,42 @@ def from_mmsa(
 
 
 def examine_mmsa(
-    content: Mapping[str, Any], *, source: str, name: str = "", score_range: tuple[float, float] | None = None
+    content: Mapping[str, Any],
+    *,
+    source: str,
+    name: str = "",
+    score_range: tuple[float, float] | None = None,
+    expected: Sequence[str] = FOLDS,
 ) -> tuple[dict[str, Fold], list[str], list[str]]:
-    """Look at all of it where `from_mmsa` stops at the first error.
+    """Look at all of it, or of the folds `expected`, where `from_mmsa` stops at the first error.
 
     Returns:
         The folds as far as they could be read, the errors, and the notes that `Dataset.notes` would hold.
     """
     errors: list[str] = []
-    folds, notes, _ = _read(content, errors, name, source, score_range)
+    folds, notes, _ = _read(content, errors, name, source, score_range, expected)
     return folds, errors, notes
 
 
 def read_fold(content: Mapping[str, Any], *, source: str) -> Fold:
     """Check and take over a fold to predict from, with the keys that `from_mmsa` describes: any may be missing.
 
-    Scores are then 0. A single sample may come as it is, without the axis of samples.
+    Labels are not read, scores are 0. A single sample may come as it is, without the axis of samples.
 
     Raises:
         DataError: At the first thing that is of a wrong shape or kind, or if nothing is there that could be read.
     """
     if not isinstance(content, Mapping):
         raise DataError(f"{source}: expected a dictionary of arrays, got {shown(content)}")
-    axes = {key: len(_shape(value) or ()) for key, value in content.items() if key in AXES}
-    forms = [key for key in axes if key in KEYS]
-    if forms and all(axes[key] == AXES[key] - 1 for key in forms if key != "raw_text" or len(forms) == 1):
-        content = {key: [content[key]] if axes.get(key) == AXES.get(key, 0) - 1 else content[key] for key in content}
-    samples = range(_samples(content))
-    content = {"id": list(map(str, samples)), "regression_labels": [0.0] * len(samples), **content}
+    forms = [key for key in KEYS if key in content]
+    bare = {key: value for key, value in content.items() if key in AXES and _axes(value) == AXES[key] - 1}
+    if forms and set(forms) - {"raw_text"} <= set(bare):  # an array of one sample, or nothing but words
+        in_fold = {key: value[None] if isinstance(value, np.ndarray) else [value] for key, value in bare.items()}
+        content = {**content, **in_fold}
+    if forms:
+        content = {key: value for key, value in content.items() if not key.startswith("regression_labels")}
+        samples = range(_samples(content))
+        content = {"id": list(map(str, samples)), **content, "regression_labels": [0.0] * len(samples)}
     fold = _read_fold(content, source, "", MOSI_RANGE, [], None)
     assert fold is not None  # or an error was raised
     return fold
@@ -215,19 +223,21 @@ def _read(
     name: str,
     source: str,
     score_range: tuple[float, float] | None,
+    expected: Sequence[str] = FOLDS,
 ) -> tuple[dict[str, Fold], list[str], tuple[float, float]]:
     """The folds, the notes, the range of scores. Errors go on the list `errors` where there is one."""
     there: dict[str, Mapping[str, Any]] = {}
+    layout = f"{source}: expected a dictionary of the folds {', '.join(FOLDS)}"
     with _noting(errors):
-        expected = f"{source}: expected a dictionary of the folds {', '.join(FOLDS)}"
         if not isinstance(content, Mapping):
-            raise DataError(f"{expected}, got {shown(content)}")
-        there = {fold: content[fold] for fold in FOLDS if isinstance(content.get(fold), Mapping)}
-        for fold in FOLDS:
+            raise DataError(f"{layout}, got {shown(content)}")
+    for fold in expected if isinstance(content, Mapping) else ():
+        with _noting(errors):
             if fold not in content:
-                raise DataError(f"{expected}; {fold!r} is missing, there is: {key_names(content)}")
-            if fold not in there:
+                raise DataError(f"{layout}; {fold!r} is missing, there is: {key_names(content)}")
+            if not isinstance(content[fold], Mapping):
                 raise DataError(f"{source}: {fold}: expected a dictionary of arrays, got {shown(content[fold])}")
+            there[fold] = content[fold]
     if score_range is None:
         unimodal = set(UNIMODAL_LABELS.values())
         is_sims = "sims" in name.lower() or (there and all(unimodal <= set(fold) for fold in there.values()))
@@ -266,7 +276,6 @@ def _read_fold(
         if not set(KEYS) & set(content):
             raise DataError(f"{where}: expected at least one of {', '.join(KEYS)}, there is: {key_names(content)}")
         if not n:
-            _value(content, "regression_labels", where)
             raise DataError(f"{where}: expected at least one sample, got none")
     if not n:
         return None
@@ -324,13 +333,20 @@ def _read_fold(
     return Fold(ids, scores, raw_text, text_bert, features, lengths, unimodal)
 
 
+def _axes(value: Any) -> int:
+    """Of an array, or of nested lists as far as their first entries tell."""
+    axes = 0
+    while isinstance(value, list | tuple) and value:
+        value, axes = value[0], axes + 1
+    return axes + (value.ndim if isinstance(value, np.ndarray) else 0)
+
+
 def _samples(content: Mapping[str, Any]) -> int:
-    """How many samples a fold has: as many as it has labels, or entries under another key."""
-    for key in ("regression_labels", "id", *KEYS):
-        value = content.get(key)
-        if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
-            return len(value)
-    return 0
+    """How many samples a fold has: as many as most of its keys have entries."""
+    values = [content[key] for key in AXES if key in content]
+    arrays = [value for value in values if isinstance(value, list | tuple) or getattr(value, "ndim", 0)]
+    counts = [len(array) for array in arrays]
+    return max(counts, key=counts.count, default=0)
 
 
 def _read_scores(content: Mapping[str, Any], key: str, where: str, n: int) -> np.ndarray:
@@ -439,7 +455,7 @@ def _numbers(
     return array if row else array.reshape(n)
 
 
-PAD = "; pad with zeros at the end to the longest"
+PAD = "; pad with zeros at the end to the longest"  # and give the lengths, adds who knows the key
 
 
 def _fault(value: Any, n: int, row: tuple[int | str, ...]) -> str:
@@ -457,16 +473,22 @@ def _fault(value: Any, n: int, row: tuple[int | str, ...]) -> str:
     for place, one in enumerate(value):  # before numpy, which gives each text in a list the room of the longest
         odd = _no_number(one)
         if odd:
-            return f"{odd} in row {place}"
+            return f"{odd} in row {place}" + (PAD if one is None and row else "")  # a sample that misses it
         shapes.append(_shape(one))
         if shapes[-1] is None:
             return f"lists of different lengths within row {place}"
         if not _fits(shapes[-1], row):
-            return f"shape {shapes[-1]} in row {place}" if shapes[-1] else f"{shown(one)} in row {place}"
+            got = f"shape {shapes[-1]}" if shapes[-1] else shown(one)
+            return f"{got} in row {place}" + (PAD if 0 in shapes[-1] else "")
     for place, shape in enumerate(shapes):
         if shape != shapes[0]:
-            differs = {letter for letter, here, first in zip(row, shape, shapes[0], strict=True) if here != first}
-            hint = PAD if "d" not in differs else "; every step needs the same d features"
+            if not row:
+                return f"{shown(value[place])} in row {place}"
+            same = [here == first for here, first in zip(shape, shapes[0], strict=True)]
+            if same[-1] or row[-1] == "L":
+                hint = PAD
+            else:  # the width differs, or time stands where the width should
+                hint = f"; transpose what is (d, T){PAD}" if same[0] else "; all need the same width d"
             return f"shape {shapes[0]} in row 0 and {shape} in row {place}{hint}"
     return ""
 

@@ -170,7 +170,10 @@ def prepare_fold(fold: Fold, trained: Trained, *, source: str = "data", complete
     else:
         no_tokens = np.zeros((len(fold), 3, 1), np.int64)
         fold = dataclasses.replace(fold, text_bert=no_tokens if trained.reads_tokens else None)
-    return trained.standardizer.apply(dataclasses.replace(fold, features=features, lengths=lengths))
+    try:
+        return trained.standardizer.apply(dataclasses.replace(fold, features=features, lengths=lengths))
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
 
 
 @torch.no_grad()
@@ -595,10 +598,10 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
         files = {name: path.parent / line[name].strip() for name in known[1:] if line.get(name, "").strip()}
         for name, file in files.items():
             if not os.path.isfile(file):  # what Path.is_file raises for impossible names is False here
-                raise DataError(f"{path}: {name}: expected the name of a file in each line, got {shown(line[name])}")
+                raise DataError(f"{path}: {name}: expected the name of a file, got {shown(line[name])} in row {number}")
         name = line.get("id") or str(number)
         if not is_plain(name):
-            raise DataError(f"{path}: id: expected ids without control characters, got {shown(name)}")
+            raise DataError(f"{path}: id: expected strings that can be written, got {shown(name)} in row {number}")
         utterances.append({"id": name, "text": line.get("text"), **files})
     return utterances
 
@@ -611,11 +614,14 @@ def build_fold(lines: Sequence[Mapping[str, Any]]) -> Fold:
         arrays = {row: read_sequence(line[key], name) for row, line in enumerate(lines) if line.get(key) is not None}
         if not arrays:
             continue
-        widths = sorted({array.shape[1] for array in arrays.values()})
-        if len(widths) > 1:
-            raise DataError(f"{name}: expected features of one width, got {', '.join(map(str, widths))}")
+        first = next(iter(arrays))
+        for row, array in arrays.items():
+            here, there = array.shape[1], arrays[first].shape[1]
+            if here != there:
+                got = f"{there} in {lines[first][key]} and {here} in {lines[row][key]}"
+                raise DataError(f"{name}: expected as many features d in each file (T, d), got {got}")
         lengths[name] = np.array([len(arrays[row]) if row in arrays else 0 for row in range(n)], np.int64)
-        features[name] = np.zeros((n, max(1, int(lengths[name].max())), widths[0]), np.float32)
+        features[name] = np.zeros((n, max(1, int(lengths[name].max())), arrays[first].shape[1]), np.float32)
         for row, array in arrays.items():
             features[name][row, : len(array)] = array
     texts = [line.get("text") or "" for line in lines]

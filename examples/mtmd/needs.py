@@ -55,7 +55,7 @@ def text_reader(config: Config, encoder: PretrainedTextEncoder | None = None) ->
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        settings = AutoConfig.from_pretrained(name).to_dict()
+        settings = AutoConfig.from_pretrained(name).to_dict() if encoder is None else {}
     except (OSError, ValueError) as error:
         raise ValueError(
             "--text-encoder: expected the name or the directory of a BERT-type model, "

@@ -105,7 +105,7 @@ def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
 
 
 def load_fold(path: str | os.PathLike[str], fold: str = "test") -> Fold:
-    """Read utterances to predict from: any of the keys may be missing, scores are then 0.
+    """Read utterances to predict from: any of the keys may be missing. Labels are not read, scores are 0.
 
     Args:
         path: An .npz file or a pickle with a fold in it, or with a single utterance as it is; a pickle of several
@@ -367,7 +367,8 @@ def examine(
         except safe_pickle.UnsafePickleError as error:
             return {}, [str(error)], []
     score_range = None if about is None else about["score_range"]
-    folds, found, notes = examine_mmsa(content, source=str(path), name=name, score_range=score_range)
+    expected = list(content) if path.is_dir() else FOLDS  # which file is missing or broken is told already
+    folds, found, notes = examine_mmsa(content, source=str(path), name=name, score_range=score_range, expected=expected)
     errors += found
     if about is not None:
         errors += _contradictions(about, content, folds)
