@@ -65,7 +65,7 @@ def test_every_command_explains_itself_in_groups(name, capsys):
     for group in parser_of(name)._action_groups:
         options = [option for action in group._group_actions for option in action.option_strings or [action.dest]]
         if group.title in ("options", "positional arguments"):
-            assert set(options) <= {"-h", "--help", "--config"}
+            assert set(options) <= {"-h", "--help", "--config", "source"}
         else:
             assert group.title.partition(" ")[0] in GROUPS
             assert options
@@ -260,7 +260,7 @@ DEVICES = {f"{name} --device cuda": NO_CUDA for name in ("train", "ablate", "sea
 NO_ENCODER = "--text-encoder: expected a BERT-type model's name or directory, got {}: no such directory"
 ENCODERS = {
     f"{line} --text-encoder {name}": NO_ENCODER.format(name)
-    for line in ("train", "ablate", "search", "evaluate c", "predict c x.csv")
+    for line in ("train", "ablate", "search", "check d", "evaluate c", "predict c x.csv")
     for name in ("./absent", "/absent", "~/absent", "a/b/absent")
 }
 # What is read: the error names it. `c` is a checkpoint, `d` an experiment.
@@ -285,6 +285,7 @@ READ = {
     "report absent": "absent: expected the folder of one experiment, got no folder",
     "report d --before absent": "absent: expected the folder of one experiment, got no folder",
     "convert absent.pkl y": "No such file or directory: 'absent.pkl'",
+    "check d --config absent.toml": "No such file or directory: 'absent.toml'",
     "check absent.pkl": "No such file or directory: 'absent.pkl'",
     "export absent model.pt2": "absent: expected a checkpoint, found no such file",
 }

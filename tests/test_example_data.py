@@ -18,6 +18,7 @@ from mtmd.data import (
     batches,
     class_labels,
     drop_modalities,
+    examine_mmsa,
     from_mmsa,
     load_mmsa,
     presence,
@@ -230,32 +231,41 @@ def fill(key, where, value):
     return apply
 
 
+def empty(content):
+    content["valid"] = {key: value[:0] for key, value in content["valid"].items()}
+
+
 BROKEN = {
-    "missing fold": (lambda c: c.pop("valid"), "'valid' is missing or something else, there is: train, test"),
-    "fold of another kind": (lambda c: c.update(valid=[1]), "'valid' is missing or something else"),
+    "missing fold": (lambda c: c.pop("valid"), "'valid' is missing, there is: train, test"),
+    "fold of another kind": (lambda c: c.update(valid=[1]), "valid: expected a dictionary of arrays, got [1]"),
     "no labels": (remove("regression_labels"), "the key 'regression_labels' is missing, there is: id, raw_text"),
     "no ids": (remove("id"), "the key 'id' is missing"),
-    "no audio": (remove("audio"), "the key 'audio' is missing"),
+    "no audio": (remove("audio"), "audio is in train and test, but not in valid"),
     "no text at all": (
         remove("text", "text_bert", "raw_text"),
-        "expected at least one of text_bert, text, raw_text, there is: id, regression_labels",
+        "text is in train and test, but not in valid",
+    ),
+    "no modality": (
+        remove("text", "text_bert", "raw_text", "audio", "vision"),
+        "expected at least one of text, text_bert, raw_text, audio, vision, there is: id, regression_labels",
     ),
     "labels in two columns": (
         change("regression_labels", np.zeros((3, 2))),
-        "regression_labels: expected (n,) or (n, 1) numbers, got (3, 2)",
+        "regression_labels: expected 3 numbers, got shape (3, 2)",
     ),
     "labels 3-D": (
         change("regression_labels", np.zeros((3, 1, 1))),
-        "regression_labels: expected (n,) or (n, 1) numbers, got shape (3, 1, 1)",
+        "regression_labels: expected 3 numbers, got shape (3, 1, 1)",
     ),
     "labels in words": (
         change("regression_labels", ["a", "b", "c"]),
-        "regression_labels: expected (n,) or (n, 1) numbers, got list",
+        "regression_labels: expected 3 numbers, got 'a' in row 0",
     ),
-    "no samples": (change("regression_labels", np.zeros(0)), "numbers, got (0,)"),
-    "nan label": (fill("regression_labels", 1, np.nan), "got 1 NaN or infinite"),
+    "no samples": (empty, "valid: expected at least one sample, got none"),
+    "no labels for them": (change("regression_labels", np.zeros(0)), "regression_labels: expected 3 numbers, got 0"),
+    "nan label": (fill("regression_labels", 1, np.nan), "got nan in row 1, 1 NaN or infinite in all"),
     "fewer ids": (change("id", lambda ids: ids[:2]), "id: expected 3 strings, got 2"),
-    "ids that are bytes": (change("id", [b"a"] * 3), "id: expected 3 strings, got list"),
+    "ids that are bytes": (change("id", [b"a"] * 3), "id: expected 3 strings, got b'a' in row 0; decode it"),
     "more texts": (change("raw_text", ["a"] * 4), "raw_text: expected 3 strings, got 4"),
     "more audio": (
         change("audio", np.zeros((4, 5, 5))),
@@ -263,14 +273,14 @@ BROKEN = {
     ),
     "audio without time": (change("audio", np.zeros((3, 5))), "audio: expected (3, T, d) numbers"),
     "audio without steps": (change("audio", np.zeros((3, 0, 5))), "got shape (3, 0, 5)"),
-    "audio ragged": (change("audio", [[1], [1, 2], []]), "audio: expected (3, T, d) numbers, got list"),
+    "audio ragged": (change("audio", [[1], [1, 2], []]), "audio: expected (3, T, d) numbers, got shape (1,) in row 0"),
     "audio of objects": (
         change("audio", np.array([None] * 3)),
-        "audio: expected (3, T, d) numbers, got dtype object",
+        "audio: expected (3, T, d) numbers, got None in row 0",
     ),
     "other width": (
         change("audio", np.zeros((3, 5, 6))),
-        "valid: expected feature widths {'text': 8, 'audio': 5, 'vision': 4}, got {'text': 8, 'audio': 6",
+        "valid: audio: expected 5 features as in train, got 6",
     ),
     "length beyond T": (
         fill("audio_lengths", 2, 6),
@@ -278,16 +288,16 @@ BROKEN = {
     ),
     "negative length": (fill("audio_lengths", 1, -1), "integers from 0 to 5, got -1 in row 1"),
     "broken length": (change("audio_lengths", [1.5, 1, 1]), "got 1.5 in row 0"),
-    "fewer lengths": (change("audio_lengths", [1, 1]), "3 integers from 0 to 5, got shape (2,)"),
+    "fewer lengths": (change("audio_lengths", [1, 1]), "3 integers from 0 to 5, got 2"),
     "two token rows": (change("text_bert", lambda a: a[:, :2]), "got shape (3, 2, 6)"),
     "fewer tokens": (change("text_bert", lambda a: a[:2]), "text_bert: expected (3, 3, L) token ids"),
-    "negative token": (fill("text_bert", (0, 0, 0), -1), "got values that are no ids"),
-    "broken token": (fill("text_bert", (0, 0, 0), 0.5), "got values that are no ids"),
-    "nan token": (fill("text_bert", (0, 0, 0), np.nan), "got values that are no ids"),
-    "mask of 2": (fill("text_bert", (0, 1, 0), 2), "an attention mask of 0 and 1 in row 1, got 2"),
-    "tokens in some folds": (remove("text_bert"), "text_bert is in one of train and valid"),
-    "texts in some folds": (remove("raw_text"), "raw_text is in one of train and valid"),
-    "text features in some folds": (remove("text"), "valid: expected feature widths"),
+    "negative token": (fill("text_bert", (0, 0, 0), -1), "got -1.0 among the token ids of row 0"),
+    "broken token": (fill("text_bert", (1, 2, 0), 0.5), "got 0.5 among the segment ids of row 1"),
+    "nan token": (fill("text_bert", (2, 1, 0), np.nan), "got nan among the attention mask of row 2"),
+    "mask of 2": (fill("text_bert", (0, 1, 0), 2), "with a mask of 0 and 1; got 2 in the mask of row 0"),
+    "tokens in some folds": (remove("text_bert"), "text_bert is in train and test, but not in valid"),
+    "texts in some folds": (remove("raw_text"), "raw_text is in train and test, but not in valid"),
+    "text features in some folds": (remove("text"), "text is in train and test, but not in valid"),
 }  # fmt: skip
 
 
@@ -311,7 +321,7 @@ def test_file_is_read_through_the_safe_reader(tmp_path, content):
     with pytest.raises(UnsafePickleError, match=r"asks for 'builtins.print'"):
         load_mmsa(path, name="toy")
     path.write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(DataError, match=r"expected a dictionary of the folds .* got list"):
+    with pytest.raises(DataError, match=r"expected a dictionary of the folds .* got \[1, 2\]"):
         load_mmsa(path, name="toy")
 
 
@@ -319,6 +329,129 @@ def test_fingerprint_of_a_file_is_its_sha256(tmp_path, content):
     path = tmp_path / "toy.pkl"
     path.write_bytes(pickle.dumps(content))
     assert load_mmsa(path, name="x").fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# What a message names: key, row, what stands there, and what to do
+
+PAD = "; pad with zeros at the end to the longest"
+NUMBERS = {  # in place of row 1 of numbers by sample
+    "'1.5' in row 1": "1.5",
+    "None in row 1": None,
+    "True in row 1": True,
+    "[2.0] in row 1": [2.0],
+    "{} in row 1": {},
+    "shape (2,) in row 1": [1.0, 2.0],
+    "1000000000000000000000000000000 in row 1": 10**30,
+}
+ROWS = {  # in place of row 1 of (T, d)
+    f"shape (5, 5) in row 0 and (2, 5) in row 1{PAD}, and give KEY_lengths": np.ones((2, 5)),
+    f"shape (5, 5) in row 0 and (5, 9) in row 1; transpose what is (d, T){PAD}, and give KEY_lengths": np.ones((5, 9)),
+    "shape (5, 5) in row 0 and (2, 9) in row 1; all need the same width d": np.ones((2, 9)),
+    f"None in row 1{PAD}, and give KEY_lengths": None,
+    f"shape (0, 5) in row 1{PAD}, and give KEY_lengths": np.ones((0, 5)),
+    "shape (5,) in row 1": np.ones(5),
+    "lists of different lengths within row 1": [[1.0] * 5, [1.0] * 4],
+    "'x' in row 1": [[1.0, "x"]],
+    "None in row 1": [[1.0, None]],
+    "dtype <U1 in row 1": np.array([["x"]]),
+}
+TOKENS = {  # in place of row 1 of (3, L)
+    f"shape (3, 6) in row 0 and (3, 4) in row 1{PAD}": np.ones((3, 4)),
+    "shape (2, 6) in row 1": np.ones((2, 6)),
+    "shape (6,) in row 1": np.ones(6),
+    "'x' in row 1": "x",
+    "-1.0 among the token ids of row 1": np.array([[-1.0] * 6, [1] * 6, [0] * 6]),
+    "0.5 among the attention mask of row 1": np.array([[1.0] * 6, [0.5] * 6, [0] * 6]),
+    "nan among the segment ids of row 1": np.array([[1.0] * 6, [1] * 6, [np.nan] * 6]),
+    "7 in the mask of row 1": np.array([[1.0] * 6, [7] * 6, [0] * 6]),
+}
+STRINGS = {
+    "nan in row 1": float("nan"),
+    "None in row 1": None,
+    "1.5 in row 1": 1.5,
+    "True in row 1": True,
+    "b'x' in row 1; decode it": b"x",
+    "('a', 1) in row 1": ("a", 1),
+}
+EXPECTED = {
+    "id": ("3 strings", STRINGS),
+    "raw_text": ("3 strings", {**STRINGS, "5 in row 1": 5}),
+    "regression_labels": ("3 numbers", NUMBERS),
+    "regression_labels_A": ("3 numbers", NUMBERS),
+    "audio_lengths": ("3 integers from 0 to 5", NUMBERS | {"6 in row 1": 6, "-1 in row 1": -1, "nan in row 1": np.nan}),
+    "text_lengths": ("3 integers from 0 to 5", NUMBERS | {"1.5 in row 1": 1.5}),
+    "audio": ("(3, T, d) numbers", ROWS),
+    "vision": ("(3, T, d) numbers", ROWS),
+    "text": ("(3, T, d) numbers", ROWS),
+    "text_bert": ("(3, 3, L) token ids, attention mask and segment ids", TOKENS),
+}
+HINTS = {
+    ("id", "('a', 1) in row 1"): "; join its parts to one text, as VIDEO$_$CLIP",
+    ("raw_text", "nan in row 1"): "; a text that is missing is ''",
+    ("raw_text", "None in row 1"): "; a text that is missing is ''",
+}
+
+
+def test_every_fault_of_every_field_is_told_with_key_row_and_what_stands_there(content):
+    for fold in content.values():
+        n = len(fold["id"])
+        fold |= {"regression_labels_A": np.zeros(n), "text_lengths": np.ones(n), "text": np.ones((n, 5, 5))}
+        fold |= {"audio": np.ones((n, 5, 5)), "vision": np.ones((n, 5, 5)), "vision_lengths": np.ones(n)}
+    assert read(content)
+    for key, (expected, faults) in EXPECTED.items():
+        for got, value in faults.items():
+            spoiled = copy.deepcopy(content)
+            rows = list(spoiled["valid"][key])
+            rows[1] = value
+            for given in (rows, tuple(rows)):
+                spoiled["valid"][key] = given
+                folds, errors, notes = examine_mmsa(spoiled, source="toy.pkl")
+                assert len(errors) == 1, (key, got, errors)
+                assert errors[0].startswith(f"toy.pkl: valid: {key}: expected "), (key, errors)
+                end = f" got {got}{HINTS.get((key, got), '')}".replace("KEY", key)
+                assert errors[0].endswith(end), (key, end, errors)
+                if "among" not in got and "mask" not in got:
+                    assert f"expected {expected}," in errors[0]
+                assert not any("share" in note or "valid" in note.partition(":")[2] for note in notes), notes
+                assert set(folds) == set(FOLDS)
+
+
+def test_arrays_of_other_kinds_and_numbers_of_rows_are_told_for_every_field(content):
+    for fold in content.values():
+        n = len(fold["id"])
+        fold |= {"regression_labels_A": np.zeros(n), "text_lengths": np.ones(n), "text": np.ones((n, 5, 5))}
+    for key, (expected, _) in EXPECTED.items():
+        value = np.asarray(content["valid"][key])
+        faults = [(value[:2], ("2", f"shape {value[:2].shape}")), (list(value[:2]), ("2", "2 rows"))]
+        faults += [("word", ("'word'",)), (None, ("None",)), (3.5, ("3.5",)), ({"M": 1}, ("{'M': 1}",))]
+        if value.dtype.kind != "U":
+            words = value.astype(str)
+            faults += [(words, (f"dtype {words.dtype}, '{words.flat[0]}' in row 0",))]
+            faults += [(value.astype(bool), ("dtype bool",)), (value[..., None, None], ("shape",))]
+        for given, named in faults:
+            spoiled = copy.deepcopy(content)
+            spoiled["valid"][key] = given
+            _, errors, _ = examine_mmsa(spoiled, source="toy.pkl")
+            assert len(errors) == 1, (key, given, errors)
+            start = f"toy.pkl: valid: {key}: expected {expected}, got "
+            assert errors[0].startswith(tuple(start + one for one in named)), (key, given, errors)
+
+
+def test_what_was_not_read_is_blamed_on_nobody(content):
+    spoiled = copy.deepcopy(content)
+    spoiled["train"]["audio"] = [[["x"]]] * 7
+    spoiled["train"]["text"] = np.zeros((7, 6))
+    _, errors, _ = examine_mmsa(spoiled, source="toy.pkl")
+    assert [error.split(": ")[1:3] for error in errors] == [["train", "text"], ["train", "audio"]]
+    for fold in FOLDS:
+        spoiled[fold]["id"] = [b"a"] * SIZES[fold]
+    _, errors, notes = examine_mmsa(spoiled, source="toy.pkl")
+    assert len(errors) == 5
+    assert not any("/id" in note or "share" in note for note in notes)
+    spoiled["test"] = {"regression_labels": ["a"] * 4, "id": ["x"] * 4, "raw_text": ["y"] * 4}
+    _, errors, notes = examine_mmsa(spoiled, source="toy.pkl")
+    assert sum("toy.pkl: test: " in error for error in errors) == 1
+    assert not any("test/regression_labels" in note for note in notes)
 
 
 # Standardising

@@ -4,9 +4,12 @@ A case is a kind of file and a number, and the same whenever it is made: `spoil(
 """
 
 import argparse
+import bz2
 import contextlib
+import gzip
 import io
 import json
+import lzma
 import math
 import pickle
 import re
@@ -26,11 +29,12 @@ import torch
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import report, search
+from mtmd import report, safe_pickle, search
 from mtmd.checkpoint import file_sha256, load_state, save_checkpoint, save_state
 from mtmd.config import Config, add_config_arguments, config_from
 from mtmd.data import Dataset, Fold, Standardizer, from_mmsa, load_mmsa
 from mtmd.experiment import read_epochs
+from mtmd.files import read_json, read_npy, read_npz, read_table, read_toml
 from mtmd.inference import Trained, build_fold, load_trained, read_csv, read_sequence
 from mtmd.model import MTMD
 from mtmd.own_format import load_dataset, load_fold, save_dataset
@@ -529,3 +533,93 @@ def test_a_description_makes_transformers_fetch_nothing(with_encoder, monkeypatc
     with pytest.raises(ValueError, match="text_encoder is 'small-bert', encoder is None"):
         load_trained(with_encoder)
     assert asked == []
+
+
+# What else a file may be
+
+OTHERS = {
+    "zeros": (bytes(1000), "zeros"),
+    "a pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "Git LFS .* `git lfs pull`",
+    ),
+    "a page": (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a web page"),
+    "a page in capitals": (b"<HTML><HEAD>", "a web page"),
+    "gzip": (gzip.compress(b"content"), "a gzip file; unpack it first"),
+    "half of a gzip": (gzip.compress(b"content")[:12], "a gzip file"),
+    "bzip2": (bz2.compress(b"content"), "a bzip2 file"),
+    "xz": (lzma.compress(b"content"), "an xz file"),
+    "zip": (b"PK\x03\x04\x14\0\0\0\x08\0", r"a zip archive, as .*\.xlsx"),
+    "numpy": (b"\x93NUMPY\x01\x00v\x00{'descr'", r"an array of numpy\.save"),
+    "pickle": (pickle.dumps({"train": 1}, 2), "a pickle"),
+    "UTF-16": ("id,text\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+    "nothing": (b"", "an empty file"),
+    "CSV": (b"id,text\n1,good\n", "a text"),
+    "JSON": (b'{"a": 1}', "a text"),
+    "a sentence": (b"404: Not Found", "a text"),
+}
+READERS = {
+    # what it reads, what it expects, what it takes for its own
+    "pickle": (safe_pickle.load, "a pickle", {"pickle"}),
+    "npz": (read_npz, r"a file of numpy\.savez", {"zip", "CSV", "JSON", "a sentence"}),
+    "npy": (read_npy, r"a file of numpy\.save", {"numpy", "CSV", "JSON", "a sentence"}),
+    "csv": (read_table, "a CSV file in UTF-8", {"CSV", "JSON", "a sentence", "nothing"}),
+    "json": (read_json, "a JSON file", {"CSV", "JSON", "a sentence"}),
+    "toml": (read_toml, "a TOML file", {"CSV", "JSON", "a sentence", "nothing"}),
+}
+
+
+def test_the_first_bytes_tell_what_a_file_is(tmp_path):
+    for ending, (read, expected, own) in READERS.items():
+        path = tmp_path / f"file.{ending}"
+        for name, (content, kind) in OTHERS.items():
+            path.write_bytes(content)
+            if name not in own:
+                with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: expected {expected}, got .*{kind}"):
+                    read(path)
+
+
+def test_a_file_of_another_kind_is_named_by_the_command(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, kind = OTHERS["a pointer"]
+    for name in ("pickle", "folder", "archive", "utterances", "table", "array"):
+        restore(files)
+        Path(KINDS[name].file).write_bytes(content)
+        assert mtmd_mosi.main(KINDS[name].command.split()) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert re.search(rf"{KINDS[name].file}: expected a .*, got a {kind}", said), said
+
+
+def test_a_pickle_names_the_key_that_cannot_be_read(tmp_path):
+    path = tmp_path / "file.pkl"
+    for protocol in range(6):
+        fold = {"id": ["a", "b"], "audio": np.zeros((2, 3, 4)), "raw_text": np.array(["x", None], dtype=object)}
+        for content in ({"train": fold}, {"test": {"id": ["c"]}, "train": fold | {"vision": 1}}):
+            path.write_bytes(pickle.dumps(content, protocol))
+            with pytest.raises(
+                safe_pickle.UnsafePickleError, match=r"file\.pkl: train: raw_text: holds a numpy array of"
+            ):
+                safe_pickle.load(path)
+
+
+def test_a_pickle_of_python_2_is_called_one(tmp_path):
+    path = tmp_path / "file.pkl"
+    for content in (
+        b"(dp0\nS'train'\np1\n(dp2\nS'id'\np3\n(lp4\nS'a'\np5\nass.",
+        b"\x80\x02}q\x00U\x05trainq\x01}q\x02U\x02idq\x03]q\x04U\x01aq\x05ass.",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(safe_pickle.UnsafePickleError, match=r"file\.pkl: written by Python 2 .* encoding='latin1'"):
+            safe_pickle.load(path)
+
+
+def test_a_damaged_pickle_shows_nothing_of_the_reader(tmp_path):
+    content = pickle.dumps({"train": {"id": ["a", "b"], "audio": np.zeros((2, 3, 4))}})
+    path = tmp_path / "file.pkl"
+    for spoiled_content in (content[:60] + bytes(200), content[:100], content.replace(b"id", b"\xff\xfe"), bytes(8)):
+        path.write_bytes(spoiled_content)
+        with pytest.raises(
+            safe_pickle.DamagedPickleError, match=r"file\.pkl: truncated, damaged, or not a pickle of"
+        ) as e:
+            safe_pickle.load(path)
+        assert "Error" not in str(e.value)

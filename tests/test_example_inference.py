@@ -473,7 +473,11 @@ def test_a_text_encoder_is_exported(with_encoder, tmp_path, dataset):
     ("name", "arguments", "message"),
     [
         ("evaluate", ["--drop", "audio=0.5"], r"expected modalities of the model \(text, vision\), got 'audio'"),
-        ("predict", ["--text", "good"], "text: expected features of width 32, .* got words"),
+        (
+            "predict",
+            ["--text", "good"],
+            r"^predict: text: expected text \(features\), .* there is: raw_text",
+        ),
         ("predict", ["--text-encoder", "x", "--text", "good"], "--text-encoder: expected none"),
     ],
 )
@@ -506,11 +510,21 @@ def test_arrays_that_do_not_fit_are_refused(checkpoint, tmp_path, array, message
         ("text\n", "expected at least one utterance, got none"),
         ("id,text\n1,a,b\n", "expected 2 cells in each line"),
         ("id,text\n1\n", "expected 2 cells in each line"),
+        ("text,audio\nhello,\nhello,no.npy\n", r"new\.csv: audio: expected the name of a file, got 'no\.npy' in row 1"),
+        ("id,text\na,b\n\x07,b\n", r"new\.csv: id: expected strings that can be written, got '\\x07' in row 1"),
     ],
 )
 def test_a_csv_that_cannot_be_read_is_refused(checkpoint, tmp_path, text, message):
     (tmp_path / "new.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
+        command("predict", checkpoint, tmp_path / "new.csv")
+
+
+def test_files_of_different_widths_are_both_named(checkpoint, tmp_path):
+    for name, width in (("a", 12), ("b", 9)):
+        np.save(tmp_path / f"{name}.npy", np.ones((2, width)))
+    (tmp_path / "new.csv").write_text("audio\na.npy\n\nb.npy\n")
+    with pytest.raises(ValueError, match=r"^audio: expected .*, got 12 in .*a\.npy and 9 in .*b\.npy$"):
         command("predict", checkpoint, tmp_path / "new.csv")
 
 

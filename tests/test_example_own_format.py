@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mtmd import own_format
+from mtmd import data, own_format
 from mtmd.config import Config
 from mtmd.data import FOLDS, DataError, drop_modalities, examine_mmsa, from_mmsa, load_mmsa, presence
 from mtmd.experiment import load_data
 from mtmd.metrics import metrics_for, msa_metrics, sims_metrics
 from mtmd.own_format import load_dataset, load_fold, open_dataset, save_dataset
 from mtmd.synthetic import make_synthetic
+from mtmd.training import prepare
 
 
 @pytest.fixture
@@ -124,9 +125,7 @@ def test_scores_of_modalities_range_and_classes_are_kept(sims, tmp_path):
 def test_data_may_have_fewer_modalities(content, tmp_path):
     for fold in content.values():
         del fold["vision"], fold["vision_lengths"]
-    with pytest.raises(DataError, match="the key 'vision' is missing"):
-        read(content)
-    dataset = read(content, modalities=["audio"])
+    dataset = read(content)
     save_dataset(dataset, tmp_path / "toy")
     assert load_dataset(tmp_path / "toy").widths == {"text": 32, "audio": 12}
 
@@ -163,9 +162,10 @@ def test_a_pickle_may_lack_a_modality_that_is_not_asked_for(content, tmp_path):
             del fold[key]
     path = pickled(tmp_path / "toy.pkl", content)
     config = Config(data=path, modalities=["text", "vision"])
-    assert "audio" not in load_data(config).widths
-    with pytest.raises(DataError, match="'audio' is missing"):
-        load_data(dataclasses.replace(config, modalities=["text", "audio"]))
+    assert "audio" not in prepare(load_data(config), config)[0]["train"].features
+    config = dataclasses.replace(config, modalities=["text", "audio"])
+    with pytest.raises(DataError, match=r"toy\.pkl: audio: expected audio; there is: .* with --modalities text$"):
+        prepare(load_data(config), config)
 
 
 def test_saving_leaves_nothing_behind_when_it_fails(content, tmp_path):
@@ -232,7 +232,7 @@ def test_a_wrong_description_is_no_fault_of_the_folds(content, tmp_path, change)
     """That the set has no vision stands in the description alone."""
     for fold in content.values():
         del fold["vision"], fold["vision_lengths"]
-    save_dataset(read(content, modalities=["audio"]), tmp_path / "toy")
+    save_dataset(read(content), tmp_path / "toy")
     path = tmp_path / "toy" / "dataset.json"
     about = json.loads(path.read_text())
     path.unlink() if change is None else path.write_text(json.dumps(about | change))
@@ -295,6 +295,41 @@ def test_a_missing_file_is_named(folder):
         load_dataset(folder)
 
 
+def test_every_fault_of_every_array_is_told_with_key_and_what_stands_there(sims, tmp_path):
+    """What lists can hold has its tests in test_example_data.py; arrays are read alike."""
+    save_dataset(read(sims), tmp_path / "toy")
+    path = tmp_path / "toy" / "valid.npz"
+    with np.load(path) as archive:
+        whole = dict(archive)
+    assert set(whole) == set(data.AXES)
+    for key, value in whole.items():
+        faults = {"got 4": value[:4], "got shape": value.reshape(1, *value.shape)}
+        if value.dtype.kind == "U":
+            faults = {"got 4": value[:4], "got 1": value[None], "got 7 in row 0" if key == "raw_text" else "": [7] * 5}
+            faults |= {"got b'.*' in row 0; decode it": value.astype("S")}
+        elif value.ndim == 1:
+            faults |= {"got dtype <U2, '-1' in row 0": np.array(["-1"] * 5)}
+            faults |= {"got nan in row 3": np.array([0.0, 0, 0, np.nan, 0])} if key[-1] not in "TAV" else {}
+        else:
+            faults = {"got shape": value[:4], f"got dtype {value.astype(str).dtype}": value.astype(str)}
+        faults |= {
+            "Python objects; .* and pad what is of different lengths": np.array([*value[:4], None], dtype=object)
+        }
+        for got, given in faults.items():
+            np.savez(path, **(whole | {key: given}))
+            if not got:
+                assert load_dataset(tmp_path / "toy")  # numbers are ids too
+                continue
+            named = f"'{key}.npy': an array of {got}" if "Python" in got else f"valid: {key}: expected .*, {got}"
+            with pytest.raises(DataError, match=named):
+                load_dataset(tmp_path / "toy")
+            *_, errors, _ = own_format.examine(tmp_path / "toy")
+            assert len(errors) == 1, (key, got, errors)
+            if not key.startswith("regression_labels"):
+                with pytest.raises(DataError, match=key):
+                    load_fold(path)
+
+
 def test_a_single_fold_needs_neither_ids_nor_labels(folder, tmp_path):
     audio = np.ones((3, 4, 12), np.float32)
     np.savez(tmp_path / "new.npz", audio=audio, audio_lengths=[4, 0, 2])
@@ -304,10 +339,10 @@ def test_a_single_fold_needs_neither_ids_nor_labels(folder, tmp_path):
     assert presence(fold) == {"audio": pytest.approx([True, False, True])}
     assert load_fold(folder / "test.npz").ids == load_dataset(folder).folds["test"].ids
     np.savez(tmp_path / "bad.npz", audio=audio, raw_text=np.array(["a"]))
-    with pytest.raises(DataError, match=r"the same number of samples, got \[1, 3\]"):
+    with pytest.raises(DataError, match=r"audio: expected \(1, T, d\) numbers, got shape \(3, 4, 12\)"):
         load_fold(tmp_path / "bad.npz")
     np.savez(tmp_path / "bad.npz", smell=audio)
-    with pytest.raises(DataError, match="got none that is read"):
+    with pytest.raises(DataError, match=r"expected at least one of .* there is: smell$"):
         load_fold(tmp_path / "bad.npz")
 
 
@@ -354,7 +389,7 @@ def test_check_counts_and_names_every_oddity_at_once(content, tmp_path):
     valid["raw_text"] = valid["raw_text"][:-1]
     test["id"][0] = train["id"][0]
     test["text_bert"][0, 1, 0] = 2
-    test["vision"] = np.ones((6, 4, 3))
+    test["vision"], test["vision_lengths"] = np.ones((6, 4, 3)), np.full(6, 4)
     code, printed = command("check", pickled(tmp_path / "toy.pkl", content))
     assert code == 1
     lines = [" ".join(line.replace("│", " ").split()) for line in printed.splitlines()]
@@ -362,11 +397,11 @@ def test_check_counts_and_names_every_oddity_at_once(content, tmp_path):
         "note train/audio 3 -inf, 1 nan in 2 samples",
         "note train/regression_labels 2 outside [-3, 3], from -7 to 3.5",
         "note train/vision missing (length 0) in 12 of 12 samples",
-        "error valid/regression_labels expected finite numbers, got 1 NaN or infinite",
+        "error valid/regression_labels expected finite numbers, got nan in row 0, 1 NaN or infinite in all",
         "error valid/audio_lengths expected 5 integers from 0 to 4, got 5 in row 4",
         "error valid/raw_text expected 5 strings, got 4",
-        "error test/text_bert expected an attention mask of 0 and 1 in row 1, got 2",
-        "error test expected feature widths {'text': 32, 'audio': 12, 'vision': 16}, got {'text': 32, 'audio': 12",
+        "error test/text_bert expected token ids, attention mask, segment ids, in this order, with a mask of",
+        "error test/vision expected 16 features as in train, got 3",
         "note train and test share 1 ids, the first is",
         "note train and test share clips of 1 videos, the first is",
     ):
@@ -377,13 +412,13 @@ def test_check_counts_and_names_every_oddity_at_once(content, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda content: content.pop("valid"), "'valid' is missing or something else"),
+        (lambda content: content.pop("valid"), "'valid' is missing"),
         (lambda content: content["valid"].pop("regression_labels"), "'regression_labels' is missing"),
-        (lambda content: content["valid"].update(id=[1.5] * 5), "expected 5 strings, got list"),
-        (lambda content: content["valid"].pop("audio"), "'audio' is missing"),
+        (lambda content: content["valid"].update(id=[1.5] * 5), "expected 5 strings, got 1.5 in row 0"),
+        (lambda content: content["valid"].pop("audio"), "audio is in train and test, but not in valid"),
         (
             lambda content: content["valid"].update(regression_labels_T=np.zeros(5)),
-            "labels of the modalities are in one of",
+            "regression_labels_T is in valid, but not in train and test",
         ),
     ],
 )
@@ -543,5 +578,5 @@ def test_what_cannot_be_dropped_is_refused(content):
     for one in content.values():
         for key in ("text", "text_bert", "vision"):
             del one[key]
-    words = read(content, modalities=["audio"]).folds["train"]
+    words = read(content).folds["train"]
     assert drop_modalities(words, {"text": 1, "vision": 0}, 0).raw_text == [""] * 12

@@ -436,7 +436,7 @@ def test_modalities_that_the_data_has_not_are_named():
         name: dataclasses.replace(fold, features={key: fold.features[key] for key in ("text", "audio")})
         for name, fold in dataset.folds.items()
     }
-    with pytest.raises(ValueError, match=r"--modalities: expected modalities of the data \(text, audio\), got vision"):
+    with pytest.raises(ValueError, match=r"^synthetic: vision: expected vision; .* with --modalities text audio$"):
         prepare(dataclasses.replace(dataset, folds=folds), Config())
 
 
@@ -461,7 +461,9 @@ def test_text_features_are_asked_for_where_the_file_has_none():
         name: dataclasses.replace(fold, features={key: fold.features[key] for key in ("audio", "vision")})
         for name, fold in dataset.folds.items()
     }
-    with pytest.raises(ValueError, match=r"--text-encoder: expected a BERT-type model .* no 'text' array"):
+    with pytest.raises(
+        ValueError, match=r"text: expected text \(features\), .* --text-encoder MODEL \(a BERT-type one\)$"
+    ):
         prepare(dataclasses.replace(dataset, folds=folds), Config())
 
 
@@ -530,7 +532,7 @@ def test_a_text_without_features_is_missing_whatever_its_tokens_are():
 
 def test_text_that_an_encoder_cannot_read_is_named():
     dataset = change_folds(synthetic_dataset(sizes=(12, 4, 4)), raw_text=None)
-    with pytest.raises(ValueError, match="the train fold has neither 'raw_text' nor 'text_bert'"):
+    with pytest.raises(ValueError, match=r"text: expected text_bert .* or raw_text .* with --text-encoder features$"):
         prepare(dataset, Config(text_encoder=str(minilm())))
 
 

@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -386,8 +386,13 @@ def one_of(*known: str) -> Callable[[str], str]:
 PARSERS = {int: whole, float: a_number, Path: a_path, str: str}
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every setting as an option, and `--config` for a file of them. What is not given stays out of the namespace."""
+def add_config_arguments(parser: argparse.ArgumentParser, *, only: Collection[str] | None = None) -> None:
+    """Every setting as an option, and `--config` for a file of them. What is not given stays out of the namespace.
+
+    Args:
+        parser: Gets the options.
+        only: The settings that become options, where not all do.
+    """
     parser.add_argument(
         "--config",
         type=a_path,
@@ -396,10 +401,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help="file of settings, named as here with '_' for '-'; options given beside it go before it",
     )
     hints = get_type_hints(Config)
-    group = parser
+    group, title = None, ""
     for entry in dataclasses.fields(Config):
-        if entry.metadata["group"]:
-            group = parser.add_argument_group(entry.metadata["group"])
+        title = entry.metadata["group"] or title
+        if only is not None and entry.name not in only:
+            continue
+        if group is None or group.title != title:
+            group = parser.add_argument_group(title)
         option = "--" + entry.name.replace("_", "-")
         text = entry.metadata["help"].replace("%", "%%")
         kinds = [kind for kind in (get_args(hints[entry.name]) or (hints[entry.name],)) if kind is not type(None)]

@@ -51,7 +51,12 @@ CLASSES = ("negative", "neutral", "positive")
 ABSENT = -1  # the label of a row or key that is not there
 MOSI_RANGE = (-3.0, 3.0)  # of the scores of CMU-MOSI and CMU-MOSEI
 SIMS_RANGE = (-1.0, 1.0)  # of the scores of CH-SIMS
+FORMS = {"text": ("text", "text_bert", "raw_text"), "audio": ("audio",), "vision": ("vision",)}  # keys of a modality
+KEYS = tuple(key for forms in FORMS.values() for key in forms)
 UNIMODAL_LABELS = {"text": "regression_labels_T", "audio": "regression_labels_A", "vision": "regression_labels_V"}
+AXES = {"id": 1, "regression_labels": 1, "raw_text": 1, "text_bert": 3} | dict.fromkeys(MODALITIES, 3)
+AXES |= dict.fromkeys([*UNIMODAL_LABELS.values(), *(f"{name}_lengths" for name in MODALITIES)], 1)
+NOT_READ = {"annotations", "classification_labels", *(f"classification_labels_{one}" for one in "TAV")}
 CHUNK = 256  # samples that are held in float64 at a time
 
 
@@ -73,6 +78,16 @@ class Fold:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def filled(self) -> dict[str, np.ndarray]:
+        """By each of `KEYS` that is there, which samples have something in it, (n,) bool."""
+        filled = {name: self.lengths[name] > 0 for name in self.features}
+        if self.text_bert is not None:
+            filled["text_bert"] = self.text_bert[:, 1].any(axis=1)
+        if self.raw_text is not None:
+            filled["raw_text"] = np.array([bool(text.strip()) for text in self.raw_text])
+        return {key: filled[key] for key in KEYS if key in filled}
 
 
 @dataclass(frozen=True)
@@ -96,20 +111,13 @@ class Dataset:
 # Reading
 
 
-def load_mmsa(
-    path: str | os.PathLike[str],
-    *,
-    name: str,
-    score_range: tuple[float, float] | None = None,
-    modalities: Sequence[str] = ("audio", "vision"),
-) -> Dataset:
+def load_mmsa(path: str | os.PathLike[str], *, name: str, score_range: tuple[float, float] | None = None) -> Dataset:
     """Read a pickle in MMSA's layout, aligned or unaligned, without running anything in it.
 
     Args:
         path: The pickle.
         name: What to call the dataset, say "mosi".
         score_range: See `from_mmsa`.
-        modalities: Which of audio and vision there must be.
 
     Raises:
         DataError: If the layout is not MMSA's. See `from_mmsa`.
@@ -119,15 +127,7 @@ def load_mmsa(
     content = safe_pickle.load(path)
     with open(path, "rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-    source = os.fspath(path)
-    return from_mmsa(
-        content,
-        name=name,
-        source=source,
-        fingerprint=fingerprint,
-        score_range=score_range,
-        modalities=modalities,
-    )
+    return from_mmsa(content, name=name, source=os.fspath(path), fingerprint=fingerprint, score_range=score_range)
 
 
 def from_mmsa(
@@ -139,7 +139,6 @@ def from_mmsa(
     fingerprint: str | None = None,
     score_range: tuple[float, float] | None = None,
     classes: tuple[str, ...] = CLASSES,
-    modalities: Sequence[str] = ("audio", "vision"),
 ) -> Dataset:
     """Check and take over content in MMSA's layout: `{"train" | "valid" | "test": {key: array}}`.
 
@@ -149,13 +148,14 @@ def from_mmsa(
     | `regression_labels`               | (n,) or (n, 1) finite numbers                      |
     | `regression_labels_{T,A,V}`       | (n,) or (n, 1) numbers; CH-SIMS alone has them     |
     | `audio`, `vision`                 | (n, T, d) numbers, padded with zeros at the end    |
-    | `text_bert`, `text`, `raw_text`   | (n, 3, L), (n, L, d), n strings: at least one      |
+    | `text_bert`, `text`, `raw_text`   | (n, 3, L), (n, L, d), n strings                    |
     | `{audio,vision,text}_lengths`     | n integers from 0 (missing) to T; may be left out  |
 
-    Other keys are not read. Without lengths, as in aligned files, the zero steps at the end of a
-    sample are padding, and a sample of zeros alone is missing; text features take the length of the
-    attention mask where there is one. Features that are NaN or infinite stay as they are here;
-    `Standardizer.apply` puts 0, the training mean, in their place.
+    Of audio, vision and the forms of the text, one is enough; all folds have the same. What a model needs of them is
+    asked before it is trained (needs.py). Other keys are not read. Without lengths, as in aligned files, the zero steps
+    at the end of a sample are padding, and a sample of zeros alone is missing; text features take the length of the
+    attention mask where there is one. Features that are NaN or infinite stay as they are here; `Standardizer.apply`
+    puts 0, the training mean, in their place.
 
     Args:
         content: The folds. Lists are read like arrays.
@@ -166,12 +166,11 @@ def from_mmsa(
         score_range: Between which the scores lie. None: [-1, 1] for CH-SIMS, which is known by "sims" in
             its name or by its labels for each modality, and [-3, 3] for anything else.
         classes: What to call scores below, at and above 0.
-        modalities: Which of audio and vision there must be.
 
     Raises:
         DataError: At the first thing that is missing or of a wrong shape or kind.
     """
-    folds, notes, score_range = _read(content, None, name, source, score_range, modalities)
+    folds, notes, score_range = _read(content, None, name, source, score_range)
     fingerprint = _fingerprint(folds) if fingerprint is None else fingerprint
     return Dataset(name, synthetic, folds, notes, fingerprint, score_range, classes)
 
@@ -182,25 +181,38 @@ def examine_mmsa(
     source: str,
     name: str = "",
     score_range: tuple[float, float] | None = None,
-    modalities: Sequence[str] = ("audio", "vision"),
+    expected: Sequence[str] = FOLDS,
 ) -> tuple[dict[str, Fold], list[str], list[str]]:
-    """Look at all of it where `from_mmsa` stops at the first error.
+    """Look at all of it, or of the folds `expected`, where `from_mmsa` stops at the first error.
 
     Returns:
-        The folds that could be read, the errors, and the notes that `Dataset.notes` would hold.
+        The folds as far as they could be read, the errors, and the notes that `Dataset.notes` would hold.
     """
     errors: list[str] = []
-    folds, notes, _ = _read(content, errors, name, source, score_range, modalities)
+    folds, notes, _ = _read(content, errors, name, source, score_range, expected)
     return folds, errors, notes
 
 
-def read_fold(content: Mapping[str, Any], *, source: str, modalities: Sequence[str] = ()) -> Fold:
-    """Check and take over a single fold, with the keys that `from_mmsa` describes.
+def read_fold(content: Mapping[str, Any], *, source: str) -> Fold:
+    """Check and take over a fold to predict from, with the keys that `from_mmsa` describes: any may be missing.
+
+    Labels are not read, scores are 0. A single sample may come as it is, without the axis of samples.
 
     Raises:
-        DataError: At the first thing that is missing or of a wrong shape or kind.
+        DataError: At the first thing that is of a wrong shape or kind, or if nothing is there that could be read.
     """
-    fold = _read_fold(content, source, "", MOSI_RANGE, modalities, [], None)
+    if not isinstance(content, Mapping):
+        raise DataError(f"{source}: expected a dictionary of arrays, got {shown(content)}")
+    forms = [key for key in KEYS if key in content]
+    bare = {key: value for key, value in content.items() if key in AXES and _axes(value) == AXES[key] - 1}
+    if forms and set(forms) - {"raw_text"} <= set(bare):  # an array of one sample, or nothing but words
+        in_fold = {key: value[None] if isinstance(value, np.ndarray) else [value] for key, value in bare.items()}
+        content = {**content, **in_fold}
+    if forms:
+        content = {key: value for key, value in content.items() if not key.startswith("regression_labels")}
+        samples = range(_samples(content))
+        content = {"id": list(map(str, samples)), **content, "regression_labels": [0.0] * len(samples)}
+    fold = _read_fold(content, source, "", MOSI_RANGE, [], None)
     assert fold is not None  # or an error was raised
     return fold
 
@@ -211,33 +223,31 @@ def _read(
     name: str,
     source: str,
     score_range: tuple[float, float] | None,
-    modalities: Sequence[str],
+    expected: Sequence[str] = FOLDS,
 ) -> tuple[dict[str, Fold], list[str], tuple[float, float]]:
     """The folds, the notes, the range of scores. Errors go on the list `errors` where there is one."""
-    there = []
+    there: dict[str, Mapping[str, Any]] = {}
+    layout = f"{source}: expected a dictionary of the folds {', '.join(FOLDS)}"
     with _noting(errors):
         if not isinstance(content, Mapping):
-            raise DataError(
-                f"{source}: expected a dictionary of the folds {', '.join(FOLDS)}, got {type(content).__name__}"
-            )
-        there = [fold for fold in FOLDS if isinstance(content.get(fold), Mapping)]
-        absent = [fold for fold in FOLDS if fold not in there]
-        if absent:
-            raise DataError(
-                f"{source}: expected the folds {', '.join(FOLDS)}, each a dictionary; "
-                f"{absent[0]!r} is missing or something else, there is: {key_names(content)}"
-            )
+            raise DataError(f"{layout}, got {shown(content)}")
+    for fold in expected if isinstance(content, Mapping) else ():
+        with _noting(errors):
+            if fold not in content:
+                raise DataError(f"{layout}; {fold!r} is missing, there is: {key_names(content)}")
+            if not isinstance(content[fold], Mapping):
+                raise DataError(f"{source}: {fold}: expected a dictionary of arrays, got {shown(content[fold])}")
+            there[fold] = content[fold]
     if score_range is None:
         unimodal = set(UNIMODAL_LABELS.values())
-        is_sims = "sims" in name.lower() or (there and all(unimodal <= set(content[fold]) for fold in there))
+        is_sims = "sims" in name.lower() or (there and all(unimodal <= set(fold) for fold in there.values()))
         score_range = SIMS_RANGE if is_sims else MOSI_RANGE
     notes: list[str] = []
-    folds = {}
-    for fold in there:
-        read = _read_fold(content[fold], f"{source}: {fold}", fold, score_range, modalities, notes, errors)
-        if read is not None:
-            folds[fold] = read
-    _check_folds_agree(folds, source, errors)
+    read = {
+        fold: _read_fold(keys, f"{source}: {fold}", fold, score_range, notes, errors) for fold, keys in there.items()
+    }
+    folds = {name: fold for name, fold in read.items() if fold is not None}
+    _check_folds_agree(there, folds, source, errors)
     return folds, notes + _repeated_ids(folds), score_range
 
 
@@ -257,31 +267,31 @@ def _read_fold(
     where: str,
     fold: str,
     score_range: tuple[float, float],
-    modalities: Sequence[str],
     notes: list[str],
     errors: list[str] | None,
 ) -> Fold | None:
-    """`where` begins error messages, `fold` begins notes. None where a collected error leaves nothing to go by."""
-    scores = ids = raw_text = text_bert = None
+    """`where` begins error messages, `fold` begins notes. None where there is nothing to go by."""
+    n = _samples(content)
     with _noting(errors):
-        scores = _read_scores(content, "regression_labels", where)
-    if scores is None:
-        return None  # nobody knows how many samples there should be
-    n = len(scores)
+        if not set(KEYS) & set(content):
+            raise DataError(f"{where}: expected at least one of {', '.join(KEYS)}, there is: {key_names(content)}")
+        if not n:
+            raise DataError(f"{where}: expected at least one sample, got none")
+    if not n:
+        return None
+    ids = raw_text = text_bert = None
+    scores = np.full(n, np.nan, np.float32)
     with _noting(errors):
-        bad = int((~np.isfinite(scores)).sum())
-        if bad:
+        scores = _read_scores(content, "regression_labels", where, n)
+        notes += _score_notes(f"{fold}/regression_labels", scores, score_range)
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if len(bad):
             raise DataError(
-                f"{where}: regression_labels: expected finite numbers, got {bad} NaN or infinite; "
-                "leave these samples out"
+                f"{where}: regression_labels: expected finite numbers, got {scores[bad[0]]} in row {bad[0]}, "
+                f"{len(bad)} NaN or infinite in all; leave these samples out"
             )
-    notes += _score_notes(f"{fold}/regression_labels", scores, score_range)
     with _noting(errors):
         ids = _strings(content, "id", where, n)
-    with _noting(errors):
-        if not {"text_bert", "text", "raw_text"} & set(content):
-            there = key_names(content)
-            raise DataError(f"{where}: expected at least one of text_bert, text, raw_text, there is: {there}")
     if "raw_text" in content:
         with _noting(errors):
             raw_text = _strings(content, "raw_text", where, n)
@@ -294,10 +304,12 @@ def _read_fold(
 
     features, lengths, unimodal = {}, {}, {}
     for modality in MODALITIES:
-        if modality not in content and modality not in modalities:
+        if modality not in content:
             continue
         with _noting(errors):
-            array = _read_features(content, modality, where, n)
+            original = _numbers(content, modality, where, n, ("T", "d"), f"({n}, T, d) numbers")
+            with np.errstate(over="ignore"):  # what overflows is found and told by _feature_notes
+                array = original.astype(np.float32, copy=False)
             key = f"{modality}_lengths"
             if key in content:
                 length = _read_lengths(content, key, where, n, longest=array.shape[1])
@@ -306,26 +318,40 @@ def _read_fold(
             else:
                 length = _lengths_from_padding(array)
                 notes.append(f"{fold}/{modality}: no {key}; taken from the zero steps at the end")
-            notes += _feature_notes(f"{fold}/{modality}", content[modality], array, length)
+            notes += _feature_notes(f"{fold}/{modality}", original, array, length)
             features[modality], lengths[modality] = array, length
     for modality, key in UNIMODAL_LABELS.items():
         if key in content:
             with _noting(errors):
                 unimodal[modality] = _read_scores(content, key, where, n)
                 notes += _score_notes(f"{fold}/{key}", unimodal[modality], score_range)
-    return Fold(ids or [str(row) for row in range(n)], scores, raw_text, text_bert, features, lengths, unimodal)
+    unread = [key for key in content if key not in {*AXES, *NOT_READ}]
+    if unread:
+        notes.append(f"{fold}: not read: {key_names(unread)}")
+    if ids is None:  # an error is noted; these are in no other fold
+        ids = [f"{where}: {row}" for row in range(n)]
+    return Fold(ids, scores, raw_text, text_bert, features, lengths, unimodal)
 
 
-def _read_scores(content: Mapping[str, Any], key: str, where: str, n: int | None = None) -> np.ndarray:
-    scores = _array(content, key, where, "(n,) or (n, 1) numbers", ndims=(1, 2))
-    if scores.ndim == 2 and scores.shape[1] == 1:
-        scores = scores[:, 0]
-    if scores.ndim == 2 or len(scores) == 0:
-        raise DataError(f"{where}: {key}: expected (n,) or (n, 1) numbers, got {scores.shape}")
-    if n is not None and len(scores) != n:
-        raise DataError(f"{where}: {key}: expected {n} numbers, got {len(scores)}")
+def _axes(value: Any) -> int:
+    """Of an array, or of nested lists as far as their first entries tell."""
+    axes = 0
+    while isinstance(value, list | tuple) and value:
+        value, axes = value[0], axes + 1
+    return axes + (value.ndim if isinstance(value, np.ndarray) else 0)
+
+
+def _samples(content: Mapping[str, Any]) -> int:
+    """How many samples a fold has: as many as most of its keys have entries."""
+    values = [content[key] for key in AXES if key in content]
+    arrays = [value for value in values if isinstance(value, list | tuple) or getattr(value, "ndim", 0)]
+    counts = [len(array) for array in arrays]
+    return max(counts, key=counts.count, default=0)
+
+
+def _read_scores(content: Mapping[str, Any], key: str, where: str, n: int) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return scores.astype(np.float32)
+        return _numbers(content, key, where, n, (), f"{n} numbers").astype(np.float32)
 
 
 def _score_notes(where: str, scores: np.ndarray, score_range: tuple[float, float]) -> list[str]:
@@ -344,35 +370,29 @@ def _score_notes(where: str, scores: np.ndarray, score_range: tuple[float, float
 
 
 def _read_tokens(content: Mapping[str, Any], where: str, n: int) -> np.ndarray:
-    expected = f"({n}, 3, L) token ids, attention mask and segment ids"
-    array = _array(content, "text_bert", where, expected, ndims=(3,))
-    if array.shape[:2] != (n, 3) or array.shape[2] == 0:
-        raise DataError(f"{where}: text_bert: expected {expected}, got shape {array.shape}")
+    parts = ("token ids", "attention mask", "segment ids")
+    expected = f"({n}, 3, L) {parts[0]}, {parts[1]} and {parts[2]}"
+    array = _numbers(content, "text_bert", where, n, (3, "L"), expected)
     # The files store them as float32, which is exact far beyond any vocabulary.
-    whole = np.isfinite(array) & (array >= 0) & (array < 2**24) & (array == np.floor(array))
-    if not whole.all():
-        raise DataError(f"{where}: text_bert: expected {expected}, got values that are no ids")
-    tokens = array.astype(np.int64)
-    if tokens[:, 1].max() > 1:
-        raise DataError(f"{where}: text_bert: expected an attention mask of 0 and 1 in row 1, got {tokens[:, 1].max()}")
-    return tokens
-
-
-def _read_features(content: Mapping[str, Any], key: str, where: str, n: int) -> np.ndarray:
-    array = _array(content, key, where, f"({n}, T, d) numbers", ndims=(3,))
-    if len(array) != n or 0 in array.shape:
-        raise DataError(f"{where}: {key}: expected ({n}, T, d) numbers, got shape {array.shape}")
-    with np.errstate(over="ignore"):  # what overflows is found and told by _feature_notes
-        return array.astype(np.float32, copy=False)
+    odd = np.argwhere(~(np.isfinite(array) & (array >= 0) & (array < 2**24) & (array == np.floor(array))))
+    if len(odd):
+        row, part, _ = odd[0]
+        got = f"{array[tuple(odd[0])]} among the {parts[part]} of row {row}"
+        raise DataError(f"{where}: text_bert: expected {expected}, whole numbers from 0 on, got {got}")
+    ids, mask, segments = tokens = array.astype(np.int64).transpose(1, 0, 2)
+    order = f"{where}: text_bert: expected {', '.join(parts)}, in this order"
+    if mask.max() > 1:
+        row = int(mask.max(axis=1).argmax())
+        raise DataError(f"{order}, with a mask of 0 and 1; got {mask.max()} in the mask of row {row}")
+    used = ids.any(axis=1)
+    if used.any() and not mask[used, 0].any() and (segments[used, 0] == 1).all():
+        raise DataError(f"{order}; got a mask that begins with 0 and segments that begin with 1, as if exchanged")
+    return np.ascontiguousarray(tokens.transpose(1, 0, 2))
 
 
 def _read_lengths(content: Mapping[str, Any], key: str, where: str, n: int, longest: int) -> np.ndarray:
     expected = f"{n} integers from 0 to {longest}"
-    array = _array(content, key, where, expected, ndims=(1, 2))
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.shape != (n,):
-        raise DataError(f"{where}: {key}: expected {expected}, got shape {array.shape}")
+    array = _numbers(content, key, where, n, (), expected)
     bad = ~((array >= 0) & (array <= longest) & (array == np.floor(array)))
     if bad.any():
         row = int(bad.argmax())
@@ -420,46 +440,118 @@ def _feature_notes(where: str, original: Any, array: np.ndarray, length: np.ndar
     return notes
 
 
-def _array(content: Mapping[str, Any], key: str, where: str, expected: str, *, ndims: tuple[int, ...]) -> np.ndarray:
+def _numbers(
+    content: Mapping[str, Any], key: str, where: str, n: int, row: tuple[int | str, ...], expected: str
+) -> np.ndarray:
+    """The array (n, *row) at a key; in `row` a letter stands for any size but 0. For () a column (n, 1) will do."""
     value = _value(content, key, where)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        value = value.tolist()
+    fault = _fault(value, n, row)
+    if fault:
+        lengths = f", and give {key}_lengths" if PAD in fault and key in MODALITIES else ""
+        raise DataError(f"{where}: {key}: expected {expected}, got {fault}{lengths}")
+    array = np.asarray(value)
+    return array if row else array.reshape(n)
+
+
+PAD = "; pad with zeros at the end to the longest"  # and give the lengths, adds who knows the key
+
+
+def _fault(value: Any, n: int, row: tuple[int | str, ...]) -> str:
+    """What stands there instead of (n, *row) numbers; empty where it is these."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iuf":
+            return f"dtype {value.dtype}" + (f", {shown(value.flat[0])} in row 0" if value.ndim and value.size else "")
+        got = str(len(value)) if value.ndim == 1 and not row else f"shape {value.shape}"
+        return "" if value.shape[:1] == (n,) and _fits(value.shape[1:], row) else got
+    if not isinstance(value, list | tuple):
+        return shown(value)
+    if len(value) != n:
+        return f"{len(value)} rows" if row else str(len(value))
+    shapes = []
+    for place, one in enumerate(value):  # before numpy, which gives each text in a list the room of the longest
+        odd = _no_number(one)
+        if odd:
+            return f"{odd} in row {place}" + (PAD if one is None and row else "")  # a sample that misses it
+        shapes.append(_shape(one))
+        if shapes[-1] is None:
+            return f"lists of different lengths within row {place}"
+        if not _fits(shapes[-1], row):
+            got = f"shape {shapes[-1]}" if shapes[-1] else shown(one)
+            return f"{got} in row {place}" + (PAD if 0 in shapes[-1] else "")
+    for place, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            if not row:
+                return f"{shown(value[place])} in row {place}"
+            same = [here == first for here, first in zip(shape, shapes[0], strict=True)]
+            if same[-1] or row[-1] == "L":
+                hint = PAD
+            else:  # the width differs, or time stands where the width should
+                hint = f"; transpose what is (d, T){PAD}" if same[0] else "; all need the same width d"
+            return f"shape {shapes[0]} in row 0 and {shape} in row {place}{hint}"
+    return ""
+
+
+def _fits(shape: tuple[int, ...], row: tuple[int | str, ...]) -> bool:
+    sizes = (1,) if shape == (1,) and not row else row
+    return len(shape) == len(sizes) and all(
+        size > 0 if isinstance(wanted, str) else size == wanted for size, wanted in zip(shape, sizes, strict=True)
+    )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """That of nested lists; None where these are ragged."""
     try:
-        # numpy gives every text in a list the room of the longest: a few kilobytes become gigabytes.
-        array = np.asarray(None if isinstance(value, list | tuple) and _has_text(value) else value)
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        array = np.asarray(None)  # a ragged list, say
-    if array.dtype.kind not in "iuf":
-        got = f"dtype {array.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise DataError(f"{where}: {key}: expected {expected}, got {got}")
-    if array.ndim not in ndims:
-        raise DataError(f"{where}: {key}: expected {expected}, got shape {array.shape}")
-    return array
+        return np.shape(value)
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
-def _has_text(value: Sequence[Any]) -> bool:
-    """Whether a text is anywhere in nested lists."""
+def _no_number(value: Any) -> str:
+    """The first thing in nested lists that is no number; empty where all are."""
     waiting = [value]
     while waiting:
-        for one in waiting.pop():
-            if isinstance(one, list | tuple):
-                waiting.append(one)
-            elif isinstance(one, str | bytes) or (isinstance(one, np.ndarray) and one.dtype.kind in "US"):
-                return True
-    return False
+        one = waiting.pop()
+        if isinstance(one, list | tuple):
+            waiting.extend(reversed(one))
+        elif isinstance(one, np.ndarray):
+            if one.dtype.kind not in "iuf":
+                return f"dtype {one.dtype}"
+        elif type(one) is int and abs(one) < 2**63:
+            continue
+        elif not isinstance(one, float | np.integer | np.floating):
+            return shown(one)
+    return ""
 
 
 def _strings(content: Mapping[str, Any], key: str, where: str, n: int) -> list[str]:
     value = _value(content, key, where)
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str | int) for one in value):
-        raise DataError(f"{where}: {key}: expected {n} strings, got {type(value).__name__}")
-    if len(value) != n:
-        raise DataError(f"{where}: {key}: expected {n} strings, got {len(value)}")
+    if not isinstance(value, list | tuple) or len(value) != n:
+        got = len(value) if isinstance(value, list | tuple) else shown(value)
+        raise DataError(f"{where}: {key}: expected {n} strings, got {got}")
     fits = is_plain if key == "id" else is_text  # an id stands in tables and messages, a text holds what it likes
     for row, one in enumerate(value):
-        if not (fits(one) if isinstance(one, str) else abs(one) < 2**63):
-            raise DataError(f"{where}: {key}: expected strings that can be written, got {shown(one)} in row {row}")
+        number = key == "id" and isinstance(one, int | np.integer) and not isinstance(one, bool) and abs(one) < 2**63
+        if number or fits(one):
+            continue
+        written = " that can be written" if isinstance(one, str) else ""
+        raise DataError(
+            f"{where}: {key}: expected {n} strings{written}, got {shown(one)} in row {row}{_hint(key, one)}"
+        )
     return [str(one) for one in value]
+
+
+def _hint(key: str, one: Any) -> str:
+    """What to do with what stands in place of a text."""
+    if isinstance(one, bytes):
+        return "; decode it"
+    if key == "id" and isinstance(one, list | tuple):
+        return "; join its parts to one text, as VIDEO$_$CLIP"
+    missing = one is None or (isinstance(one, float) and np.isnan(one))
+    return "; a text that is missing is ''" if key == "raw_text" and missing else ""
 
 
 def _value(content: Mapping[str, Any], key: str, where: str) -> Any:
@@ -474,25 +566,25 @@ def key_names(content: Iterable[Any]) -> str:
     return ", ".join(names[:30] + ["..."] * (len(names) > 30)) or "nothing"
 
 
-def _check_folds_agree(folds: dict[str, Fold], source: str, errors: list[str] | None) -> None:
-    if not folds:
-        return
-    first, train = next(iter(folds.items()))
-    for name, fold in folds.items():
-        for key in ("raw_text", "text_bert"):
-            if (getattr(fold, key) is None) != (getattr(train, key) is None):
-                with _noting(errors):
-                    raise DataError(f"{source}: {key} is in one of {first} and {name}, not in the other")
-        here = {key: array.shape[2] for key, array in fold.features.items()}
-        there = {key: array.shape[2] for key, array in train.features.items()}
-        if here != there:
+def _check_folds_agree(
+    content: Mapping[str, Mapping[str, Any]], folds: dict[str, Fold], source: str, errors: list[str] | None
+) -> None:
+    """All folds have the same keys and widths. What could not be read of one is no fault of the others."""
+    for key in (*KEYS, *UNIMODAL_LABELS.values()):
+        having = [name for name in content if key in content[name]]
+        lacking = [name for name in content if key not in content[name]]
+        with _noting(errors):
+            if having and lacking:
+                raise DataError(f"{source}: {key} is in {' and '.join(having)}, but not in {' and '.join(lacking)}")
+    for modality in MODALITIES:
+        widths = {name: fold.features[modality].shape[2] for name, fold in folds.items() if modality in fold.features}
+        for name, width in widths.items():
+            first = next(iter(widths))
             with _noting(errors):
-                raise DataError(f"{source}: {name}: expected feature widths {there}, got {here}")
-        if set(fold.unimodal_scores) != set(train.unimodal_scores):
-            with _noting(errors):
-                raise DataError(
-                    f"{source}: labels of the modalities are in one of {first} and {name}, not in the other"
-                )
+                if width != widths[first]:
+                    raise DataError(
+                        f"{source}: {name}: {modality}: expected {widths[first]} features as in {first}, got {width}"
+                    )
 
 
 def _repeated_ids(folds: dict[str, Fold]) -> list[str]:

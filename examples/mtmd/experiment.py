@@ -65,7 +65,7 @@ from mtmd.files import (
     shown,
 )
 from mtmd.metrics import metrics_for
-from mtmd.model import TEACHER, used_modalities
+from mtmd.needs import check_encoder
 from mtmd.own_format import open_dataset
 from mtmd.plots import plot_factors, plot_losses
 from mtmd.processes import choose_device, from_leader, leads
@@ -73,7 +73,6 @@ from mtmd.synthetic import synthetic_dataset
 from mtmd.training import (
     Run,
     check_compiler,
-    check_encoder,
     compare_configs,
     no_bfloat16,
     precision_of,
@@ -295,9 +294,7 @@ def check_before(config: Config, console: Console) -> None:
     device = choose_device(config.device)
     if config.compile:
         check_compiler(device)
-    if config.text_encoder != "features" and TEACHER in used_modalities(config):
-        importlib.import_module("transformers")
-        check_encoder(config.text_encoder)
+    check_encoder(config)
     if config.amp and precision_of(config, device) == "float32":
         why = no_bfloat16(device) or "another process cannot"
         note(console, f"--amp: this {device} cannot train the model in bfloat16, it trains in float32 ({why})")
@@ -308,7 +305,7 @@ def load_data(config: Config) -> Dataset:
     if config.data is None:
         signal = {name: getattr(config, f"signal_{name}") for name in MODALITIES}
         return synthetic_dataset(seed=config.synthetic_seed, signal=signal, wrong={"text": config.wrong_text})
-    return open_dataset(config.data, name=config.dataset, modalities=config.modalities)
+    return open_dataset(config.data, name=config.dataset)
 
 
 def describe(dataset: Dataset) -> str:

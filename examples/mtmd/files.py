@@ -24,6 +24,7 @@ DEEPEST = 50  # levels of nesting: more than any file of ours has, and far from 
 LARGEST_UNFOLDING = 100  # times its size that an archive may hold; CMU-MOSI in the own format: 20
 SMALL = 2**20  # bytes that any archive may hold: a few utterances, all of them missing, are zeros
 LONGEST_HEADER = 2_000  # characters that describe an array: more than 64 sizes of any length
+BEGINNING = 512  # bytes that tell what a file is
 CHUNK = 2**18  # bytes of an array that are read at a time
 
 short = reprlib.Repr()
@@ -32,6 +33,8 @@ short.maxstring = short.maxother = short.maxlong = 80
 
 def shown(value: object) -> str:
     """A value for an error message: on one line, and short whatever it is."""
+    if isinstance(value, np.generic):
+        value = value.item()
     try:
         return short.repr(value)
     except ValueError:  # a whole number with more digits than Python writes
@@ -58,6 +61,39 @@ def is_text(value: object) -> bool:
 def is_plain(value: object) -> bool:
     """Whether this is a text that can be shown as it is, on one line: no control characters either."""
     return is_text(value) and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
+
+
+OTHER_FILES = {
+    "empty": (rb"\Z", "an empty file"),
+    "zeros": (rb"\x00{64}", "zeros, which a copy or download leaves that did not end"),
+    "lfs": (rb"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+    "html": (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page; the download gave it in place of the file"),
+    "gzip": (rb"\x1f\x8b", "a gzip file; unpack it first"),
+    "bzip2": (rb"BZh[1-9]1AY&SY", "a bzip2 file; unpack it first"),
+    "xz": (rb"\xfd7zXZ\x00", "an xz file; unpack it first"),
+    "7z": (rb"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    "zip": (
+        rb"PK(\x03\x04|\x05\x06)",
+        "a zip archive, as .npz, .xlsx and .pt files are too; unpack what is packed",
+    ),
+    "hdf5": (rb"\x89HDF", "an HDF5 file"),
+    "numpy": (rb"\x93NUMPY", "an array of numpy.save"),
+    "pickle": (rb"\x80[\x02-\x05]", "a pickle"),
+    "utf16": (rb"\xff\xfe|\xfe\xff", "a text in UTF-16; save it as UTF-8"),
+}
+"""What else a file may be than what it is taken for: its first bytes, and what to call it in an error message."""
+
+
+def other_kind(start: bytes, *, but: str = "") -> str:
+    """What a file that begins so is, if it is one of `OTHER_FILES` other than `but`; else empty."""
+    return next((kind for name, (first, kind) in OTHER_FILES.items() if name != but and re.match(first, start)), "")
+
+
+def refuse_others(start: bytes, complaint: str, *, but: str = "") -> None:
+    """Raise ValueError if a file that begins so is another one; `complaint` begins the error."""
+    kind = other_kind(start, but=but)
+    if kind:
+        raise ValueError(f"{complaint}, got {kind}")
 
 
 class Rule(NamedTuple):
@@ -105,7 +141,9 @@ def check_layout(value: Any, layout: Any, where: str) -> None:
 
 def read_json(path: Path) -> Any:
     """The contents of a JSON file."""
-    return parse_json(path.read_bytes(), f"{path}: expected a JSON file, got one that cannot be read")
+    content, expected = path.read_bytes(), f"{path}: expected a JSON file"
+    refuse_others(content[:BEGINNING], expected)
+    return parse_json(content, f"{expected}, got one that cannot be read")
 
 
 def parse_json(content: bytes, complaint: str) -> Any:
@@ -119,6 +157,7 @@ def parse_json(content: bytes, complaint: str) -> Any:
 def read_toml(path: Path) -> dict[str, Any]:
     """The contents of a TOML file."""
     content = path.read_bytes()
+    refuse_others(content[:BEGINNING], f"{path}: expected a TOML file", but="empty")
     try:
         if any(line.count(b".") > DEEPEST for line in content.splitlines()):
             raise ValueError(f"more than {DEEPEST} dots in a line")  # a key of n parts takes tomllib n**2 memory
@@ -141,6 +180,7 @@ def check_depth(value: Any) -> Any:
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The headings in the first line of a CSV file in UTF-8, and the other lines by heading, each with all cells."""
     content = path.read_bytes()
+    refuse_others(content[:BEGINNING], f"{path}: expected a CSV file in UTF-8", but="empty")
     try:
         reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         headings, lines = next(reader, []), []
@@ -162,6 +202,7 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 def read_npy(path: Path) -> np.ndarray:
     """The array in a file of numpy.save."""
     with path.open("rb") as file:
+        refuse_others(file.read(BEGINNING), f"{path}: expected a file of numpy.save", but="numpy")
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         try:
@@ -173,6 +214,7 @@ def read_npy(path: Path) -> np.ndarray:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays in a file of numpy.savez or numpy.savez_compressed."""
     with path.open("rb") as file:
+        refuse_others(file.read(BEGINNING), f"{path}: expected a file of numpy.savez", but="zip")
         size = file.seek(0, io.SEEK_END)
         try:
             with zipfile.ZipFile(file) as archive:
@@ -211,7 +253,10 @@ def read_array(file: IO[bytes], size: int) -> np.ndarray:
     with warnings.catch_warnings(action="error"):  # numpy warns where it begins to repair
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=LONGEST_HEADER)
     if dtype.hasobject:
-        raise ValueError("an array of Python objects; save texts as `np.array(list_of_str)`")
+        raise ValueError(
+            "an array of Python objects; save texts as `np.array(list_of_str)`, and pad what is of different lengths "
+            "with zeros"
+        )
     if dtype.kind not in "biufUS":
         raise ValueError(f"dtype {dtype}; read are booleans, real numbers and texts")
     left = size - file.tell()

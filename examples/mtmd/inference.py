@@ -31,6 +31,7 @@ from mtmd.cli import note
 from mtmd.config import MODALITIES, Config, a_number, a_path, at_least, one_of
 from mtmd.data import (
     FOLDS,
+    FORMS,
     Batch,
     DataError,
     Fold,
@@ -38,15 +39,14 @@ from mtmd.data import (
     batches,
     drop_modalities,
     key_names,
-    one_text,
     presence,
 )
 from mtmd.files import is_plain, read_npy, read_table, shown
 from mtmd.metrics import metrics_for
-from mtmd.model import MTMD
+from mtmd.model import MTMD, TEACHER
+from mtmd.needs import TextReader, check_encoder, keys_of, lack, text_reader, with_text
 from mtmd.own_format import load_fold, open_dataset
 from mtmd.processes import choose_device
-from mtmd.training import check_encoder, with_tokens
 
 try:
     from torch.export._patches import register_lstm_while_loop_decomposition
@@ -123,7 +123,7 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
     """
     place = choose_device(device)
     if text_encoder is not None:
-        check_encoder(text_encoder)
+        check_encoder(Config(text_encoder=text_encoder))
     model, standardizer, about = load_checkpoint(path)
     config = Config.from_json(about["config"], source=str(path))
     if text_encoder is not None:
@@ -141,12 +141,25 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
     )
 
 
-def prepare_fold(fold: Fold, trained: Trained) -> Fold:
+def prepare_fold(fold: Fold, trained: Trained, *, source: str = "data", complete: bool = False) -> Fold:
     """The fold as the model reads it: scaled, tokenised, without what it does not know, missing where there is nothing.
+
+    Args:
+        fold: What to read.
+        trained: The model.
+        source: Begins error messages.
+        complete: Whether there must be every modality of the model, as in training.
 
     Raises:
         ValueError: If features have another width than in training, or the text is in a form the model cannot read.
     """
+    there, text = keys_of(fold), TextReader("features")
+    asked = [name for name in trained.modalities if complete or any(there.get(form) for form in FORMS[name])]
+    if trained.reads_tokens and TEACHER in asked:
+        text = text_reader(trained.config, trained.model.branches[TEACHER].encoder)
+    fault = lack(asked, dict.fromkeys(there, True), text)
+    if fault:
+        raise DataError(f"{source}: {fault}")
     features, lengths = {}, {}
     for name, width in trained.read_widths.items():
         if name in fold.features:
@@ -154,28 +167,15 @@ def prepare_fold(fold: Fold, trained: Trained) -> Fold:
         else:
             features[name] = np.zeros((len(fold), 1, width), np.float32)
             lengths[name] = np.zeros(len(fold), np.int64)
-    raw_text, text_bert = fold.raw_text, fold.text_bert
-    if trained.reads_tokens:
-        if raw_text is None and text_bert is None:
-            if "text" in fold.features:
-                raise DataError(
-                    f"text: expected raw_text or text_bert, for the checkpoint reads text with "
-                    f"{trained.config.text_encoder}; got features alone"
-                )
-            raw_text = [""] * len(fold)
-    elif "text" in trained.modalities and "text" not in fold.features:
-        has_words = text_bert is not None or any(text.strip() for text in raw_text or [])
-        if has_words:
-            raise DataError(
-                f"text: expected features of width {trained.widths['text']}, as the checkpoint reads text; "
-                "got words or tokens alone"
-            )
-    scaled = trained.standardizer.apply(
-        dataclasses.replace(fold, features=features, lengths=lengths, raw_text=raw_text, text_bert=text_bert)
-    )
-    if trained.reads_tokens:
-        return with_tokens({"data": scaled}, trained.config)["data"]
-    return one_text(scaled, tokens=False)
+    if TEACHER in asked:
+        fold = with_text(fold, text, trained.config.max_tokens, source)
+    else:
+        no_tokens = np.zeros((len(fold), 3, 1), np.int64)
+        fold = dataclasses.replace(fold, text_bert=no_tokens if trained.reads_tokens else None)
+    try:
+        return trained.standardizer.apply(dataclasses.replace(fold, features=features, lengths=lengths))
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
 
 
 @torch.no_grad()
@@ -293,10 +293,11 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
         dataset = load_data(config)
     else:  # named like the training data: of a file, that says between which numbers the scores lie
         name = "data" if config.data is None else config.dataset
-        dataset = open_dataset(arguments.data, name=name, modalities=config.modalities)
+        dataset = open_dataset(arguments.data, name=name)
     if dataset.fingerprint != trained.data_sha256:
         note(console, "these are not the data that the checkpoint was trained on")
-    fold = prepare_fold(dataset.folds[arguments.fold], trained)
+    source = str(arguments.data or trained.config.data or dataset.name)
+    fold = prepare_fold(dataset.folds[arguments.fold], trained, source=f"{source}: {arguments.fold}", complete=True)
     said = ask(trained, fold)
     measure = metrics_for(dataset.score_range)
 
@@ -569,7 +570,7 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
         fold = read_utterances(arguments.source, arguments.fold or "test")
     for text in unread(fold, trained):
         note(console, text)
-    said = ask(trained, prepare_fold(fold, trained))
+    said = ask(trained, prepare_fold(fold, trained, source=str(arguments.source or "predict")))
     blind = int((~np.any(list(said.present.values()), axis=0)).sum())
     if blind:
         note(
@@ -601,9 +602,7 @@ def read_utterances(path: Path, fold: str) -> Fold:
     """The utterances of a file of any of the four kinds."""
     if path.suffix.lower() == ".csv":
         return build_fold(read_csv(path))
-    if path.suffix.lower() == ".npz":
-        return load_fold(path)
-    return open_dataset(path, name="data", modalities=()).folds[fold]
+    return load_fold(path, fold)
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -619,10 +618,10 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
         files = {name: path.parent / line[name].strip() for name in known[1:] if line.get(name, "").strip()}
         for name, file in files.items():
             if not os.path.isfile(file):  # what Path.is_file raises for impossible names is False here
-                raise DataError(f"{path}: {name}: expected the name of a file in each line, got {shown(line[name])}")
+                raise DataError(f"{path}: {name}: expected the name of a file, got {shown(line[name])} in row {number}")
         name = line.get("id") or str(number)
         if not is_plain(name):
-            raise DataError(f"{path}: id: expected ids without control characters, got {shown(name)}")
+            raise DataError(f"{path}: id: expected strings that can be written, got {shown(name)} in row {number}")
         utterances.append({"id": name, "text": line.get("text"), **files})
     return utterances
 
@@ -635,11 +634,14 @@ def build_fold(lines: Sequence[Mapping[str, Any]]) -> Fold:
         arrays = {row: read_sequence(line[key], name) for row, line in enumerate(lines) if line.get(key) is not None}
         if not arrays:
             continue
-        widths = sorted({array.shape[1] for array in arrays.values()})
-        if len(widths) > 1:
-            raise DataError(f"{name}: expected features of one width, got {', '.join(map(str, widths))}")
+        first = next(iter(arrays))
+        for row, array in arrays.items():
+            here, there = array.shape[1], arrays[first].shape[1]
+            if here != there:
+                got = f"{there} in {lines[first][key]} and {here} in {lines[row][key]}"
+                raise DataError(f"{name}: expected as many features d in each file (T, d), got {got}")
         lengths[name] = np.array([len(arrays[row]) if row in arrays else 0 for row in range(n)], np.int64)
-        features[name] = np.zeros((n, max(1, int(lengths[name].max())), widths[0]), np.float32)
+        features[name] = np.zeros((n, max(1, int(lengths[name].max())), arrays[first].shape[1]), np.float32)
         for row, array in arrays.items():
             features[name][row, : len(array)] = array
     texts = [line.get("text") or "" for line in lines]

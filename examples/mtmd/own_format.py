@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ from rich.table import Table
 from mtmd import safe_pickle
 from mtmd.checkpoint import check_writable
 from mtmd.cli import note
-from mtmd.config import a_number, a_path
+from mtmd.config import Config, a_number, a_path, add_config_arguments, config_from
 from mtmd.data import (
     CLASSES,
     FOLDS,
+    FORMS,
+    KEYS,
     MODALITIES,
     UNIMODAL_LABELS,
     DataError,
@@ -46,40 +48,36 @@ from mtmd.data import (
     from_mmsa,
     key_names,
     load_mmsa,
-    presence,
     read_fold,
 )
 from mtmd.files import is_number, is_plain, read_json, read_npz, shown
+from mtmd.model import used_modalities
+from mtmd.needs import TextReader, advice, as_read, check_encoder, keys_of, lack, text_reader
 
 __all__ = ["load_dataset", "load_fold", "open_dataset", "save_dataset"]
 
 ABOUT = "dataset.json"
 FORMAT, VERSION = "mtmd dataset", 1
 TEXT_FORMS = ("raw_text", "text_bert", "text")
-NOT_USED = {"annotations", "classification_labels", *(f"classification_labels_{one}" for one in "TAV")}
-READ = {"id", "regression_labels", *UNIMODAL_LABELS.values(), *TEXT_FORMS, *MODALITIES}
-READ |= {f"{name}_lengths" for name in MODALITIES}
+SETTINGS = ("modalities", "text_encoder", "max_tokens", "without")  # on which it depends what a model needs
 
 
 # Reading
 
 
-def open_dataset(
-    path: str | os.PathLike[str], *, name: str, modalities: Sequence[str] = ("audio", "vision")
-) -> Dataset:
+def open_dataset(path: str | os.PathLike[str], *, name: str) -> Dataset:
     """Read what `--data` names: an MMSA pickle, or a folder as above.
 
     Args:
         path: The file or the folder.
         name: What to call the data of a pickle; a folder has its name inside.
-        modalities: Which of audio and vision there must be in a pickle; a folder says inside what it has.
 
     Raises:
         DataError: If the data is not what it should be.
         safe_pickle.UnsafePickleError: If a pickle holds more than plain data, or is damaged.
         OSError: If it cannot be read.
     """
-    return load_dataset(path) if Path(path).is_dir() else load_mmsa(path, name=name, modalities=modalities)
+    return load_dataset(path) if Path(path).is_dir() else load_mmsa(path, name=name)
 
 
 def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
@@ -94,39 +92,43 @@ def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
     """
     folder = Path(folder)
     about = _read_about(folder)
+    content = {fold: _read_arrays(folder / f"{fold}.npz") for fold in FOLDS}
     dataset = from_mmsa(
-        {fold: _read_arrays(folder / f"{fold}.npz") for fold in FOLDS},
+        content,
         name=about["name"],
         source=str(folder),
         synthetic=about["synthetic"],
         score_range=about["score_range"],
         classes=about["classes"],
-        modalities=[modality for modality in about["widths"] if modality != "text"],
     )
-    for error in _contradictions(about, dataset.folds):
+    for error in _contradictions(about, content, dataset.folds):
         raise DataError(f"{folder}: {error}")
     return dataset
 
 
-def load_fold(path: str | os.PathLike[str]) -> Fold:
-    """Read one .npz file by itself, to predict from: any of its keys may be missing, scores are then 0.
+def load_fold(path: str | os.PathLike[str], fold: str = "test") -> Fold:
+    """Read utterances to predict from: any of the keys may be missing. Labels are not read, scores are 0.
+
+    Args:
+        path: An .npz file or a pickle with a fold in it, or with a single utterance as it is; a pickle of several
+            folds; or a folder as above.
+        fold: Which of several folds. The others need not be there.
 
     Raises:
         DataError: As `load_dataset`.
+        safe_pickle.UnsafePickleError: If a pickle holds more than plain data, or is damaged.
         OSError: If the file cannot be read.
     """
-    content = _read_arrays(Path(path))
-    sizes = {len(array) for key, array in content.items() if key in READ and array.ndim}
-    if len(sizes) != 1:
-        raise DataError(
-            f"{path}: expected arrays for the same number of samples, got {sorted(sizes) or 'none that is read'}"
-        )
-    samples = sizes.pop()
-    content.setdefault("id", np.array([str(row) for row in range(samples)]))
-    content.setdefault("regression_labels", np.zeros(samples, np.float32))
-    if not set(TEXT_FORMS) & set(content):
-        content["raw_text"] = np.full(samples, "")  # a text that is missing
-    return read_fold(content, source=str(path))
+    path = Path(path)
+    if path.is_dir():
+        _read_about(path)
+        path = path / f"{fold}.npz"
+    content = _read_arrays(path) if path.suffix.lower() == ".npz" else safe_pickle.load(path)
+    if not isinstance(content, Mapping) or not set(content) & set(FOLDS):
+        return read_fold(content, source=str(path))
+    if fold not in content:
+        raise DataError(f"{path}: expected the fold {fold!r}, there is: {key_names(content)}")
+    return read_fold(content[fold], source=f"{path}: {fold}")
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -185,26 +187,22 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise DataError(str(error)) from None
 
 
-def _contradictions(about: dict[str, Any], folds: Mapping[str, Fold]) -> list[str]:
-    """What dataset.json says otherwise than the arrays."""
+def _contradictions(about: dict[str, Any], content: Mapping[str, Any], folds: Mapping[str, Fold]) -> list[str]:
+    """What dataset.json says otherwise than the arrays. What could not be read of these is told elsewhere."""
     errors = []
     for name, fold in folds.items():
         if about["folds"][name] != len(fold):
             errors.append(f"{name}: expected {about['folds'][name]} samples as {ABOUT} says, got {len(fold)}")
-    train = folds.get("train")
-    if train is not None:
-        widths = {key: array.shape[2] for key, array in train.features.items()}
-        if widths != about["widths"]:
-            errors.append(f"train: expected the feature widths {shown(about['widths'])} of {ABOUT}, got {widths}")
-        if _text_forms(train) != set(about["texts"]):
-            there = ", ".join(sorted(_text_forms(train)))
-            errors.append(f"train: expected texts as {', '.join(about['texts'])} ({ABOUT}), got {there}")
+    if "train" not in folds:
+        return errors
+    widths = {key: array.shape[2] for key, array in folds["train"].features.items()}
+    expected = {key: width for key, width in about["widths"].items() if key in widths or key not in content["train"]}
+    if widths != expected:
+        errors.append(f"train: expected the feature widths {shown(expected)} of {ABOUT}, got {widths}")
+    texts = [form for form in TEXT_FORMS if form in content["train"]]
+    if set(texts) != set(about["texts"]):
+        errors.append(f"train: expected texts as {', '.join(about['texts'])} ({ABOUT}), got {', '.join(texts)}")
     return errors
-
-
-def _text_forms(fold: Fold) -> set[str]:
-    forms = {"raw_text": fold.raw_text, "text_bert": fold.text_bert, "text": fold.features.get("text")}
-    return {name for name, array in forms.items() if array is not None}
 
 
 # Writing
@@ -235,7 +233,7 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str]) -> None:
             "synthetic": dataset.synthetic,
             "score_range": list(dataset.score_range),
             "classes": list(dataset.classes),
-            "texts": [form for form in TEXT_FORMS if form in _text_forms(dataset.folds["train"])],
+            "texts": [form for form in TEXT_FORMS if form in dataset.folds["train"].filled],
             "widths": dataset.widths,
             "folds": {name: len(fold) for name, fold in dataset.folds.items()},
         }
@@ -317,16 +315,28 @@ def run_convert(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument("source", type=a_path, metavar="FILE_OR_FOLDER", help="MMSA pickle, or folder in the own format")
-    data.add_argument("--name", default="", help="name of the data, as for training: 'sims' means scores in [-1, 1]")
+    parser.add_argument("source", type=a_path, metavar="FILE_OR_FOLDER", help="MMSA pickle, or own format")
+    add_config_arguments(parser, only=("dataset", *SETTINGS))
 
 
 def run_check(arguments: argparse.Namespace, console: Console) -> int:
-    """Tell everything that is odd about the data. Returns 1 if it cannot be trained on, else 0."""
-    folds, errors, notes = examine(arguments.source, name=arguments.name)
+    """Tell everything that is odd about the data. Returns 1 if it cannot be trained on, else 0.
+
+    With settings it is about a training with these, else about whether there are any with which it can be trained on.
+    """
+    source = arguments.source
+    given = {"config", *SETTINGS} & set(vars(arguments))
+    config = config_from(argparse.Namespace(**vars(arguments), data=source))
+    check_encoder(config)
+    folds, errors, notes = examine(source, name=config.dataset or "", config=config if given else None)
+    options = ""
+    if not errors and not given:
+        there, reader = keys_of(folds["train"]), TextReader("features")
+        fault = lack(config.modalities, there, reader)
+        options = advice(config.modalities, there, reader) if fault else ""
+        errors += [fault] if fault and not options else []
     if folds:
-        console.print(_overview(folds, title=str(arguments.source)))
+        console.print(_overview(folds, title=str(source)))
     if errors or notes:
         table = Table(title="What is odd", title_justify="left")
         table.add_column("")
@@ -334,16 +344,24 @@ def run_check(arguments: argparse.Namespace, console: Console) -> int:
         table.add_column("what")
         for kind, style, findings in (("error", "red", errors), ("note", "yellow", notes)):
             for finding in findings:
-                where, what = _where_and_what(finding.removeprefix(f"{arguments.source}: "))
+                where, what = _where_and_what(finding.removeprefix(f"{source}: "))
                 table.add_row(f"[{style}]{kind}[/]", escape(where), escape(what))
         console.print(table)
     verdict = "cannot be trained on" if errors else "can be trained on"
-    console.print(f"{len(errors)} errors, {len(notes)} notes: {verdict}", highlight=False)
+    verdict += (" with these settings" if given else "") + (f" with {options}" if options else "")
+    console.print(f"{len(errors)} errors, {len(notes)} notes: {verdict}", markup=False, highlight=False, soft_wrap=True)
     return 1 if errors else 0
 
 
-def examine(path: Path, *, name: str = "") -> tuple[dict[str, Fold], list[str], list[str]]:
+def examine(
+    path: Path, *, name: str = "", config: Config | None = None
+) -> tuple[dict[str, Fold], list[str], list[str]]:
     """Look through all of a pickle or folder: the folds that can be read, the errors, the notes.
+
+    Args:
+        path: Of the pickle or folder.
+        name: What the data of a pickle are called: "sims" means scores in [-1, 1].
+        config: What a training would need is looked for too, and lacking it is an error.
 
     Raises:
         OSError: If the path cannot be read at all.
@@ -366,27 +384,28 @@ def examine(path: Path, *, name: str = "") -> tuple[dict[str, Fold], list[str], 
             content = safe_pickle.load(path)
         except safe_pickle.UnsafePickleError as error:
             return {}, [str(error)], []
-    if about is None and path.is_dir():  # which modalities there must be stands in dataset.json alone
-        folds, found, notes = examine_mmsa(content, source=str(path), name=name, modalities=())
-    elif about is None:
-        folds, found, notes = examine_mmsa(content, source=str(path), name=name)
-    else:
-        required = [modality for modality in about["widths"] if modality != "text"]
-        folds, found, notes = examine_mmsa(
-            content, source=str(path), name=name, score_range=about["score_range"], modalities=required
-        )
-        found += _contradictions(about, folds)
-    return folds, errors + found, notes + _further_notes(content, folds)
+    score_range = None if about is None else about["score_range"]
+    expected = list(content) if path.is_dir() else FOLDS  # which file is missing or broken is told already
+    folds, found, notes = examine_mmsa(content, source=str(path), name=name, score_range=score_range, expected=expected)
+    errors += found
+    if about is not None:
+        errors += _contradictions(about, content, folds)
+    if config is not None and "train" in folds:
+        there = {key: True for key in KEYS if key in content["train"]}  # where some of it could not be read
+        try:
+            if not errors:
+                as_read(folds, config, str(path))
+            elif fault := lack(used_modalities(config), there, text_reader(config)):
+                errors.append(fault)
+        except ValueError as error:
+            errors.append(str(error))
+    return folds, errors, notes + _shared_videos(folds)
 
 
-def _further_notes(content: Any, folds: Mapping[str, Fold]) -> list[str]:
-    """What does no harm to reading but may not be meant."""
+def _shared_videos(folds: Mapping[str, Fold]) -> list[str]:
+    """What does no harm to reading but may not be meant: clips of one video on both sides of a split."""
     notes = []
-    for name in folds:
-        unread = [key for key in content[name] if key not in READ | NOT_USED]
-        if unread:
-            notes.append(f"{name}: not read: {key_names(unread)}")
-    # An id is VIDEO$_$CLIP. Clips of one video on both sides of a split let a model recognise the speaker.
+    # An id is VIDEO$_$CLIP. Clips of one video let a model recognise the speaker.
     videos = {name: {one.split("$_$")[0] for one in fold.ids if "$_$" in one} for name, fold in folds.items()}
     for first, second in itertools.combinations(videos, 2):
         shared = videos[first] & videos[second]
@@ -397,10 +416,11 @@ def _further_notes(content: Any, folds: Mapping[str, Fold]) -> list[str]:
 
 def _overview(folds: Mapping[str, Fold], *, title: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
-    present = {name: presence(fold) for name, fold in folds.items()}
-    for name, fold in folds.items():  # raw text counts as text, though it is no input before it is tokenised
-        if "text" not in present[name] and fold.raw_text is not None:
-            present[name]["text"] = np.array([bool(text.strip()) for text in fold.raw_text])
+    present: dict[str, dict[str, np.ndarray]] = {}
+    for name, fold in folds.items():
+        filled = fold.filled
+        forms = {modality: [filled[form] for form in FORMS[modality] if form in filled] for modality in MODALITIES}
+        present[name] = {modality: np.any(rows, axis=0) for modality, rows in forms.items() if rows}
     modalities = [name for name in MODALITIES if any(name in one for one in present.values())]
     for column in ("fold", "samples", "below 0", "0", "above 0", *(f"with {name}" for name in modalities)):
         table.add_column(column, justify="left" if column == "fold" else "right")

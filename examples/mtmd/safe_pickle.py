@@ -12,6 +12,7 @@ memo grow to gigabytes. Data files are few opcodes and large blocks of bytes, so
 """
 
 import collections
+import itertools
 import math
 import mmap
 import os
@@ -23,7 +24,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from mtmd.files import BEGINNING, is_plain, other_kind
+
 __all__ = ["DamagedPickleError", "UnsafePickleError", "load"]
+
+# JSON, a table or a sentence; the texts among the pickles begin otherwise.
+TEXT = re.compile(rb"(?s)(?!.*[\x00-\x08\x0e-\x1f])(\xef\xbb\xbf)?(\s*[{\[]|[^\n]*[,;\t]|\w+:? )")
+PYTHON_2 = ("STRING", "BINSTRING", "SHORT_BINSTRING")  # what it writes for str
 
 
 class UnsafePickleError(ValueError):
@@ -46,19 +53,22 @@ def load(path: str | os.PathLike[str]) -> object:
         DamagedPickleError: If the file is truncated or no pickle. A kind of `UnsafePickleError`.
         OSError: If the file cannot be opened.
     """
+    where = os.fspath(path)
     with open(path, "rb") as file:
-        try:
-            # A map never hands out more bytes than the file has, whatever length an opcode claims.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                root = _Reader(content).load()
+        start = file.read(BEGINNING)
+        kind = other_kind(start, but="pickle") or ("a text" if TEXT.match(start) else "")
+        if kind:
+            raise DamagedPickleError(f"{where}: expected a pickle, got {kind}") from None
+        # A map never hands out more bytes than the file has, whatever length an opcode claims.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            reader = _Reader(content)
+            try:
+                root = reader.load()
                 _check_types(root, len(content))
-        except UnsafePickleError as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from None
-        except Exception as error:  # a stream of garbage can provoke nearly any of them
-            reason = f"{type(error).__name__}: {error}"[:120].rstrip(": ")
-            raise DamagedPickleError(
-                f"{os.fspath(path)}: truncated, or not a pickle of plain data ({reason})"
-            ) from None
+            except UnsafePickleError as error:
+                raise type(error)(f"{where}: {reader.key()}{error}") from None
+            except Exception:  # a stream of garbage can provoke nearly any of them
+                raise DamagedPickleError(f"{where}: truncated, damaged, or not a pickle of plain data") from None
     return root
 
 
@@ -111,6 +121,20 @@ class _Reader(pickle._Unpickler):
             self._names[f"{core}.multiarray", "_reconstruct"] = self._reconstruct
             self._names[f"{core}.multiarray", "scalar"] = self._scalar
             self._names[f"{core}.numeric", "_frombuffer"] = self._frombuffer
+
+    def key(self) -> str:
+        """The keys on the way to what is being read, to begin an error with: "train: audio: ". Empty where none are."""
+        keys, filling = [], False  # whether the level before ends in a dictionary that this one's items go to
+        for level in [*getattr(self, "metastack", []), getattr(self, "stack", [])]:
+            if filling and level:  # key, value, key, value, key, and what the last value is made of
+                place = 0
+                while all(isinstance(one, str) for one in level[place : place + 3 : 2]) and place + 2 < len(level):
+                    place += 2
+                keys.append(level[place])
+            else:
+                keys += [one for before, one in itertools.pairwise(level) if isinstance(before, dict)]
+            filling = bool(level) and isinstance(level[-1], dict)
+        return "".join(f"{key}: " for key in keys if is_plain(key) and len(key) < 40)
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self._names:
@@ -242,6 +266,11 @@ _OPCODES = """
 
 def _refuse_opcode(name: str) -> Callable[[_Reader], NoReturn]:
     def refuse(_reader: _Reader) -> NoReturn:
+        if name in PYTHON_2:
+            raise UnsafePickleError(
+                f"written by Python 2 (opcode {name}), whose strings are bytes or text: where you trust the file, load "
+                "it once with `pickle.load(file, encoding='latin1')` and save it again"
+            )
         raise UnsafePickleError(f"uses the pickle opcode {name}, which plain data does not need")
 
     return refuse

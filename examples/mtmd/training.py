@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 import momentum_distill as md
 from mtmd.checkpoint import load_state, remove_states, save_state, section
 from mtmd.config import Config
-from mtmd.data import Batch, Dataset, Fold, Standardizer, batches, drop_modalities, one_text, presence, tokenize
+from mtmd.data import Batch, Dataset, Fold, Standardizer, batches, drop_modalities, presence
 from mtmd.files import reason
 from mtmd.metrics import msa_metrics
-from mtmd.model import MTMD, TEACHER, SequenceEncoder, used_modalities
+from mtmd.model import MTMD, SequenceEncoder
+from mtmd.needs import as_read
 from mtmd.objective import Objective
 from mtmd.processes import everywhere, from_leader, in_parallel, leads, place
 
@@ -67,69 +68,15 @@ class Scores(NamedTuple):
 
 
 def prepare(dataset: Dataset, config: Config) -> tuple[dict[str, Fold], Standardizer]:
-    """The folds as the model reads them: features standardised with training statistics, texts as tokens."""
-    standardizer = Standardizer.fit(dataset.folds["train"])
-    folds = {name: standardizer.apply(fold) for name, fold in dataset.folds.items()}
-    modalities = used_modalities(config)
-    for name in modalities:
-        if name != TEACHER and name not in dataset.widths:
-            there = ", ".join(dataset.widths)
-            raise ValueError(f"--modalities: expected modalities of the data ({there}), got {name}")
-    if TEACHER not in modalities:
-        return folds, standardizer
-    if config.text_encoder != "features":
-        return with_tokens(folds, config), standardizer
-    if TEACHER not in dataset.widths:
-        raise ValueError(
-            "--text-encoder: expected a BERT-type model (its name or directory), got 'features', but the file "
-            "has no 'text' array"
-        )
-    return {name: one_text(fold, tokens=False) for name, fold in folds.items()}, standardizer
+    """The folds as the model reads them: features standardised with training statistics, texts as tokens.
 
-
-def with_tokens(folds: dict[str, Fold], config: Config) -> dict[str, Fold]:
-    """The folds with token ids for the chosen encoder.
-
-    MMSA's files hold those of uncased BERT. Another vocabulary needs the raw text, tokenised here.
+    Raises:
+        DataError: If the model cannot be trained on them; see needs.py.
+        ValueError: If the text encoder is none.
     """
-    from transformers import AutoTokenizer
-
-    check_encoder(config.text_encoder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--text-encoder: expected the name or the directory of a BERT-type model, got {config.text_encoder}: {why}"
-        ) from error
-    words = ["[CLS]", "[SEP]", "movie", "##s", "good"]
-    is_uncased_bert = tokenizer.convert_tokens_to_ids(words) == [101, 102, 3185, 2015, 2204]
-    tokenised = {}
-    for name, fold in folds.items():
-        tokens = fold.text_bert
-        if tokens is None or not is_uncased_bert:
-            if fold.raw_text is None and tokens is None:
-                raise ValueError(
-                    f"--text-encoder: expected 'features', got {config.text_encoder}: the {name} fold has neither "
-                    "'raw_text' nor 'text_bert', which a BERT-type model reads"
-                )
-            if fold.raw_text is None:
-                raise ValueError(
-                    f"--text-encoder: expected a model with the vocabulary of uncased BERT, got {config.text_encoder}: "
-                    f"the {name} fold has 'text_bert' but no 'raw_text' to tokenise"
-                )
-            tokens = tokenize(fold.raw_text, tokenizer, config.max_tokens)
-        tokenised[name] = replace(one_text(fold, tokens=True), text_bert=tokens)
-    return tokenised
-
-
-def check_encoder(name: str) -> None:
-    """Refuse what looks like a path and is none. A name on the hub has at most one slash."""
-    path = Path(name)
-    if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))):
-        raise ValueError(
-            f"--text-encoder: expected a BERT-type model's name or directory, got {name}: no such directory"
-        )
+    folds = as_read(dataset.folds, config, str(config.data or dataset.name))
+    standardizer = Standardizer.fit(dataset.folds["train"])
+    return {name: standardizer.apply(fold) for name, fold in folds.items()}, standardizer
 
 
 @dataclass
