@@ -108,7 +108,7 @@ def concept_targets() -> None:
 def concept_hard() -> None:
     """The weight of Eq. 14, by its definition through the loss itself."""
     error = torch.linspace(0, 3, 61)
-    loss = md.HardSampleFusionLoss(reduction="none")
+    loss = md.HardSampleFusionLoss(reduction="none").eval()
     weight = loss(student_scores=torch.full((61,), -1.0), fused_scores=torch.zeros(61), targets=error)
     axes = _axes(2.5)
     axes.plot(error.tolist(), weight.tolist(), color=BLUE)

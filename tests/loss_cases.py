@@ -4,6 +4,7 @@ import dataclasses
 import reprlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,9 @@ RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.f
 DTYPES = list(RTOL)
 POSITIVES = ["outside", "inside", "inside_per_positive"]
 REDUCTIONS = ["mean", "sum", "none"]
+
+numbers_alone = pytest.mark.filterwarnings(r"ignore:\w+ trains no model:UserWarning")
+"""For tests that compare what losses return, for which nothing has to require a gradient."""
 
 
 def lists(x: Tensor | None) -> list | float | None:

@@ -40,7 +40,7 @@ GROUPS = {
     "one process": [
         *(f"tests/test_{name}.py" for name in ("bad_inputs", "closed_forms", "diagnostics", "docs_parity", "ema")),
         *(f"tests/test_{name}.py" for name in ("ema_traps", "functional", "fusion", "hard_sample", "loss_group")),
-        *(f"tests/test_{name}.py" for name in ("param_groups", "properties", "properties_invariance")),
+        *(f"tests/test_{name}.py" for name in ("losses", "param_groups", "properties", "properties_invariance")),
         *(f"tests/test_{name}.py" for name in ("properties_over_time", "queue", "queue_stateful", "response")),
         *(f"tests/test_{name}.py" for name in ("streaming", "supcon", "supcon_edge_cases", "supcon_gradcheck")),
         *(f"tests/test_{name}.py" for name in ("supcon_module", "supcon_traps")),

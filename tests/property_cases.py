@@ -19,7 +19,7 @@ from torch import Tensor
 
 import momentum_distill as md
 from loss_cases import DTYPES, POSITIVES, REDUCTIONS, RTOL
-from momentum_distill import _streaming
+from momentum_distill import _streaming, functional
 from tiers import STRESS, times
 
 PROPERTY = settings(max_examples=times(25, 200, 10_000), deadline=None, derandomize=not STRESS)
@@ -57,9 +57,9 @@ def matrix(draw: st.DrawFn, rows: int, width: int, *, wild: bool = True) -> Tens
     return values[torch.arange(rows) - repeats.long()]
 
 
-def labels(draw: st.DrawFn, rows: int) -> Tensor:
-    """Three classes, unlabelled (-2) and absent (-1)."""
-    return torch.tensor([0, 1, 2, 0, 1, 2, -2, -1])[numbers(draw, rows) % 8]
+def labels(draw: st.DrawFn, rows: int, absent: int = -1) -> Tensor:
+    """Three classes, unlabelled (-2) and `absent`."""
+    return torch.tensor([0, 1, 2, 0, 1, 2, -2, absent])[numbers(draw, rows) % 8]
 
 
 def mask(draw: st.DrawFn, rows: int) -> Tensor:
@@ -116,6 +116,12 @@ class Contrast(NamedTuple):
     def momentum(self) -> bool:
         return "momentum_query" in self.features
 
+    @property
+    def fewest_cuts(self) -> tuple[int, ...]:
+        """One part; two where the first has to be the batch."""
+        n, q = len(self.query_labels), len(self.key_labels)
+        return (n, q - n) if self.options["exclude_self"] else (q,)
+
     def call(
         self,
         loss_fn: md.SupConDistillLoss,
@@ -153,6 +159,7 @@ OPTIONS = st.fixed_dictionaries(
         "reduction": st.sampled_from(REDUCTIONS),
         "normalize": st.sampled_from([True, "query", False]),
         "ignore_index": st.sampled_from([-1, -1, 2]),
+        "exclude_self": st.sampled_from([False, False, True]),
     }
 )
 MOMENTUM = st.sampled_from(["none", "own", "the keys"])
@@ -164,6 +171,7 @@ def contrasts(draw: st.DrawFn, dtype: torch.dtype = torch.float64, layout: str |
     layout = draw(LAYOUT) if layout is None else layout
     n, q, d = draw(NO_SIZES if layout == "zero-size" else SIZES)
     options, momentum, wild = draw(OPTIONS), draw(MOMENTUM), draw(st.booleans())
+    q = max(n, q) if options["exclude_self"] else q
     raw = {"query": matrix(draw, n, d, wild=wild), "keys": matrix(draw, q, d, wild=wild)}
     if draw(st.booleans()):  # the batch is among the keys, as its own part of them is
         raw["keys"][: min(n, q)] = raw["query"][: min(n, q)]
@@ -177,10 +185,12 @@ def contrasts(draw: st.DrawFn, dtype: torch.dtype = torch.float64, layout: str |
     if momentum == "the keys":
         features["momentum_keys"] = features["keys"]
     stops = [*sorted(min(cut, q) for cut in draw(CUTS)), q]
+    if options["exclude_self"]:
+        stops = [n, *(max(n, stop) for stop in stops[-2:])]
     return Contrast(
         features=features,
-        query_labels=laid(labels(draw, n), layout),
-        key_labels=laid(labels(draw, q), layout),
+        query_labels=laid(labels(draw, n, options["ignore_index"]), layout),
+        key_labels=laid(labels(draw, q, options["ignore_index"]), layout),
         cuts=tuple(stop - start for start, stop in zip([0, *stops], stops, strict=False)),
         options=options,
     )
@@ -225,6 +235,7 @@ def way(name: str) -> Iterator[None]:
             patch.setattr(_streaming, "SAFE_SUM", (1.0, 0.0))  # no sum is in this range
         if name.endswith("not asking"):
             patch.setattr(_streaming, "may_ask", lambda _: False)
+            patch.setattr(functional, "may_ask", lambda _: False)
         if name == "as compiled":  # the formula that torch.compile sees, which takes long to compile for all there is
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield
@@ -267,10 +278,18 @@ def contrast_terms(
         return q @ k.T / temperature
 
     kept = case.query_labels[here]
-    same = (kept[:, None] == case.key_labels[there]) & (kept >= 0)[:, None]
+    hidden = torch.eye(len(here), len(there), dtype=torch.bool)[here][:, there] & options["exclude_self"]
+    # A row that sees no key at all adds nothing.
+    none = hidden.all(dim=1, keepdim=True)
+
+    def log_softmax(scores: Tensor) -> Tensor:
+        seen = torch.where(none, 0.0, scores.masked_fill(hidden, -torch.inf))
+        return torch.where(hidden, 0.0, seen.log_softmax(dim=1))
+
+    same = (kept[:, None] == case.key_labels[there]) & (kept >= 0)[:, None] & ~hidden
     count = same.sum(dim=1)
     if there.any():
-        log_v = scores("query", "keys").log_softmax(dim=1)
+        log_v = log_softmax(scores("query", "keys"))
         if options["positives"] == "outside":
             supervised = -torch.where(same, log_v, 0.0).sum(dim=1) / count.clamp(min=1)
         else:
@@ -280,8 +299,8 @@ def contrast_terms(
             supervised = supervised / count.clamp(min=1)
         distill = torch.zeros_like(supervised)
         if case.momentum:
-            log_u = scores("momentum_query", "momentum_keys").log_softmax(dim=1).detach()
-            distill = (log_u.exp() * (log_u - log_v)).sum(dim=1)
+            log_u = log_softmax(scores("momentum_query", "momentum_keys")).detach()
+            distill = torch.where(hidden, 0.0, log_u.exp() * (log_u - log_v)).sum(dim=1)
     else:
         supervised = distill = features["query"][here].sum(dim=1) * 0.0
 

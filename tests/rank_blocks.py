@@ -195,7 +195,8 @@ class Outputs(NamedTuple):
     labels: Tensor  # (n,)
     mask: Tensor  # (n,) bool
     targets: Tensor  # (n,)
-    here: dict[str, Tensor]  # keys, momentum and labels of all ranks' rows
+    keys: Tensor  # (n, 5)
+    here: dict[str, Tensor]  # keys, momentum, labels and rank of all ranks' rows
     past: dict[str, Tensor]  # the same of a queue
     temperature: Tensor
     alpha: Tensor
@@ -231,7 +232,10 @@ def outputs(case: LossCase, learned: dict[str, Tensor]) -> Outputs:
         labels[mine],
         mask[mine],
         numbers(8, total, dtype=case.dtype)[mine],
-        md.gather_rows({"keys": keys, "momentum": momentum, "labels": labels[mine]}),
+        keys,
+        md.gather_rows(
+            {"keys": keys, "momentum": momentum, "labels": labels[mine], "rank": torch.full_like(labels[mine], rank)}
+        ),
         {**past, "labels": torch.tensor([0, 1, 2, -1, -2, 0], device=DEVICE)},
         learned["log_temperature"].exp(),
         learned["alpha"],
@@ -250,6 +254,24 @@ def supcon(o: Outputs, *, batch: bool = True, **options: object) -> F.SupConTerm
         momentum_query=o.momentum,
         momentum_keys=tuple(part["momentum"] for part in parts),
         alpha=o.alpha,
+        group="auto",
+        **options,
+    )
+
+
+def without_self(o: Outputs, **options: object) -> Tensor:
+    """No row sees its own key: the rows of this rank are the first part, and absent from that of all ranks."""
+    others = o.here["labels"].masked_fill(o.here["rank"] == rank_and_world()[0], -1)
+    return F.supcon_distill_loss(
+        o.query,
+        (o.keys, o.here["keys"]),
+        o.labels,
+        (o.labels, others),
+        temperature=o.temperature,
+        momentum_query=o.momentum,
+        momentum_keys=(o.momentum, o.here["momentum"]),
+        alpha=o.alpha,
+        exclude_self=True,
         group="auto",
         **options,
     )
@@ -277,6 +299,8 @@ GATHERED: dict[str, Callable[[Outputs], Tensor]] = {
         for positives in POSITIVES
         for reduction in ("mean", "sum")
     },
+    "supcon without self": without_self,
+    "supcon without self, inside": lambda o: without_self(o, positives="inside", reduction="sum"),
     "supervised": lambda o: supcon(o).supervised,
     "distill": lambda o: supcon(o, reduction="sum").distill,
     "all terms": lambda o: torch.stack(supcon(o, positives="inside")[:3]) @ o.query.new_tensor([0.5, 2.0, 3.0]),
@@ -612,12 +636,16 @@ WRONG: dict[str, tuple[Callable, dict, str, str]] = {
     "dtype of the queue": (wrong_enqueue, {"dtype": torch.float64}, "ValueError", r"float64.* on rank 1$"),
     "mask": (wrong_enqueue, {"valid": {"a": torch.ones(3, dtype=torch.bool)}}, "ValueError", r"^valid\['a'\]: "),
     "mask name": (wrong_enqueue, {"valid": {"z": torch.ones(2, dtype=torch.bool)}}, "ValueError", r"^valid: .*'z'"),
-    "label value": (wrong_enqueue, {**TOO_HIGH, "validate": True}, "ValueError", r"^labels: .*\(on rank 1\)$"),
+    "label value": (wrong_enqueue, TOO_HIGH, "ValueError", r"^labels: .*\(on rank 1\)$"),
+    "query label value": (wrong_supcon, {"query_labels": torch.tensor([0, -100])}, "ValueError", r"^query_labels: "),
+    "key label value": (wrong_supcon, {"key_labels": torch.tensor([0, 1, 0, -3])}, "ValueError", r"^key_labels: "),
+    "fusion label value": (wrong_fusion, {"labels": torch.tensor([0, 9])}, "ValueError", r"^labels: .*\(on rank 1\)$"),
+    "exclude_self": (wrong_supcon, {"exclude_self": True}, "ValueError", r"^keys: .* \(on rank 1\)$"),
     "label beyond the classes": (
         wrong_enqueue,
         {**TOO_HIGH, "everywhere": {"balanced": True}},
         "ValueError",
-        r"^labels: expected values below num_classes=3, got 9$",
+        r"^labels: expected classes below 3, .* got 9 in row 1 \(on rank 1\)$",
     ),
     "NaN": (wrong_enqueue, {"a": eye() * torch.nan, "validate": True}, "ValueError", r"NaN.* \(on rank 1\)$"),
     "query shape": (wrong_supcon, {"query": eye(2, 4)}, "ValueError", r"^keys: .* \(on rank 1\)$"),
@@ -916,7 +944,7 @@ def train_everything(sizes: tuple[int, ...], accumulate: int, options: dict) -> 
         optimizer.zero_grad()
         for turn in range(accumulate):
             x = numbers(10 * step + turn, sum(sizes), 4)[mine]
-            labels = (numbers(100 + 10 * step + turn, sum(sizes)) * 2).long()[mine]
+            labels = (numbers(100 + 10 * step + turn, sum(sizes)) * 2).long().clamp(min=-2)[mine]
             # static_graph has to see its first pass back without no_sync.
             sync = turn == accumulate - 1 or step == 0 or world == 1
             with nullcontext() if sync else ddp.no_sync():

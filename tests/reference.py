@@ -4,7 +4,7 @@ Equation numbers are those of Lin and Hu, "Multi-Task Momentum Distillation for 
 Sentiment Analysis" (2023). Nothing here imports torch or the library: rows are lists of floats, sums
 run over explicit indices, and the only trick is the shift by the maximum under each exponential.
 
-Labels: `ignore_index` (-1) is absent, any other negative label is there but nobody's positive.
+Labels: `ignore_index` (-1) is absent, -2 is there but nobody's positive.
 """
 
 import math
@@ -109,9 +109,10 @@ def supcon_rows(
     positives: str = "outside",
     normalize: bool | str = True,
     ignore_index: int = -1,
+    exclude_self: bool = False,
 ) -> list[SupConRow | None]:
-    """Supervised and KL part of every row, None where the row is ignored."""
-    present = [j for j, label in enumerate(key_labels) if label != ignore_index]
+    """Supervised and KL part of every row, None where the row is ignored; key i is not there for row i if asked for."""
+    everyone = [j for j, label in enumerate(key_labels) if label != ignore_index]
     s = similarities(query, keys, temperature, normalize)
     if momentum_query is not None:
         tau = temperature if momentum_temperature is None else momentum_temperature
@@ -122,6 +123,7 @@ def supcon_rows(
         if label == ignore_index:
             out.append(None)
             continue
+        present = [j for j in everyone if not (exclude_self and j == i)]
         if not present:
             out.append(SupConRow(None, 0.0))
             continue

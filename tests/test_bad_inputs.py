@@ -21,7 +21,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import momentum_distill as md
+from loss_cases import numbers_alone
 from momentum_distill import diagnostics, functional
+
+pytestmark = numbers_alone
 
 V, T = ValueError, TypeError
 EITHER = (ValueError, TypeError)  # where a value is wrong in type and in range alike
@@ -170,6 +173,9 @@ CALLS = {
     "ResponseDistillLoss(validate).forward": lambda: Call(
         md.ResponseDistillLoss(task="regression", validate=True), response_arguments(4)
     ),
+    "ResponseDistillLoss(classification, validate).forward": lambda: Call(
+        md.ResponseDistillLoss(task="classification", validate=True), response_arguments(4, 3)
+    ),
     "HardSampleFusionLoss()": lambda: Call(md.HardSampleFusionLoss),
     "HardSampleFusionLoss.forward": lambda: Call(md.HardSampleFusionLoss(), hard_arguments()),
     "HardSampleFusionLoss(validate).forward": lambda: Call(md.HardSampleFusionLoss(validate=True), hard_arguments()),
@@ -184,6 +190,7 @@ CALLS = {
     "EMAWrapper.check_in_sync": lambda: Call(md.EMAWrapper(nn.Linear(2, 2)).check_in_sync),
     "ClassQueue()": lambda: Call(md.ClassQueue, {"size": 4, "dims": {"t": 3, "a": 2}}),
     "ClassQueue.enqueue": lambda: queue_method("enqueue"),
+    "ClassQueue(num_classes).enqueue": lambda: queue_method("enqueue", num_classes=2),
     "ClassQueue(balanced).enqueue": lambda: queue_method("enqueue", balanced=True, num_classes=2),
     "ClassQueue(validate).enqueue": lambda: queue_method("enqueue", balanced=True, num_classes=2, validate=True),
     "ClassQueue.read": lambda: queue_method("read"),
@@ -386,6 +393,39 @@ bad(
     [*wrong_numbers(optional=True), ("is zero", 0, V), ("is a vector", real(2), V)],
 )
 bad("supcon_distill_loss", "validate", FLAGS)
+bad(
+    SUPCON_CALLS,
+    "query_labels",
+    [("hold -3", with_value(ints(4), -3), V), ("hold torch's ignore_index", with_value(ints(4), -100), V)],
+)
+bad(
+    SUPCON_CALLS,
+    "key_labels",
+    [("hold -100 in two rows", torch.tensor([0, -100, 0, -2, -100]), V), ("hold -3", with_value(ints(5), -3), V)],
+)
+bad(
+    SUPCON_CALLS,
+    "key_labels",
+    [("hold -3 in their second part", (ints(2), with_value(ints(3), -3)), V)],
+    keys=(real(2, 3), real(3, 3)),
+    momentum_keys=(real(2, 3), real(3, 3)),
+)
+bad(
+    "supcon_distill_loss",
+    "key_labels",
+    [("mark what is absent by another number", with_value(ints(5), -1), V)],
+    ignore_index=-100,
+)
+bad("supcon_distill_loss", "exclude_self", FLAGS)
+bad("supcon_distill_loss", "keys", [("are not the batch", real(5, 3), V)], exclude_self=True)
+bad(
+    "supcon_distill_loss",
+    "keys",
+    [("have a first part that is not the batch", (real(3, 3), real(4, 3)), V)],
+    key_labels=(ints(3), ints(4)),
+    momentum_keys=(real(3, 3), real(4, 3)),
+    exclude_self=True,
+)
 
 SUPCON_OPTIONS = ["supcon_distill_loss", "supcon_distill_terms", "SupConDistillLoss()"]
 bad(SUPCON_OPTIONS, "positives", choices())
@@ -415,6 +455,7 @@ bad(
     ],
 )
 bad("SupConDistillLoss()", "learnable_temperature", FLAGS)
+bad("SupConDistillLoss()", "exclude_self", FLAGS)
 bad("SupConDistillLoss()", "alpha", wrong_numbers(0, 1))
 bad("SupConDistillLoss()", "group", GROUPS)
 bad("supcon_distill_loss", "group", GROUPS)
@@ -433,8 +474,6 @@ bad(
 )
 bad(VALIDATED, "momentum_query", [("holds NaN", with_value(real(4, 3), NAN), V)])
 bad(VALIDATED, "momentum_keys", [("hold NaN", with_value(real(5, 3), NAN), V)])
-bad(VALIDATED, "query_labels", [("hold -3", with_value(ints(4), -3), V)])
-bad(VALIDATED, "key_labels", [("hold -100", with_value(ints(5), -100), V)])
 
 bad(
     "SupConDistillLoss(query, validate).forward",
@@ -497,6 +536,14 @@ bad("response_distill_loss(regression)", "group", GROUPS)
 for argument in ("student", "teacher", "momentum"):
     bad("ResponseDistillLoss(validate).forward", argument, [("holds NaN", with_value(real(4), NAN), V)])
     bad("ResponseDistillLoss(validate).forward", argument, [("holds infinity", with_value(real(4), INF), V)])
+
+PROBABILITIES = real(4, 3).softmax(dim=1)
+for argument in ("student", "teacher", "momentum"):
+    bad(
+        "ResponseDistillLoss(classification, validate).forward",
+        argument,
+        [("holds probabilities", PROBABILITIES, V), ("holds one-hot rows", torch.eye(3)[[0, 2, 1, 0]], V)],
+    )
 
 # ---- the fusion loss -------------------------------------------------------------------------
 
@@ -570,10 +617,17 @@ for argument in ("student_scores", "fused_scores", "targets"):
     bad("HardSampleFusionLoss(validate).forward", argument, [("holds NaN", with_value(real(4), NAN), V)])
 bad("HardSampleFusionLoss(validate).forward", "student_logits", [("holds NaN", with_value(real(4, 3), NAN), V)])
 bad(
-    "HardSampleFusionLoss(validate).forward",
+    FUSION,
     "labels",
-    [("hold C", with_value(ints(4), 3), V), ("hold -3", with_value(ints(4), -3), V)],
+    [
+        ("hold C", with_value(ints(4), 3), V),
+        ("hold -3", with_value(ints(4), -3), V),
+        ("hold -100 in two rows", torch.tensor([0, -100, -2, -100]), V),
+    ],
 )
+bad(FUSION, "labels", [("hold -3, without logits", with_value(ints(4), -3), V)], student_logits=None, fused_logits=None)
+for argument in ("student_logits", "fused_logits"):
+    bad("HardSampleFusionLoss(validate).forward", argument, [("hold probabilities", PROBABILITIES, V)])
 
 # ---- rows ------------------------------------------------------------------------------------
 
@@ -791,11 +845,10 @@ for call in ("ClassQueue.enqueue", "ClassQueue(balanced).enqueue"):
     bad(call, "valid", [(what, {"a": value}, error) for what, value, error in no_mask(3)])
     bad(call, "valid", [("is a tensor", bools(3), T), ("is a list of names", ["a"], T)])
     bad(call, "valid", [("has an unknown stream", {"v": bools(3)}, V), ("maps to None", {"a": None}, T)])
-bad(
-    "ClassQueue(validate).enqueue",
-    "labels",
-    [("hold num_classes", with_value(ints(3), 2), V), ("hold -3", with_value(ints(3), -3), V)],
-)
+for call in ("ClassQueue(num_classes).enqueue", "ClassQueue(balanced).enqueue"):
+    bad(call, "labels", [("hold num_classes", with_value(ints(3), 2), V)])
+for call in ("ClassQueue.enqueue", "ClassQueue(balanced).enqueue"):
+    bad(call, "labels", [("hold -3", with_value(ints(3), -3), V), ("hold -100", with_value(ints(3), -100), V)])
 bad(
     "ClassQueue(validate).enqueue",
     "features",

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import momentum_distill as md
-from loss_cases import bits, supcon_case
+from loss_cases import bits, numbers_alone, supcon_case
 from momentum_distill import _group
 
 # The compiler's own, about what it does itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
+    numbers_alone,
 ]
 
 N, C = 6, 3

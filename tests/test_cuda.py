@@ -83,6 +83,14 @@ def test_the_contrastive_loss_is_that_of_the_cpu(positives, normalize, momentum,
     assert_as_on_the_cpu(case, dtype, **options)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_a_batch_that_excludes_itself_is_that_of_the_cpu(positives, dtype):
+    case = supcon_case(9, 301, 301, 24, ignored=0.2, unlabelled=0.2, dtype=dtype)
+    assert_as_on_the_cpu(case, dtype, alpha=0.3, positives=positives, exclude_self=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [3, 64, 128, 200, 384, 768, 1024])
 def test_any_width(d, dtype, monkeypatch):

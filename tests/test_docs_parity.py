@@ -80,6 +80,7 @@ def as_tensor(value):
 def test_the_page_compares_with_all_that_it_names():
     assert compared() == [
         "pytorch-metric-learning",
+        "A batch with itself",
         "CrossBatchMemory",
         "lightly",
         "SupContrast",
@@ -156,23 +157,17 @@ def test_supcontrast_has_our_gradient(seed):
     results = []
     for ours in (True, False):
         leaf = views.clone().requires_grad_()
-        total = 0.0
-        for row in range(rows):
-            others = torch.arange(rows) != row
-            if ours:
-                total = total + md.functional.supcon_distill_loss(
-                    leaf[row : row + 1],
-                    leaf[others],
-                    labels[row : row + 1],
-                    labels[others],
-                    temperature=temperature,
-                    normalize=False,
-                )
-            else:
-                logits = leaf[others] @ leaf[row] / temperature
-                total = total - logits.log_softmax(dim=0)[labels[others] == labels[row]].mean()
-        total.backward()
-        results.append((total.detach(), leaf.grad))
+        if ours:
+            options = {"temperature": temperature, "normalize": False, "exclude_self": True}
+            loss = md.functional.supcon_distill_loss(leaf, leaf, labels, labels, **options)
+        else:
+            others = ~torch.eye(rows, dtype=torch.bool)
+            logits = (leaf @ leaf.T / temperature).masked_fill(~others, -torch.inf)
+            positive = others & (labels[:, None] == labels)
+            log_probs = logits.log_softmax(dim=1).masked_fill(~others, 0.0)
+            loss = (-(log_probs * positive).sum(dim=1) / positive.sum(dim=1)).mean()
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -211,13 +206,16 @@ def test_pytorch_metric_learning_has_our_gradient(seed):
     rows, slots, width = 5 + seed, 30 + seed, 6
     keys, labels, key_labels = unit_rows(slots, width, seed + 20), torch.arange(rows) % 3, torch.arange(slots) % 3
     results = []
+    contrast = md.functional.supcon_distill_loss
     for loss_fn in (
         lambda q: losses.SupConLoss(temperature=0.2)(q, labels, ref_emb=keys, ref_labels=key_labels),
-        lambda q: md.functional.supcon_distill_loss(q, keys, labels, key_labels, temperature=0.2),
+        lambda q: contrast(q, keys, labels, key_labels, temperature=0.2),
+        lambda q: losses.SupConLoss(temperature=0.2)(q, labels),
+        lambda q: contrast(q, q, labels, labels, temperature=0.2, exclude_self=True),
     ):
         leaf = (3 * unit_rows(rows, width, seed)).requires_grad_()
         loss = loss_fn(leaf)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
-    for ours, theirs in zip(*results, strict=True):
+    for theirs, ours in (*zip(*results[:2], strict=True), *zip(*results[2:], strict=True)):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)

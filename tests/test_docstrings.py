@@ -18,7 +18,7 @@ WITHOUT_EQUATION = {"ClassQueue", "SupConTerms", "gather_rows", "param_groups", 
 # Overridden for torch, not called by users.
 PLUMBING = {"extra_repr", "get_extra_state", "set_extra_state", "train"}
 
-SECTION = re.compile(r"^(Args|Returns|Raises|Example|References):$", flags=re.MULTILINE)
+SECTION = re.compile(r"^(Args|Returns|Raises|Warns|Example|References):$", flags=re.MULTILINE)
 ENTRY = re.compile(r"^    (\*{0,2}\w+): ", flags=re.MULTILINE)
 SHAPE = re.compile(r"\bshapes?\b|`[^`]*\((?:[A-Z]\b|\)|sum)[^`]*`")
 RANGE = re.compile(r"\[.+,.+[\])]|[<>]|at least|positive|finite|inside|Smallest|Label|1e-\d", flags=re.DOTALL)

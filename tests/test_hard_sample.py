@@ -12,8 +12,10 @@ from torch.autograd import gradcheck
 
 import momentum_distill as md
 import reference
-from loss_cases import DTYPES, REDUCTIONS, assert_close, assert_gradient_close, bits, lists
+from loss_cases import DTYPES, REDUCTIONS, assert_close, assert_gradient_close, bits, lists, numbers_alone
 from momentum_distill import functional as F
+
+pytestmark = numbers_alone
 
 CLASS_WEIGHTS = ["distance", "error_rate", "per_sample"]
 PARTS = {

@@ -5,8 +5,10 @@ import torch
 import torch.distributed as dist
 
 import momentum_distill as md
-from loss_cases import bits, supcon_case
+from loss_cases import bits, numbers_alone, supcon_case
 from momentum_distill import _group
+
+pytestmark = numbers_alone
 
 
 @pytest.fixture

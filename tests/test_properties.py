@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import momentum_distill as md
 import reference
-from loss_cases import DTYPES, REDUCTIONS, lists
+from loss_cases import DTYPES, REDUCTIONS, lists, numbers_alone
 from momentum_distill import functional as F
 from property_cases import (
     LAYOUTS,
@@ -38,6 +38,7 @@ from property_cases import (
 pytestmark = [
     pytest.mark.repeated,
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),  # of the compiler's own making
+    numbers_alone,
 ]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,6 +175,7 @@ def test_hard_sample_loss(dtype, data):
     ignore_index, parts = data.draw(st.sampled_from([-1, 0])), data.draw(PARTS)
     x = {name: t for name, t in (logits | scores).items() if name.endswith((*parts, "targets"))}
     keep, labels = logits["mask"] if masked else None, logits["labels"].clamp(max=classes - 1)
+    labels = torch.where(labels == -1, ignore_index, labels)
     loss_fn = md.HardSampleFusionLoss(**options, detach_teacher=detached, ignore_index=ignore_index)
 
     def ours(x):
@@ -330,7 +332,7 @@ needs_a_compiler = pytest.mark.skipif(
 @given(data=st.data())
 @PROPERTY
 def test_compiled_contrastive_loss(dtype, data):
-    options = {"temperature": 0.1, "alpha": 0.4, "ignore_index": -1, **CONTRASTS[dtype]}
+    options = {"temperature": 0.1, "alpha": 0.4, "ignore_index": -1, "exclude_self": False, **CONTRASTS[dtype]}
     case = data.draw(plain_contrasts(dtype, SHAPES, options))
     loss_fn = compiled(md.SupConDistillLoss, **options, learnable_temperature=False)
 

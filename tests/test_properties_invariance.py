@@ -34,11 +34,11 @@ def order(draw, count):
 
 
 def contrast(case, *, named="matrices", cuts=None):
-    """Terms, and the gradients of the total; by default through the matrices, with the keys in one part."""
+    """Terms, and the gradients of the total; by default through the matrices, the keys in as few parts as can be."""
     x = {name: t.detach().requires_grad_("momentum" not in name) for name, t in case.features.items()}
     loss_fn = md.SupConDistillLoss(**case.options)
     with way(named):
-        terms = case.call(loss_fn, x, [len(case.key_labels)] if cuts is None else cuts)._asdict()
+        terms = case.call(loss_fn, x, case.fewest_cuts if cuts is None else cuts)._asdict()
         leaves = {"query": x["query"], "keys": x["keys"], "ratio": loss_fn.log_temperature_ratio}
         gradients = torch.autograd.grad(terms["total"].sum(), [*leaves.values()])
     values = {name: t.detach().double() for name, t in terms.items()}
@@ -63,7 +63,9 @@ def assert_same(case, actual, expected):
 @given(case=CASES, data=st.data(), name=st.sampled_from(WAYS))
 @PROPERTY
 def test_the_order_of_rows_and_of_keys_does_not_matter(case, data, name):
-    rows, keys = order(data.draw, len(case.query_labels)), order(data.draw, len(case.key_labels))
+    n, q = len(case.query_labels), len(case.key_labels)
+    rows = order(data.draw, n)
+    keys = torch.cat([rows, n + order(data.draw, q - n)]) if case.options["exclude_self"] else order(data.draw, q)
     shuffled = mapped(case, rows=lambda x: x[rows], keys=lambda x: x[keys])
     values, gradients = contrast(case, named=name)
     values = {key: x[rows] if x.ndim else x for key, x in values.items()}
@@ -96,7 +98,10 @@ def test_the_length_of_what_is_normalised_does_not_matter(case, data, name):
 def test_absent_rows_and_keys_do_not_matter_whatever_they_hold(case, data, name, garbage):
     absent, n, q = case.options["ignore_index"], len(case.query_labels), len(case.key_labels)
     rows = order(data.draw, n + data.draw(st.integers(0, 2)))  # the last ones are absent, and go anywhere
-    keys = order(data.draw, q + data.draw(st.integers(0, 2)))
+    if case.options["exclude_self"]:  # an absent row has an absent key
+        keys = torch.cat([torch.where(rows < n, rows, rows - n + q), n + order(data.draw, q - n)])
+    else:
+        keys = order(data.draw, q + data.draw(st.integers(0, 2)))
 
     def more(count, places, fill):
         def extended(x):

@@ -224,7 +224,7 @@ def test_nan_in_a_valid_row_is_kept_loudly():
     queue.enqueue(labels, features)
     assert queue.read("t")[0].isnan().any(dim=1).tolist() == [False, True, False]
     assert queue.read("t", padded=True)[0].isnan().any()
-    query = torch.randn(2, 4)
+    query = torch.randn(2, 4, requires_grad=True)
     loss = md.SupConDistillLoss()(query, queue.read("t")[0], labels[:2], labels)
     assert loss.isnan()
 

@@ -20,8 +20,11 @@ from loss_cases import (
     bits,
     lists,
     logits_case,
+    numbers_alone,
 )
 from momentum_distill import functional as F
+
+pytestmark = numbers_alone
 
 TASKS = {"regression": 0, "classification": 3}  # task -> width of the logits, 0 for scores
 NAN, INF = math.nan, math.inf

@@ -34,6 +34,7 @@ def small_tiles(patch, way):
         patch.setattr(_streaming, "SAFE_SUM", (1.0, 0.0))  # no sum is in this range
     if way == "without asking the device":
         patch.setattr(_streaming, "may_ask", lambda _: False)
+        patch.setattr(F, "may_ask", lambda _: False)
 
 
 def dense_terms(case, *, temperature, alpha, positives, normalize):
@@ -155,25 +156,29 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("exclude_self", [False, True], ids=["", "without self"])
 @pytest.mark.parametrize("normalize", [True, "query"], ids=str)
 @pytest.mark.parametrize("positives", POSITIVES)
-def test_nothing_of_the_size_of_the_similarities_is_made(positives, normalize):
+def test_nothing_of_the_size_of_the_similarities_is_made(positives, normalize, exclude_self):
     n, q, d = 64, 40_000, 8
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(n, d, generator=generator, requires_grad=True)
     momentum_query = torch.randn(n, d, generator=generator)
     keys, momentum_keys = (torch.nn.functional.normalize(torch.randn(q, d, generator=generator)) for _ in range(2))
-    labels = torch.randint(3, (n,), generator=generator), torch.randint(3, (q,), generator=generator)
+    labels, key_labels = torch.randint(3, (n,), generator=generator), torch.randint(3, (q,), generator=generator)
+    batch = keys[:n].clone().requires_grad_()
     with Largest() as largest:
         loss = F.supcon_distill_loss(
             query,
-            keys,
-            *labels,
+            (batch, keys[n:]),
+            labels,
+            (key_labels[:n], key_labels[n:]),
             temperature=0.5,
             momentum_query=momentum_query,
-            momentum_keys=momentum_keys,
+            momentum_keys=(momentum_keys[:n], momentum_keys[n:]),
             positives=positives,
             normalize=normalize,
+            exclude_self=exclude_self,
         )
         loss.backward()
     assert largest.numel <= max(2 * _streaming.TILE_SCORES, q)  # labels and masks have q entries

@@ -15,11 +15,12 @@ from loss_cases import (
     assert_gradient_close,
     bits,
     lists,
+    numbers_alone,
     supcon_case,
 )
 from momentum_distill import functional as F
 
-pytestmark = pytest.mark.usefixtures("both_ways")
+pytestmark = [pytest.mark.usefixtures("both_ways"), numbers_alone]
 
 
 @settings(max_examples=150, deadline=None)
@@ -234,12 +235,11 @@ def test_label_of_ignore_index_is_free_to_choose():
     assert bits(loss) == bits(expected)
 
 
-def test_label_minus_one_is_unlabelled_where_ignore_index_is_another():
+def test_label_minus_one_is_refused_where_ignore_index_is_another():
+    """The empty slots of a queue would be negatives."""
     case = supcon_case(11, 6, 12, 4, ignored=0.3)
-    args, momentum = case.reference
-    options = {"temperature": 0.5, "ignore_index": -100}
-    loss = F.supcon_distill_loss(*case.args, **case.momentum, **options)
-    assert_close(loss, reference.supcon(*args, **momentum, **options))
+    with pytest.raises(ValueError, match=r"^query_labels: expected .* -100 \(absent\) .*, got -1 in row 2"):
+        F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5, ignore_index=-100)
 
 
 @pytest.mark.parametrize("positives", POSITIVES)
@@ -348,3 +348,100 @@ def test_strided_expanded_and_transposed_inputs_give_the_same_loss(normalize):
     loss = F.supcon_distill_loss(same_row, *case.args[1:], temperature=0.5)
     copied = F.supcon_distill_loss(same_row.contiguous(), *case.args[1:], temperature=0.5)
     assert_close(loss, copied.item())
+
+
+# ---------------------------------------------------------------------------------------------------- exclude_self
+
+
+def supcon_of_a_batch(rows, labels, temperature):
+    """SupCon as its authors define it: each row against all others, positives outside the logarithm."""
+    losses = []
+    for i in range(len(rows)):
+        others = torch.arange(len(rows)) != i
+        logits = rows[others] @ rows[i] / temperature
+        if (positive := labels[others] == labels[i]).any():
+            losses.append(-logits.log_softmax(dim=0)[positive].mean())
+    return torch.stack(losses).mean()
+
+
+def test_a_batch_that_excludes_itself_is_supcon():
+    rows = torch.nn.functional.normalize(supcon_case(30, 24, 1, 5).query, dim=1)
+    labels = torch.arange(24) % 5
+    labels[7] = 9  # of no one's class
+    results = []
+    for loss_fn in (
+        lambda x: supcon_of_a_batch(x, labels, 0.2),
+        lambda x: md.SupConDistillLoss(temperature=0.2, normalize=False, exclude_self=True)(x, x, labels, labels),
+    ):
+        leaf = rows.clone().requires_grad_()
+        loss = loss_fn(leaf)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    with_itself = F.supcon_distill_loss(rows, rows, labels, labels, temperature=0.2)
+    assert with_itself < results[1][0] - 0.1
+
+
+@pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_each_row_sees_all_keys_but_its_own(positives, normalize):
+    """As if it were called alone, with its own key taken out of the batch, beside a queue."""
+    case = supcon_case(31, 7, 18, 4, ignored=0.2, unlabelled=0.2)
+    options = {"temperature": 0.3, "alpha": 0.3, "positives": positives, "normalize": normalize, "reduction": "none"}
+
+    def parts(x):
+        return x.split((7, 11))
+
+    def at_once(query, keys):
+        return F.supcon_distill_terms(
+            query,
+            parts(keys),
+            case.query_labels,
+            parts(case.key_labels),
+            momentum_query=case.momentum_query,
+            momentum_keys=parts(case.momentum_keys),
+            exclude_self=True,
+            **options,
+        )
+
+    def row_by_row(query, keys):
+        rows = []
+        for i in range(7):
+            others = torch.arange(18) != i
+            arguments = query[i : i + 1], keys[others], case.query_labels[i : i + 1], case.key_labels[others]
+            momentum = {
+                "momentum_query": case.momentum_query[i : i + 1],
+                "momentum_keys": case.momentum_keys[others],
+            }
+            rows.append(F.supcon_distill_terms(*arguments, **momentum, **options)[:3])
+        return [torch.cat(terms) for terms in zip(*rows, strict=True)]
+
+    results = []
+    for terms in (at_once, row_by_row):
+        leaves = case.requires_grad()
+        total, supervised, distill = terms(leaves.query, leaves.keys)[:3]
+        weighted = [total @ torch.arange(7.0).double(), supervised.sum(), 2 * distill.sum()]
+        results.append([*weighted, *torch.autograd.grad(sum(weighted), (leaves.query, leaves.keys))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_a_row_alone_that_does_not_see_itself_adds_nothing(positives):
+    row, label = torch.randn(1, 3, requires_grad=True), torch.tensor([0])
+    momentum = {"momentum_query": row.detach(), "momentum_keys": row.detach()}
+    options = {"temperature": 0.1, "positives": positives, "exclude_self": True}
+    terms = F.supcon_distill_terms(row, row, label, label, **momentum, **options)
+    terms.total.backward()
+    assert terms.total.item() == 0.0
+    assert int(terms.rows_with_positive) == 0
+    assert not row.grad.any()
+
+
+def test_its_own_key_costs_the_others_no_digit():
+    """A row a million times as long as its positives: their sum must not be what is left of one with it."""
+    rows = torch.tensor([[1e6, 0.0], [0.3, 0.1], [0.2, -0.4]], dtype=torch.float64)
+    labels = torch.zeros(3, dtype=torch.int64)
+    options = {"temperature": 1e6, "normalize": False, "exclude_self": True}
+    losses = [F.supcon_distill_loss(x, x, labels, labels, **options) for x in (rows, rows.float())]
+    assert_close(losses[1], losses[0], torch.float32)

@@ -7,10 +7,10 @@ import torch
 from torch.autograd import gradcheck
 
 import momentum_distill as md
-from loss_cases import POSITIVES, REDUCTIONS, supcon_case
+from loss_cases import POSITIVES, REDUCTIONS, numbers_alone, supcon_case
 from momentum_distill import functional as F
 
-pytestmark = pytest.mark.usefixtures("both_ways")
+pytestmark = [pytest.mark.usefixtures("both_ways"), numbers_alone]
 
 
 @pytest.mark.grid

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import momentum_distill as md
-from loss_cases import assert_close, bits, supcon_case
+from loss_cases import assert_close, bits, numbers_alone, supcon_case
 from momentum_distill import _temperature
 from momentum_distill import functional as F
 
 LOW, HIGH = 0.01, 10.0  # the default range
 
 
-pytestmark = pytest.mark.usefixtures("both_ways")
+pytestmark = [pytest.mark.usefixtures("both_ways"), numbers_alone]
 
 
 def aligned_case(sign=1.0):
@@ -54,8 +54,10 @@ def test_first_loss_uses_the_temperature_given_to_the_last_digit():
 @pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
 @pytest.mark.parametrize("ignore_index", [-1, 2, -100])
 def test_every_option_of_the_class_reaches_the_function(ignore_index, normalize):
-    case = supcon_case(3, 6, 12, 4, ignored=0.2, unlabelled=0.2)
-    options = {"ignore_index": ignore_index, "normalize": normalize, "alpha": 0.7}
+    case = supcon_case(3, 6, 6, 4, ignored=0.2, unlabelled=0.2)
+    for name in ("query_labels", "key_labels"):
+        setattr(case, name, getattr(case, name).masked_fill(getattr(case, name) == -1, ignore_index))
+    options = {"ignore_index": ignore_index, "normalize": normalize, "alpha": 0.7, "exclude_self": ignore_index == 2}
     loss = md.SupConDistillLoss(temperature=0.3, **options)(*case.args, **case.momentum)
     expected = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.3, **options)
     assert_close(loss, expected.item())

@@ -253,7 +253,7 @@ def test_narrow_integer_labels_are_labels_too(dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "label", "ignore_index"),
-    [(torch.int8, -1, 255), (torch.uint8, 255, -1), (torch.int16, -1, 65535)],
+    [(torch.uint8, 254, -2), (torch.uint8, 255, -1), (torch.int16, 32767, -32769)],
     ids=str,
 )
 def test_labels_are_not_wrapped_onto_the_ignore_index(dtype, label, ignore_index):

@@ -358,7 +358,8 @@ def test_the_loss_through_the_kernel_equals_the_loss_without_it(
         return (lengths * unit).to(DEVICE, dtype)
 
     def labels(count):
-        return torch.randint(-2, 3, (count,), generator=generator).to(DEVICE)
+        drawn = torch.randint(-2, 3, (count,), generator=generator)
+        return drawn.masked_fill(drawn == -1, ignore_index).to(DEVICE)
 
     queries, momentum_queries, query_labels = rows(9), rows(9), labels(9)
     batch, momentum_batch, batch_labels = rows(9), rows(9), labels(9)
@@ -398,3 +399,19 @@ def test_the_loss_through_the_kernel_equals_the_loss_without_it(
         else:
             assert (fused - plain).float().norm() <= RTOL[dtype] * plain.float().norm()
     assert any(not torch.equal(*pair) for pair in zip(*results, strict=True))  # it was another way
+
+
+def test_a_batch_that_excludes_itself_goes_without_the_kernel(monkeypatch):
+    """It knows no row with a key that it does not see."""
+    rows = torch.randn(40, 24, generator=torch.Generator().manual_seed(12)).to(DEVICE)
+    labels = (torch.arange(40) % 3).to(DEVICE)
+    results = []
+    for wanted in ("0", "1"):
+        monkeypatch.setenv("MOMENTUM_DISTILL_TRITON", wanted)
+        leaf = rows.clone().requires_grad_()
+        loss = functional.supcon_distill_loss(leaf, leaf, labels, labels, temperature=0.2, exclude_self=True)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+        monkeypatch.setattr(_triton, "attend", None)
+    for plain, asked in zip(*results, strict=True):
+        torch.testing.assert_close(asked, plain, rtol=2e-5, atol=2e-6)

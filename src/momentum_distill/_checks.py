@@ -1,19 +1,46 @@
 """The argument checks shared by all blocks: shapes, dtypes, devices, ranges and choices.
 
-Every message reads ``argument: expected X, got Y``. None of these checks reads the values of a tensor, so none
-makes the host wait for an accelerator; the two that do (:func:`check_finite`, :func:`check_values`) are called only
-where the user asked for them with ``validate=True``.
+Every message reads ``argument: expected X, got Y``. Most of these checks read no value of a tensor, so that none makes
+the host wait for an accelerator. Labels are looked at where that is free (:func:`may_ask`), on an accelerator only with
+``validate=True``; and only with it are the values of features and logits.
 """
 
 import math
+import sys
+import warnings
 from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 REDUCTIONS = ("none", "mean", "sum")
+
+UNLABELLED = -2
+"""Label of a sample that is there but has no class: nobody's positive, while the momentum terms stand."""
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` (grad, jvp, vmap) is at work; those inside `torch.compile` are its own."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_traced() -> bool:
+    """Whether `torch.compile` or a transform of `torch.func` stands between this call and the numbers.
+
+    Both deal in tensors without values, and neither sees into an `autograd.Function`.
+    """
+    return torch.compiler.is_compiling() or in_transform()
+
+
+def may_ask(tensor: Tensor) -> bool:
+    """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for.
+
+    Tensors of another type may have no values, as those that tracing works with.
+    """
+    ordinary = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+    return ordinary and not is_traced()
 
 
 def describe(value: object) -> str:
@@ -146,6 +173,39 @@ def check_names(name: str, value: Collection[Any], expected: Collection[str]) ->
         wrong_value(name, f"exactly the names {sorted(expected)}", f"{sorted(value, key=str)}")
 
 
+def check_validate(value: object) -> None:
+    """A Python bool, and not True where there are no values to look at."""
+    check_bool("validate", value)
+    if value and in_transform():
+        wrong_value("validate", "False inside a transform of torch.func, which hides values", "True")
+
+
+def check_classes(
+    name: str, labels: Tensor, *, absent: int, classes: float = math.inf, keep: Tensor | None = None, validate: bool
+) -> None:
+    """Each label, int64, is a class in [0, classes), `absent` or -2, in the rows that `keep` (bool, (N,)) keeps.
+
+    Looks where that is free, or to `validate`.
+    """
+    if not labels.numel() or not (validate or may_ask(labels)):
+        return
+    low, high = (bound.item() for bound in labels.aminmax())
+    if high < classes and (low >= 0 or (low >= UNLABELLED and absent == -1)):
+        return
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != absent) & (labels != UNLABELLED)
+    rows = (wrong if keep is None else wrong & keep).nonzero().flatten().tolist()
+    if not rows:
+        return
+    label, allowed = int(labels[rows[0]]), "of at least 0" if math.isinf(classes) else f"below {classes:g}"
+    others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+    hint = f"; torch's ignore_index is {absent} here: labels.masked_fill(labels == -100, {absent})"
+    wrong_value(
+        name,
+        f"classes {allowed}, {absent} (absent) or {UNLABELLED} (unlabelled)",
+        f"{label} in row {rows[0]}{others}{hint if label == -100 else ''}",
+    )
+
+
 def check_finite(name: str, value: Tensor, keep: Tensor | None = None) -> None:
     """No NaN and no infinity in the rows that `keep` (bool, (N,)) keeps. Reads values: `validate=True` only."""
     finite = torch.isfinite(value.detach())
@@ -158,12 +218,42 @@ def check_finite(name: str, value: Tensor, keep: Tensor | None = None) -> None:
         wrong_value(name, "finite values", f"NaN or infinity in {len(rows)} rows, first {rows[0]}")
 
 
-def check_values(name: str, value: Tensor, *, low: float, high: float = math.inf) -> None:
-    """All values in [low, high]. Reads values: `validate=True` only."""
-    outside = (value < low) | (value > high)
-    if bool(outside.any()):
+def check_logits(name: str, value: Tensor, keep: Tensor) -> None:
+    """Not probabilities, (N, C), in every row that `keep` (bool, (N,)) keeps. Reads values: `validate=True` only."""
+    rows = value.detach()[keep].float()
+    if rows.shape[0] and rows.shape[1] > 1 and bool((rows >= 0).all() & ((rows.sum(dim=1) - 1).abs() < 0.01).all()):
         wrong_value(
             name,
-            f"values in {interval(low, high)}",
-            f"{value[outside].flatten()[0].item()} (and {int(outside.sum()) - 1} more)",
+            "logits, whose softmax is taken here",
+            "probabilities (at least 0, summing to 1) in every row: pass what came before your softmax, or their "
+            "logarithm",
+        )
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this library and torch that led here."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] in ("momentum_distill", "torch"):
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+class StudentWatch:
+    """Warns, once, of a loss that is to train and is given nothing to train."""
+
+    def __init__(self, finding: str) -> None:
+        self.finding = finding
+        self.told = False
+
+    def look(self, loss_fn: nn.Module, *inputs: object) -> None:
+        """Does any of these tensors, or tuples of tensors, require a gradient?"""
+        if is_traced() or self.told or not loss_fn.training or not torch.is_grad_enabled():
+            return
+        parts = [part for given in inputs for part in (given if isinstance(given, (tuple, list)) else (given,))]
+        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+            return
+        self.told = True
+        warn(
+            f"{type(loss_fn).__name__} trains no model: {self.finding}. Are student and teacher, or "
+            "momentum model, swapped, or is the student detached? To evaluate, call .eval() or use torch.no_grad()"
         )

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from momentum_distill._checks import check_device, describe, wrong_type, wrong_value
-from momentum_distill._streaming import may_ask
+from momentum_distill._checks import check_device, describe, in_transform, may_ask, wrong_type, wrong_value
 
 Group: TypeAlias = dist.ProcessGroup | Literal["auto"] | None
 
@@ -88,6 +87,8 @@ def sum_over_ranks(ranks: Ranks | None, signature: str, *values: Tensor) -> tupl
     """
     if ranks is None:
         return values
+    if in_transform():
+        wrong_value("group", "None inside a transform of torch.func", f"one of {ranks.size} processes")
     totals = _Sum.apply(torch.stack([value.to(torch.float64) for value in values]), ranks, signature)  # type: ignore[no-untyped-call]
     return tuple(total.to(value.dtype) for total, value in zip(totals.unbind(), values, strict=True))
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from momentum_distill import functional
-from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_int
+from momentum_distill._checks import REDUCTIONS, StudentWatch, check_bool, check_choice, check_int
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill.functional import ClassWeight, Reduction
 
@@ -26,7 +26,8 @@ class HardSampleFusionLoss(nn.Module):
         group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
             else this process), None (this process) or a process group. Then the value is that of the whole batch, the
             same bits on every rank, and gradients after DDP's averaging are those of one process.
-        validate: Also check tensor values at every call; makes the host wait for the device.
+        validate: Also check tensor values at every call, labels on an accelerator too (on the CPU they always are), and
+            refuse probabilities in place of logits; makes the host wait for the device.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -35,12 +36,13 @@ class HardSampleFusionLoss(nn.Module):
     Example:
         >>> import torch
         >>> loss_fn = HardSampleFusionLoss(class_weight="error_rate")
-        >>> loss_fn(
-        ...     student_logits=torch.zeros(2, 3),
+        >>> loss = loss_fn(
+        ...     student_logits=torch.zeros(2, 3, requires_grad=True),
         ...     fused_logits=torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]]),
         ...     labels=torch.tensor([0, 2]),
-        ... )  # half of the fused predictions are wrong: log(3) / 2
-        tensor(0.5493)
+        ... )
+        >>> f"{loss.item():.4f}"  # half of the fused predictions are wrong: log(3) / 2
+        '0.5493'
 
     References:
         MTMD (Lin and Hu, 2023), Eq. 14 and 15; the formula stands in `functional.hard_sample_fusion_loss`.
@@ -72,6 +74,7 @@ class HardSampleFusionLoss(nn.Module):
         self.ignore_index = ignore_index
         self.group = group
         self.validate = validate
+        self._students = StudentWatch("no student output requires a gradient")
 
     @override
     def forward(
@@ -102,18 +105,22 @@ class HardSampleFusionLoss(nn.Module):
 
         Raises:
             TypeError: If an argument has the wrong type or dtype.
-            ValueError: If a shape or device is wrong, or a part is incomplete.
+            ValueError: If a shape, device or label is wrong, or a part is incomplete.
+
+        Warns:
+            UserWarning: Once, if in training mode no student output requires a gradient: student and fused outputs may
+                be swapped.
 
         Example:
             >>> import torch
             >>> loss_fn = HardSampleFusionLoss()
+            >>> student = torch.zeros(2, requires_grad=True)
             >>> fused, targets = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0])
-            >>> loss_fn(
-            ...     student_scores=torch.zeros(2), fused_scores=fused, targets=targets
-            ... )  # tanh(2) / 2
-            tensor(0.4820)
+            >>> loss = loss_fn(student_scores=student, fused_scores=fused, targets=targets)
+            >>> f"{loss.item():.4f}"  # tanh(2) / 2
+            '0.4820'
         """
-        return functional.hard_sample_fusion_loss(
+        loss = functional.hard_sample_fusion_loss(
             student_scores=student_scores,
             student_logits=student_logits,
             fused_scores=fused_scores,
@@ -129,6 +136,9 @@ class HardSampleFusionLoss(nn.Module):
             group=self.group,
             validate=self.validate,
         )
+        teachers = () if self.detach_teacher else (fused_scores, fused_logits)
+        self._students.look(self, student_scores, student_logits, teachers)
+        return loss
 
     @override
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """A labelled ring of features in several streams that stay in step."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from momentum_distill._checks import (
     check_bool,
+    check_classes,
     check_device,
     check_device_name,
     check_finite,
@@ -18,8 +20,8 @@ from momentum_distill._checks import (
     check_labels,
     check_mask,
     check_names,
-    check_values,
     describe,
+    may_ask,
     wrong_type,
     wrong_value,
 )
@@ -34,8 +36,8 @@ from momentum_distill._group import (
     require_in_sync,
 )
 from momentum_distill._precision import WideModule
-from momentum_distill._streaming import may_ask, row_lengths, shortest
-from momentum_distill.functional import UNLABELLED, normalize_rows
+from momentum_distill._streaming import row_lengths, shortest
+from momentum_distill.functional import normalize_rows
 
 EMPTY = -1
 """Label of a slot that holds nothing, the `ignore_index` of the losses."""
@@ -52,7 +54,7 @@ class ClassQueue(WideModule):
     Args:
         size: Number of slots $Q$, at least 1 (`balanced`: one per class). Paper: 1,024 (MOSI), 8,192 (MOSEI).
         dims: `{stream: width}`, widths of at least 1, say `{"text": 128, "audio": 128, "audio_momentum": 128}`.
-        num_classes: Number of classes $C$, at least 1; needed for `balanced`, else known to `validate` alone.
+        num_classes: Number of classes $C$, at least 1; needed for `balanced`, else it only says which labels are wrong.
         balanced: Give each class its own share of the ring, `size // C` slots (one more for the first `size % C`
             classes), so that a rare class does not starve. Unlabelled samples (-2) have no share and are not stored.
         normalize: L2-normalise rows on entry.
@@ -62,7 +64,8 @@ class ClassQueue(WideModule):
             of this process), None (of this process) or a process group. The batches of all ranks are stored in rank
             order, uneven and empty ones too, so that every rank holds the same queue, bit for bit, as one process
             would that is given all rows.
-        validate: Also check tensor values at every call; makes the host wait for the device.
+        validate: Also check values at every call, which makes the host wait for the device: finite rows, and labels on
+            an accelerator too (on the CPU they always are).
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -177,9 +180,10 @@ class ClassQueue(WideModule):
 
         Raises:
             TypeError: If an argument has the wrong type or dtype.
-            ValueError: If names, shapes or devices are wrong, or a label reaches `num_classes` in a balanced queue (an
-                accelerator asserts on its own instead, unless `validate` looks first). Of several ranks all raise what
-                one does, or where names, widths or dtypes differ. The queue is then unchanged.
+            ValueError: If names, shapes or devices are wrong, or a label is below -2 or reaches `num_classes` (where
+                one may look: on the CPU outside `torch.compile`, or with `validate`; in a balanced queue an accelerator
+                asserts on its own). Of several ranks all raise what one does, or where names, widths or dtypes differ.
+                The queue is then unchanged.
 
         Example:
             >>> import torch
@@ -193,8 +197,6 @@ class ClassQueue(WideModule):
         valid = {} if valid is None else valid
         with errors_shared_by_gather(ranks, self._buffer("labels")):
             self._check(labels, features, valid)
-            if self.validate:
-                self._validate(labels, features, valid)
         if ranks is not None:
             labels, features, valid = self._gather(ranks, labels, features, valid)
         if labels.shape[0] == 0:
@@ -277,12 +279,7 @@ class ClassQueue(WideModule):
             member = given[:, None] & (ring[:, None] == torch.arange(len(self.share), device=labels.device))
             order = member.cumsum(dim=0)
             total = order[-1]
-            try:
-                order = order.gather(1, ring[:, None])[:, 0]
-            except (IndexError, RuntimeError) as error:
-                raise ValueError(
-                    f"labels: expected values below num_classes={self.num_classes}, got {int(labels.max())}"
-                ) from error
+            order = order.gather(1, ring[:, None])[:, 0]
             share = self.share[ring]
             stored = given & (order > total[ring] - share)
             slots = self.first_slot[ring] + (self.count[ring] + order - 1) % share
@@ -374,10 +371,12 @@ class ClassQueue(WideModule):
             self.labels = self.labels[[saved.index(stream) for stream in self.streams]]
 
     def _check(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
-        """Names, shapes, dtypes and devices of a batch."""
+        """Names, shapes, dtypes, devices and labels of a batch, and with `validate` its values."""
         device = self._buffer("labels").device
         check_labels("labels", labels, shape=("N",))
         check_device("labels", labels, device, like="the queue")
+        wide, classes = labels.to(torch.int64), math.inf if self.num_classes is None else self.num_classes
+        check_classes("labels", wide, absent=EMPTY, classes=classes, validate=self.validate)
         if not isinstance(features, Mapping):
             wrong_type("features", "a mapping from stream to tensor", describe(features))
         check_names("features", features, self.dims)
@@ -393,15 +392,9 @@ class ClassQueue(WideModule):
             name = f"features[{stream!r}]"
             check_floating(name, features[stream], shape=(rows, width))
             check_device(name, features[stream], device, like="the queue")
-
-    def _validate(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
-        """Value checks."""
-        high = float("inf") if self.num_classes is None else self.num_classes - 1
-        check_values("labels", labels, low=UNLABELLED, high=high)
-        for stream in self.dims:
-            kept = labels != EMPTY
-            kept = kept & valid[stream] if stream in valid else kept
-            check_finite(f"features[{stream!r}]", features[stream], kept)
+            if self.validate:
+                kept = wide != EMPTY
+                check_finite(name, features[stream], kept & valid[stream] if stream in valid else kept)
 
     def _settings(self) -> str:
         """What has to be the same on all ranks, in words."""

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from momentum_distill import functional
-from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_number
+from momentum_distill._checks import REDUCTIONS, StudentWatch, check_bool, check_choice, check_number
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill.functional import Reduction, Task
 
@@ -26,7 +26,8 @@ class ResponseDistillLoss(nn.Module):
         group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
             else this process), None (this process) or a process group. Then the value is that of the whole batch, the
             same bits on every rank, and gradients after DDP's averaging are those of one process.
-        validate: Also check tensor values at every call; makes the host wait for the device.
+        validate: Also check tensor values at every call, and refuse probabilities in place of logits; makes the host
+            wait for the device.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -35,9 +36,10 @@ class ResponseDistillLoss(nn.Module):
     Example:
         >>> import torch
         >>> loss_fn = ResponseDistillLoss(task="regression", alpha=0.5)
-        >>> student, teacher, momentum = torch.zeros(2), torch.ones(2), torch.full((2,), 3.0)
-        >>> loss_fn(student, teacher, momentum)
-        tensor(2.)
+        >>> student = torch.zeros(2, requires_grad=True)
+        >>> teacher, momentum = torch.ones(2), torch.full((2,), 3.0)
+        >>> loss_fn(student, teacher, momentum).item()
+        2.0
 
     References:
         MTMD (Lin and Hu, 2023), Eq. 7 and 10; the formula stands in `functional.response_distill_loss`.
@@ -69,6 +71,7 @@ class ResponseDistillLoss(nn.Module):
         self.detach_teacher = detach_teacher
         self.group = group
         self.validate = validate
+        self._students = StudentWatch("student requires no gradient")
 
     @override
     def forward(
@@ -96,14 +99,19 @@ class ResponseDistillLoss(nn.Module):
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If a shape or device is wrong.
 
+        Warns:
+            UserWarning: Once, if in training mode the student requires no gradient: it and a teacher may be swapped.
+
         Example:
             >>> import torch
             >>> loss_fn = ResponseDistillLoss(task="classification")
-            >>> student, teacher = torch.zeros(2, 3), torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
-            >>> loss_fn(student, teacher, mask=torch.tensor([True, False]))  # log(3)
-            tensor(1.0986)
+            >>> student = torch.zeros(2, 3, requires_grad=True)
+            >>> teacher = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+            >>> loss = loss_fn(student, teacher, mask=torch.tensor([True, False]))
+            >>> f"{loss.item():.4f}"  # log(3)
+            '1.0986'
         """
-        return functional.response_distill_loss(
+        loss = functional.response_distill_loss(
             student,
             teacher,
             momentum,
@@ -116,6 +124,8 @@ class ResponseDistillLoss(nn.Module):
             group=self.group,
             validate=self.validate,
         )
+        self._students.look(self, student, None if self.detach_teacher else teacher)
+        return loss
 
     @override
     def extra_repr(self) -> str:

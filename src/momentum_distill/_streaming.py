@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from momentum_distill._checks import is_traced, may_ask
 
 DENSE_SCORES, DENSE_KEYS = 2**18, 2**20
 """Up to so many scores, N times Q, and so many numbers in the keys, Q times d, the loss takes the plain matrices: less
@@ -54,15 +56,6 @@ class Prepare(NamedTuple):
         return (grad - rows * (rows * grad).sum(dim=1, keepdim=True)) / lengths
 
 
-def may_ask(tensor: Tensor) -> bool:
-    """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for.
-
-    Tensors of another type may have no values, as those that tracing works with.
-    """
-    ordinary = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
-    return ordinary and not torch.compiler.is_compiling()
-
-
 def shortest(raw: Tensor) -> float:
     """Rows in which no magnitude reaches this have no direction: their gradient would leave the range of the dtype."""
     return 1e-3 if raw.dtype == torch.float16 else 1e-6
@@ -89,6 +82,7 @@ class Keys(NamedTuple):
     labels: Tensor  # (Q,) int64
     present: Tensor  # (Q,) bool; what an absent row holds does not matter
     prepare: Prepare
+    own: bool = False  # key i is row i of the batch, which does not see it: `exclude_self`
 
 
 class Rows(NamedTuple):
@@ -193,7 +187,7 @@ def attend(rows: Rows, keys: list[Keys], *, inside: bool) -> Statistics:
         keys: The parts of the keys.
         inside: Whether the positive keys are weighed by the softmax over them, and want an lse of their own.
     """
-    if wants_fused(rows.query):
+    if takes_kernel(rows.query, keys):
         return _attend_fused(rows, keys, inside=inside)
     if may_ask(rows.query):
         # Moderate logits need no running shift, which costs two passes over each tile. Whether they were is known
@@ -217,6 +211,9 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> Statist
     # By index among the sorted labels; the last is of no query's class.
     class_sums = query.new_zeros(0 if inside else count + 1, width)
     class_counts = row_classes.new_zeros(count + 1)
+    # By row, in the part that has a key which the row does not see: there, rows of one class differ in their positives.
+    own_counts = row_classes.new_zeros(count if keys[0].own else 0)
+    own_sums = query.new_zeros(0 if inside else len(own_counts), width)
 
     # One product serves queries and momentum queries where they meet the same keys.
     same_keys = momentum_query is not None and all(part.momentum is part.online for part in keys)
@@ -227,18 +224,25 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> Statist
     scores_buffer = query.new_empty(0 if same_keys else teacher.total.shape[0] * longest)
 
     for part in keys:
-        for tile_keys, tile_momentum, labels, absent in _tiles(part, size):
+        for tile_keys, tile_momentum, labels, absent, own in _tiles(part, size):
             tile = tile_keys.shape[0]
             classes = class_of(labels, sorted_labels)
-            class_counts.index_add_(0, classes, torch.ones_like(classes))
             logits = buffer[: stacked.shape[0] * tile].view(stacked.shape[0], tile)
             torch.mm(stacked, tile_keys.T, out=logits)
             if absent is not None:
                 logits.masked_fill_(absent, -torch.inf)
+            if own is None:
+                class_counts.index_add_(0, classes, torch.ones_like(classes))
+            else:
+                logits.scatter_(0, torch.cat([own, own + count]) if same_keys else own, -torch.inf)
+                pairs = _pairs_but_own(row_classes, classes, own)
+                own_counts += pairs.sum(dim=1)
             if positive is not None:
                 others = row_classes[:, None] != classes
                 masked = logits[:count].masked_fill(others, -torch.inf)
                 positive.add(positive.exponentials(masked, masked), tile_keys)
+            elif own is not None:
+                own_sums.addmm_(pairs.to(query.dtype), tile_keys)
             else:
                 # By tile first: a long plain sum of float32 loses digits.
                 class_sums += torch.zeros_like(class_sums).index_add_(0, classes, tile_keys)
@@ -251,6 +255,7 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> Statist
             scores = scores_buffer[: count * tile].view(count, tile)
             torch.mm(momentum_query, tile_momentum.T, out=scores)
             masked = scores if absent is None else scores.masked_fill(absent, -torch.inf)
+            masked = masked if own is None else masked.scatter(0, own, -torch.inf)
             weights = teacher.exponentials(masked, logits)
             teacher.add(weights, tile_keys)
             teacher.logits += torch.linalg.vecdot(weights, scores)
@@ -262,9 +267,14 @@ def _run(rows: Rows, keys: list[Keys], *, inside: bool, online: bool) -> Statist
     lse, mean_key, _ = student.results()
     momentum_lse, momentum_mean_key, momentum_mean_logit = teacher.results()
     positive_count = class_counts[row_classes]
+    if keys[0].own:
+        positive_count += own_counts
     if positive is None:
         positive_lse = LogSum(query.new_empty(0), query.new_empty(0))
-        positive_mean_key = class_sums[row_classes] / positive_count.clamp(min=1)[:, None]
+        positive_sums = class_sums[row_classes]
+        if keys[0].own:
+            positive_sums += own_sums
+        positive_mean_key = positive_sums / positive_count.clamp(min=1)[:, None]
     else:
         positive_lse, positive_mean_key, _ = positive.results()
     return Statistics(
@@ -283,16 +293,21 @@ def is_small(queries: Tensor, keys: list[Keys]) -> bool:
     """Whether the plain N×Q matrices are the better way to the loss of so many prepared queries and keys."""
     rows, width = queries.shape
     count = sum(part.online.shape[0] for part in keys)
-    return rows * count <= DENSE_SCORES and width * count <= DENSE_KEYS and not wants_fused(queries)
+    return rows * count <= DENSE_SCORES and width * count <= DENSE_KEYS and not takes_kernel(queries, keys)
+
+
+def takes_kernel(queries: Tensor, keys: list[Keys]) -> bool:
+    """Whether these go to the Triton kernel, which knows no row with a key that it does not see."""
+    return not keys[0].own and wants_fused(queries)
 
 
 def wants_fused(query: Tensor) -> bool:
-    """Whether the Triton kernel takes these rows: float32 on a GPU, unless `MOMENTUM_DISTILL_TRITON=0`.
+    """Whether a Triton kernel takes these rows: float32 on a GPU, unless `MOMENTUM_DISTILL_TRITON=0`.
 
     With `MOMENTUM_DISTILL_TRITON=1` Triton's interpreter does, on the CPU, where that was chosen.
     """
     asked = os.environ.get("MOMENTUM_DISTILL_TRITON")
-    if query.dtype != torch.float32 or asked == "0" or type(query) is not Tensor or torch.compiler.is_compiling():
+    if query.dtype != torch.float32 or asked == "0" or type(query) is not Tensor or is_traced():
         return False
     if query.is_cuda:
         from momentum_distill import _triton  # takes a while to import
@@ -350,8 +365,15 @@ def class_of(labels: Tensor, sorted_labels: Tensor) -> Tensor:
     return torch.where(found, first, count)
 
 
-def _tiles(part: Keys, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+def _pairs_but_own(row_classes: Tensor, classes: Tensor, own: Tensor) -> Tensor:
+    """Which keys of a tile are positive for which rows, bool, (N, B), those that rows do not see left out."""
+    return (row_classes[:, None] == classes).scatter_(0, own, False)
+
+
+def _tiles(part: Keys, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
     """Online keys (B, d), momentum keys (B, d), labels (B,) and which keys to mask (B,), `size` keys at a time.
+
+    The last says which row does not see each key (1, B), if it is so.
 
     Where one may ask how many there are, absent keys are taken out, and nothing is left to mask. Else their rows become
     zeros, for a NaN times a weight of zero would be NaN.
@@ -360,7 +382,8 @@ def _tiles(part: Keys, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tens
     asking = may_ask(part.online)
     everywhere = asking and bool(part.present.all())
     for start in range(0, part.online.shape[0], size):
-        chosen: slice | Tensor = slice(start, start + size)
+        stop = min(start + size, part.online.shape[0])
+        chosen: slice | Tensor = slice(start, stop)
         absent = None
         if not everywhere:
             present = part.present[chosen]
@@ -376,7 +399,10 @@ def _tiles(part: Keys, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tens
             online = online.masked_fill(absent[:, None], 0.0)
             other = other.masked_fill(absent[:, None], 0.0)
         rows = part.prepare(online)[0]
-        yield rows, rows if momentum is part.online else part.prepare(other)[0], part.labels[chosen], absent
+        own = None
+        if part.own:
+            own = (chosen if isinstance(chosen, Tensor) else torch.arange(start, stop, device=online.device))[None]
+        yield rows, rows if momentum is part.online else part.prepare(other)[0], part.labels[chosen], absent, own
 
 
 def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: RowGradients, *, inside: bool) -> Tensor:
@@ -404,6 +430,9 @@ def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: RowGradient
         keys, lengths = part.prepare(part.online[chosen].masked_fill(absent[:, None], 0.0))
         classes = class_of(part.labels[chosen], sorted_labels)
         logits = (rows.query @ keys.T).masked_fill(absent, -torch.inf)
+        own = torch.arange(start, start + len(keys), device=keys.device)[None] if part.own else None
+        if own is not None:
+            logits.scatter_(0, own, -torch.inf)
         weights = statistics.lse.off(logits).exp() * grads.lse[:, None]
         if inside:
             others = row_classes[:, None] != classes
@@ -411,10 +440,15 @@ def grad_keys(part: Keys, rows: Rows, statistics: Statistics, grads: RowGradient
             weights += positive * grads.positive_lse[:, None]
         tile = weights.T @ rows.query
         if not inside:
-            tile += class_grads[classes]
+            if own is None:
+                tile += class_grads[classes]
+            else:
+                pairs = _pairs_but_own(row_classes, classes, own)
+                tile.addmm_(pairs.to(tile.dtype).T, grads.positive_mean_key)
         if rows.momentum is not None and part.momentum is not None:
             momentum = part.prepare(part.momentum[chosen].masked_fill(absent[:, None], 0.0))[0]
             scores = (rows.momentum @ momentum.T).masked_fill(absent, -torch.inf)
+            scores = scores if own is None else scores.scatter_(0, own, -torch.inf)
             tile += statistics.momentum_lse.off(scores).exp().T @ grads.momentum_mean_key
         grad[chosen] = part.prepare.backward(keys, lengths, tile).masked_fill(absent[:, None], 0.0)
     return grad

@@ -9,15 +9,17 @@ from typing_extensions import override
 from momentum_distill import functional
 from momentum_distill._checks import (
     REDUCTIONS,
+    StudentWatch,
     check_bool,
     check_choice,
     check_int,
     check_number,
+    in_transform,
 )
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._optim import IdleWatch
 from momentum_distill._precision import WideModule
-from momentum_distill._temperature import check_temperature, exp_in_range, project_
+from momentum_distill._temperature import check_temperature, exp_in_range, project, project_
 from momentum_distill.functional import (
     Normalize,
     Parts,
@@ -57,10 +59,13 @@ class SupConDistillLoss(WideModule):
         normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
             of them, are unit rows as a `ClassQueue` stores them), or neither (False).
         ignore_index: Label of a row or key that is absent. A padded read of a `ClassQueue` marks empty slots with -1.
+        exclude_self: The keys, or their first part, are the batch itself, and no row is its own key: the loss of
+            SupCon. Otherwise a row that is among the keys counts as its own positive.
         group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
             else this process), None (this process) or a process group. Then the value is that of the whole batch, the
             same bits on every rank, and gradients after DDP's averaging are those of one process.
-        validate: Also check tensor values at every call; makes the host wait for the device.
+        validate: Also check tensor values at every call, labels on an accelerator too (on the CPU they always are);
+            makes the host wait for the device.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -69,7 +74,7 @@ class SupConDistillLoss(WideModule):
     Example:
         >>> import torch
         >>> loss_fn = SupConDistillLoss(temperature=0.5, alpha=0.4)
-        >>> text, audio = torch.eye(2), torch.eye(2).flip(0)
+        >>> text, audio = torch.eye(2), torch.eye(2).flip(0).requires_grad_()
         >>> labels = torch.tensor([0, 1])
         >>> loss = loss_fn(audio, text, labels, labels, momentum_query=text, momentum_keys=text)
         >>> loss.shape, float(loss_fn.temperature)
@@ -94,6 +99,7 @@ class SupConDistillLoss(WideModule):
         reduction: Reduction = "mean",
         normalize: Normalize = True,
         ignore_index: int = -1,
+        exclude_self: bool = False,
         group: Group = "auto",
         validate: bool = False,
     ) -> None:
@@ -105,6 +111,7 @@ class SupConDistillLoss(WideModule):
         check_choice("reduction", reduction, REDUCTIONS)
         check_normalize(normalize)
         check_int("ignore_index", ignore_index)
+        check_bool("exclude_self", exclude_self)
         check_group(group)
         check_bool("validate", validate)
         self.initial_temperature: float = float(temperature)
@@ -112,11 +119,13 @@ class SupConDistillLoss(WideModule):
         scalar = nn.Parameter(torch.zeros(())) if learnable_temperature else None
         self.log_temperature_ratio: nn.Parameter | None = scalar
         self._watch = IdleWatch("the temperature of SupConDistillLoss", patience=500)  # several calls make a step
+        self._students = StudentWatch("neither query nor keys requires a gradient")
         self.alpha: float = float(alpha)
         self.positives: Positives = positives
         self.reduction: Reduction = reduction
         self.normalize: Normalize = normalize
         self.ignore_index = ignore_index
+        self.exclude_self = exclude_self
         self.group = group
         self.validate = validate
 
@@ -147,7 +156,7 @@ class SupConDistillLoss(WideModule):
             query: Features of the batch, shape `(N, d)`.
             keys: Features to compare with, shape `(Q, d)`, or a tuple of parts taken as concatenated (the keys of the
                 batch, then a queue); gradient is computed only for the parts that require it.
-            query_labels: Integer, shape `(N,)`: class, `ignore_index` (absent) or -2 (unlabelled).
+            query_labels: Integer, shape `(N,)`: class of at least 0, `ignore_index` (absent) or -2 (unlabelled).
             key_labels: Integer, shape `(Q,)`, a tuple of parts where `keys` is one.
             momentum_query: The query from the momentum model, shape `(N, d)`. Together with `momentum_keys`.
             momentum_keys: Keys that stand for the same samples as `keys`, shape `(Q, d)`, in parts like `keys`.
@@ -159,12 +168,16 @@ class SupConDistillLoss(WideModule):
 
         Raises:
             TypeError: If an argument has the wrong type or dtype.
-            ValueError: If a shape or device is wrong, or only one momentum input is given.
+            ValueError: If a shape, device or label is wrong, or only one momentum input is given.
+
+        Warns:
+            UserWarning: Once, if in training mode neither query nor keys requires a gradient: student and teacher, or
+                momentum model, may be swapped.
 
         Example:
             >>> import torch
             >>> loss_fn = SupConDistillLoss(temperature=1.0)
-            >>> audio, text, labels = torch.eye(2), torch.eye(2), torch.tensor([0, 1])
+            >>> audio, text, labels = torch.eye(2).requires_grad_(), torch.eye(2), torch.arange(2)
             >>> past, past_labels = torch.eye(2), torch.tensor([0, -1])  # its second slot is empty
             >>> loss = loss_fn(audio, (text, past), labels, (labels, past_labels))
             >>> f"{loss.item():.4f}"
@@ -198,14 +211,14 @@ class SupConDistillLoss(WideModule):
 
         Example:
             >>> import torch
-            >>> loss_fn = SupConDistillLoss()
+            >>> loss_fn = SupConDistillLoss().eval()
             >>> terms = loss_fn.terms(
             ...     torch.eye(2), torch.eye(2), torch.tensor([0, 1]), torch.tensor([0, 2])
             ... )
             >>> int(terms.rows), int(terms.rows_with_positive)
             (2, 1)
         """
-        return functional.supcon_distill_terms(
+        terms = functional.supcon_distill_terms(
             query,
             keys,
             query_labels,
@@ -218,21 +231,28 @@ class SupConDistillLoss(WideModule):
             reduction=self.reduction,
             normalize=self.normalize,
             ignore_index=self.ignore_index,
+            exclude_self=self.exclude_self,
             group=self.group,
             validate=self.validate,
         )
+        self._students.look(self, query, keys)
+        return terms
 
     def _temperature(self, *features: object) -> float | Tensor:
         """The temperature with its gradient, in float64 where the features are."""
-        if self.log_temperature_ratio is None:
+        learned, bounds = self.log_temperature_ratio, (self.initial_temperature, *self.temperature_range)
+        if learned is None:
             return self.initial_temperature
-        self._watch.look(self.log_temperature_ratio)
-        project_(self.log_temperature_ratio, self.initial_temperature, *self.temperature_range)
-        self._watch.left(self.log_temperature_ratio)
+        if isinstance(learned, nn.Parameter) and not in_transform():
+            self._watch.look(learned)
+            project_(learned, *bounds)
+            self._watch.left(learned)
+            ratio: Tensor = learned
+        else:  # what torch.func.functional_call put in its place, or what a transform must not see change
+            ratio = project(learned, *bounds)
         parts = [part for given in features for part in (given if isinstance(given, (tuple, list)) else (given,))]
         wide = any(getattr(part, "dtype", None) == torch.float64 for part in parts)
-        ratio = self.log_temperature_ratio.to(torch.float64) if wide else self.log_temperature_ratio
-        return exp_in_range(ratio, self.initial_temperature, *self.temperature_range)
+        return exp_in_range(ratio.to(torch.float64) if wide else ratio, *bounds)
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -250,5 +270,6 @@ class SupConDistillLoss(WideModule):
         return (
             f"temperature={float(self.temperature):g} ({kind}), alpha={self.alpha:g}, "
             f"positives={self.positives!r}, reduction={self.reduction!r}, "
-            f"normalize={self.normalize!r}, ignore_index={self.ignore_index}, group={describe_group(self.group)}"
+            f"normalize={self.normalize!r}, ignore_index={self.ignore_index}, "
+            f"exclude_self={self.exclude_self}, group={describe_group(self.group)}"
         )

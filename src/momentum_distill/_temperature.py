@@ -37,6 +37,12 @@ def project_(log_ratio: Tensor, initial: float, low: float, high: float) -> None
     log_ratio.clamp_(math.log(low / initial), math.log(high / initial))
 
 
+def project(log_ratio: Tensor, initial: float, low: float, high: float) -> Tensor:
+    """:func:`project_` out of place, with the gradient that the projected $r$ has: for an $r$ that is another's."""
+    held = log_ratio.detach()
+    return held.clamp(math.log(low / initial), math.log(high / initial)) + (log_ratio - held)
+
+
 def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> Tensor:
     r"""$\tau_0 e^{r}$ of a projected $r$.
 

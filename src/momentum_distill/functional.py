@@ -2,10 +2,12 @@ r"""Every formula of the library, once: pure functions, tensors in, tensors out,
 
 The equation numbers are those of MTMD (Lin and Hu, *Multi-Task Momentum Distillation for Multimodal Sentiment
 Analysis*, IEEE Transactions on Affective Computing, 2023). Shapes: `N` rows of a batch, `Q` keys, `d` features, `C`
-classes. Sums run in float32 or wider whatever the inputs are, with autocast switched off inside; only shapes, dtypes
-and Python numbers are checked unless `validate=True`.
+classes. Sums run in float32 or wider whatever the inputs are, with autocast switched off inside. Shapes, dtypes and
+Python numbers are checked, and labels where looking is free, on the CPU outside `torch.compile`; values of tensors
+otherwise with `validate=True` alone.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
@@ -17,17 +19,21 @@ from momentum_distill._checks import (
     REDUCTIONS,
     check_bool,
     check_choice,
+    check_classes,
     check_device,
     check_finite,
     check_floating,
     check_int,
     check_labels,
+    check_logits,
     check_mask,
     check_number,
     check_scalar,
     check_shape,
-    check_values,
+    check_validate,
     describe,
+    is_traced,
+    may_ask,
     wrong_type,
     wrong_value,
 )
@@ -58,9 +64,6 @@ Normalize: TypeAlias = Literal["query"] | bool
 POSITIVES = ("outside", "inside", "inside_per_positive")
 TASKS = ("regression", "classification")
 CLASS_WEIGHTS = ("distance", "error_rate", "per_sample")
-
-UNLABELLED = -2
-"""Label of a sample that is there but has no class: nobody's positive, while the momentum terms stand."""
 
 
 class SupConTerms(NamedTuple):
@@ -124,7 +127,7 @@ def normalize_rows(x: Tensor, eps: float) -> Tensor:
     largest.masked_fill_(largest < eps, torch.inf)  # makes zeros of a row that is too short; NaN stays NaN
     scaled = x / largest
     squares = scaled.square().sum(dim=-1, keepdim=True)  # at least 1, or 0 in a row of zeros
-    return scaled * squares.clamp_(min=0.5).rsqrt_()
+    return scaled * squares.clamp(min=0.5).rsqrt_()
 
 
 def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor, normalize: Normalize = True) -> Tensor:
@@ -187,6 +190,7 @@ def supcon_distill_loss(
     reduction: Reduction = "mean",
     normalize: Normalize = True,
     ignore_index: int = -1,
+    exclude_self: bool = False,
     group: Group = None,
     validate: bool = False,
 ) -> Tensor:
@@ -211,18 +215,22 @@ def supcon_distill_loss(
     key adds 0 to the supervised sum and does not count in its mean; its KL term stands. With no row or no key left
     the loss is 0 and still connected to the graph. NaN in a row or key that counts makes the loss NaN.
 
+    A batch that is query and keys at once counts each row as its own positive, unlike SupCon; `exclude_self=True` takes
+    the row out, of $V$, $U$ and the positives.
+
     More than $2^{18}$ scores (N·Q), or those of more than $2^{20}$ numbers in the keys (Q·d), are made tile by tile,
-    and nothing of size N×Q is kept, forward or backward. Three cases take the N×Q matrices: fewer of both, which is
-    faster so; `torch.compile`, which fuses them; and a backward pass with `create_graph=True`. On an NVIDIA GPU a fused
-    kernel (Triton) takes all sizes, but in float64: keys in 16 bits are multiplied as they are, and queries rounded to
-    their dtype.
+    and nothing of size N×Q is kept, forward or backward. Four cases take the N×Q matrices: fewer of both, which is
+    faster so; `torch.compile`, which fuses them; the transforms of `torch.func` (grad, jvp, vmap); and a backward pass
+    with `create_graph=True`. On an NVIDIA GPU a fused kernel (Triton) takes all sizes, but in float64 and with
+    `exclude_self`: keys in 16 bits are multiplied as they are, and queries rounded to their dtype.
 
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.
         keys: Features $k$ to compare with, shape `(Q, d)`; or a tuple of such parts, taken as concatenated (the keys
             of the batch, then a queue). Gradient is computed only for the parts that require it.
-        query_labels: Classes of the rows, integer, shape `(N,)`. `ignore_index` = absent; any other negative number
-            (-2 by convention) = there but unlabelled: nobody's positive, while the KL term stands.
+        query_labels: Classes of the rows, integer, shape `(N,)`: at least 0; `ignore_index` = absent; -2 = there but
+            unlabelled: nobody's positive, while the KL term stands. Other numbers are refused on the CPU, outside
+            `torch.compile` and `torch.func`; on an accelerator with `validate`.
         key_labels: Classes of the keys, integer, shape `(Q,)`; a tuple of parts where `keys` is one.
         temperature: $\tau > 0$, a number or a tensor of shape `()` (with gradient if it requires it).
         momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
@@ -235,19 +243,21 @@ def supcon_distill_loss(
         normalize: True: rows of queries and keys are L2-normalised here; `"query"`: only those of the queries, the keys
             (every part) are unit rows as a `ClassQueue` stores them; False: plain dot products.
         ignore_index: Label of what is absent.
+        exclude_self: The keys, or their first part, are the batch itself: key $i$ (and momentum key $i$) is not there
+            for row $i$. With several ranks that part is this rank's rows, and those of others are further parts.
         group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
             where there is one) or a process group. One collective of 64 bytes; none with `"none"`, which returns the
             rows of this rank. The keys are those given: a queue that all ranks share, the batch's through
             :func:`~momentum_distill.gather_rows`.
-        validate: Also check values: finite features, labels of at least -2, unit rows where keys must have them. Makes
-            the host wait for the device.
+        validate: Also check values: finite features, labels wherever they are, unit rows where keys must have them.
+            Makes the host wait for the device.
 
     Returns:
         The loss in nats, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device, range or choice is wrong, or only one momentum input is given.
+        ValueError: If a shape, device, range, choice or label is wrong, or only one momentum input is given.
 
     Example:
         >>> import torch
@@ -276,6 +286,7 @@ def supcon_distill_loss(
         reduction=reduction,
         normalize=normalize,
         ignore_index=ignore_index,
+        exclude_self=exclude_self,
         group=group,
         validate=validate,
     ).total
@@ -296,6 +307,7 @@ def supcon_distill_terms(
     reduction: Reduction = "mean",
     normalize: Normalize = True,
     ignore_index: int = -1,
+    exclude_self: bool = False,
     group: Group = None,
     validate: bool = False,
 ) -> SupConTerms:
@@ -316,11 +328,24 @@ def supcon_distill_terms(
     ranks = find_ranks(group) if reduction != "none" else None
     with errors_shared_by_sum(ranks, query):
         _check_choices(
-            temperature, momentum_temperature, alpha, positives, reduction, normalize, ignore_index, validate
+            temperature,
+            momentum_temperature,
+            alpha,
+            positives,
+            reduction,
+            normalize,
+            ignore_index,
+            exclude_self,
+            validate,
         )
         keys, key_labels, momentum_keys = _check_features(
-            query, keys, query_labels, key_labels, momentum_query, momentum_keys
+            query, keys, query_labels, key_labels, momentum_query, momentum_keys, exclude_self
         )
+        # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
+        query_labels = query_labels.to(torch.int64)
+        key_labels = tuple(part.to(torch.int64) for part in key_labels)
+        for name, labels in [("query_labels", query_labels), *_named("key_labels", key_labels)]:
+            check_classes(name, labels, absent=ignore_index, validate=validate)
         if validate:
             _validate_contrast(query, keys, query_labels, key_labels, normalize, ignore_index)
             if momentum_query is not None:
@@ -329,9 +354,6 @@ def supcon_distill_terms(
                     momentum_query, momentum_keys, query_labels, key_labels, normalize, ignore_index, "momentum_"
                 )
 
-    # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
-    query_labels = query_labels.to(torch.int64)
-    key_labels = tuple(part.to(torch.int64) for part in key_labels)
     present = query_labels != ignore_index  # (N,)
     dtype = _sum_dtype(query, *keys, *momentum_keys, *(() if momentum_query is None else (momentum_query,)))
     prepare_keys = Prepare(dtype, normalize is True)
@@ -339,7 +361,14 @@ def supcon_distill_terms(
         momentum_query,
         temperature if momentum_temperature is None else momentum_temperature,
         [
-            Keys(part, momentum_keys[index] if momentum_keys else None, labels, labels != ignore_index, prepare_keys)
+            Keys(
+                part,
+                momentum_keys[index] if momentum_keys else None,
+                labels,
+                labels != ignore_index,
+                prepare_keys,
+                own=exclude_self and index == 0,
+            )
             for index, (part, labels) in enumerate(zip(keys, key_labels, strict=True))
         ],
         query_labels,
@@ -352,7 +381,7 @@ def supcon_distill_terms(
     )
     weights = alpha if momentum_query is not None else 0.0
     with full_precision(query):
-        if torch.compiler.is_compiling():
+        if is_traced():
             return _reduce_terms(_dense_rows(problem, query, temperature), problem, weights)
         needs_grad = torch.is_grad_enabled()
         learned = [value if isinstance(value, Tensor) else None for value in (weights, temperature)]
@@ -386,7 +415,7 @@ class _Problem(NamedTuple):
         targets = "without" if self.momentum_query is None else "with"
         return (
             f"SupConDistillLoss of width {self.keys[0].online.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
-            f"positives={self.positives!r}, reduction={self.reduction!r}"
+            f"positives={self.positives!r}, exclude_self={self.keys[0].own}, reduction={self.reduction!r}"
         )
 
 
@@ -533,7 +562,7 @@ class _Solved(NamedTuple):
     @classmethod
     def of(cls, problem: _Problem, temperature: float | Tensor, query: Tensor) -> Self:
         """Take the way that is best for the number of scores."""
-        everyone = _streaming.may_ask(query) and bool(problem.present.all())
+        everyone = may_ask(query) and bool(problem.present.all())
         absent = None if everyone else ~problem.present
 
         def ready(raw: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -663,7 +692,7 @@ class _Matrices(NamedTuple):
     positive: Tensor  # (N, Q): 1 for a positive key, else 0; inside the logarithm in the end P, their softmax
     positive_log: Tensor  # (N,)
     u: Tensor | None  # (N, Q)
-    absent: Tensor | None  # (Q,) bool
+    absent: Tensor | None  # (Q,) bool, or (N, Q) where each row has one of its own, see `_hidden`
     queries: Tensor  # (N, d)
     keys: Tensor  # (Q, d)
     lengths: list[Tensor | None]  # (Q, 1) by part: of the raw keys
@@ -671,7 +700,7 @@ class _Matrices(NamedTuple):
     @classmethod
     def solve(cls, problem: _Problem, queries: Tensor, momentum: Tensor | None) -> Self:
         """From prepared queries (N, d), divided by the temperature."""
-        everyone = _streaming.may_ask(queries) and all(bool(part.present.all()) for part in problem.keys)
+        everyone = may_ask(queries) and all(bool(part.present.all()) for part in problem.keys)
 
         def ready(part: Keys, raw: Tensor) -> tuple[Tensor, Tensor | None]:
             return part.prepare(raw if everyone else raw.masked_fill(~part.present[:, None], 0.0))
@@ -682,7 +711,7 @@ class _Matrices(NamedTuple):
             momentum_keys = _joined(
                 [ready(part, part.momentum)[0] for part in problem.keys if part.momentum is not None]
             )
-        absent = None if everyone else ~_joined([part.present for part in problem.keys])
+        absent = None if everyone and not problem.keys[0].own else _hidden(problem)
         solved = cls.define(problem, queries, keys, momentum, momentum_keys, absent)
         positive = solved.positive
         if problem.inside:
@@ -712,8 +741,10 @@ class _Matrices(NamedTuple):
         labels = problem.query_labels
         pairs = labels[:, None] == _joined([part.labels for part in problem.keys])
         labelled = labels >= 0
-        if not (_streaming.may_ask(labels) and bool(labelled.all())):
+        if not (may_ask(labels) and bool(labelled.all())):
             pairs = pairs & labelled[:, None]
+        if absent is not None and problem.keys[0].own:
+            pairs = pairs & ~absent
         positive = pairs.to(log_v.dtype)
         positive_count = positive.sum(dim=1)
         if problem.inside:
@@ -725,7 +756,8 @@ class _Matrices(NamedTuple):
             u, distill = None, torch.zeros_like(positive_log)
         else:
             with torch.no_grad():
-                log_u = log_softmax(momentum @ momentum_keys.T)
+                # Detached as well, for no_grad() does not stop forward-mode derivatives.
+                log_u = log_softmax(momentum.detach() @ momentum_keys.detach().T)
                 u = log_u.exp() if absent is None else log_u.exp().masked_fill_(absent, 0.0)
                 mean_log_u = torch.linalg.vecdot(u, log_u)
             distill = mean_log_u - torch.linalg.vecdot(u, log_v)
@@ -749,19 +781,21 @@ class _Matrices(NamedTuple):
         grad_keys: list[Tensor | None] = []
         start = 0
         for part, lengths, want in zip(problem.keys, self.lengths, wanted, strict=True):
-            chosen = slice(start, start + part.online.shape[0])
-            start = chosen.stop
-            whole = (
-                part.prepare.backward(self.keys[chosen], lengths, grad[:, chosen].T @ self.queries) if want else None
-            )
+            count = part.online.shape[0]
+            whole = None
+            if want:
+                keys = self.keys[start : start + count]
+                whole = part.prepare.backward(keys, lengths, grad.narrow(1, start, count).T @ self.queries)
             grad_keys.append(whole)
+            start += count
         return grad @ self.keys, grad_keys
 
 
 def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Supervised term, KL term and number of positives of each row (N,), all by plain autograd.
 
-    What `torch.compile` fuses, for it cannot see into the tiles, and what has a second derivative.
+    What `torch.compile` fuses, for it cannot see into the tiles, what the transforms of `torch.func` go through, and
+    what has a second derivative.
     """
 
     def ready(raw: Tensor, present: Tensor, prepare: Prepare) -> Tensor:
@@ -778,8 +812,7 @@ def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -
             momentum_keys = _joined(
                 [ready(raw, part.present, part.prepare) for raw, part in zip(others, problem.keys, strict=True)]
             )
-    absent = ~_joined([part.present for part in problem.keys])
-    solved = _Matrices.define(problem, queries, keys, momentum, momentum_keys, absent)
+    solved = _Matrices.define(problem, queries, keys, momentum, momentum_keys, _hidden(problem))
     kept = [torch.where(problem.present, rows, 0.0) for rows in (solved.supervised, solved.distill)]
     return kept[0], kept[1], solved.positive_count
 
@@ -812,6 +845,14 @@ def _dense_backward(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tens
     )
     found = iter(grads)
     return None, None, None, None, *(next(found) if want else None for want in wanted)
+
+
+def _hidden(problem: _Problem) -> Tensor:
+    """The keys that no row sees, bool, (Q,); with `exclude_self` which keys each row does not see, (N, Q)."""
+    absent = ~_joined([part.present for part in problem.keys])
+    if not problem.keys[0].own:
+        return absent
+    return absent | torch.eye(len(problem.query_labels), len(absent), dtype=torch.bool, device=absent.device)
 
 
 def _logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
@@ -869,7 +910,8 @@ def response_distill_loss(
         reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
         detach_teacher: Stop the gradient at `teacher`.
         group: Whose rows sum and mean run over, as in :func:`supcon_distill_loss`.
-        validate: Also check values: student finite, teacher and momentum free of NaN. Makes the host wait.
+        validate: Also check values: student finite, teacher and momentum free of NaN, and no logits that are
+            probabilities in every row. Makes the host wait.
 
     Returns:
         The loss (nats for classification), shape `()`, or `(N,)` with `reduction="none"`; float32 or wider. With no row
@@ -904,26 +946,29 @@ def response_distill_loss(
         check_number("temperature", temperature, low=0.0, open_low=True)
         check_choice("reduction", reduction, REDUCTIONS)
         check_bool("detach_teacher", detach_teacher)
-        check_bool("validate", validate)
+        check_validate(validate)
         if validate:
             check_finite("student", student, mask)
             for name, other in others:
                 check_finite(name, other if task == "regression" else _teacher_logits(other), mask)
+            if task == "classification":
+                for name, outputs in [("student", student), *others]:
+                    check_logits(name, outputs, mask)
 
     dtype = _sum_dtype(student, *(other for _, other in others))
     scale = 1.0 if task == "regression" else 1.0 / temperature
 
-    def distance(teacher: Tensor) -> Tensor:
-        teacher = _keep_rows(teacher.to(dtype), mask)
+    def distance(teacher: Tensor, *, learns: bool) -> Tensor:
+        teacher = _keep_rows((teacher if learns else teacher.detach()).to(dtype), mask)
         if task == "regression":
             return _absolute_error(teacher, student)
-        return _soft_cross_entropy(teacher, student, scale)
+        return _soft_cross_entropy(teacher, student, scale, teacher_learns=learns)
 
     with full_precision(student):
         student = _keep_rows(student.to(dtype), mask)
-        rows = distance(teacher.detach() if detach_teacher else teacher)
+        rows = distance(teacher, learns=not detach_teacher)
         if momentum is not None:
-            rows = _blend(rows, distance(momentum.detach()), alpha)
+            rows = _blend(rows, distance(momentum, learns=False), alpha)
         rows = torch.where(mask, rows / scale**2, 0.0)
         if reduction == "none":
             return rows
@@ -936,12 +981,14 @@ def _absolute_error(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher - student).abs()
 
 
-def _soft_cross_entropy(teacher_logits: Tensor, student_logits: Tensor, scale: float = 1.0) -> Tensor:
+def _soft_cross_entropy(
+    teacher_logits: Tensor, student_logits: Tensor, scale: float = 1.0, *, teacher_learns: bool
+) -> Tensor:
     r"""$H(p, q) = -\sum_c p_c \log q_c$ of scaled logits by row, `(N,)`; $0 \log 0 = 0$ in value and gradient."""
     probs = _scaled(teacher_logits, scale).softmax(dim=1)
     log_probs = _scaled(student_logits, scale).log_softmax(dim=1)
     rows = -(probs.detach() * torch.where(probs == 0, 0.0, log_probs)).sum(dim=1)
-    if probs.requires_grad:
+    if teacher_learns:
         # The gradient for the teacher's logits, by a term that is 0. It is p times the student's logits off their mean,
         # which are much smaller than log q where log q has lost most in rounding.
         logits = torch.where(probs == 0, 0.0, student_logits)
@@ -991,9 +1038,9 @@ def hard_sample_fusion_loss(
         fused_scores: $\hat y_f$, shape `(N,)`.
         fused_logits: Logits of $\hat p_f$, shape `(N, C)`.
         targets: Ground truth $y$, floating, shape `(N,)`. Not needed without `hard_attention`, not used without scores.
-        labels: Ground truth classes $p$, integer, shape `(N,)`. Not needed without `hard_attention`. `ignore_index`:
-            the row is absent, from both parts; another negative number (-2): unlabelled, it has no say in $w_{cls}$
-            while its cross-entropy stands.
+        labels: Ground truth classes $p$ in [0, C), integer, shape `(N,)`. Not needed without `hard_attention`.
+            `ignore_index`: the row is absent, from both parts; -2: unlabelled, it has no say in $w_{cls}$ while its
+            cross-entropy stands. Other numbers in rows that are kept are refused, as by :func:`supcon_distill_loss`.
         mask: True keeps a row, bool, shape `(N,)`. What a masked row holds changes nothing.
         hard_attention: False sets all weights to 1 (Table II, "w/o HardAtt").
         class_weight: `"distance"`: $w_{cls}$ as printed, class indices taken as numbers (order them by sentiment);
@@ -1003,7 +1050,8 @@ def hard_sample_fusion_loss(
         detach_teacher: Stop the gradient at the fused outputs.
         ignore_index: Label of a row that is absent.
         group: Whose rows sum, mean and $w_{cls}$ run over, as in :func:`supcon_distill_loss`; with `"none"`, $w_{cls}$.
-        validate: Also check values: finite inputs, labels in [-2, C). Makes the host wait for the device.
+        validate: Also check values: finite inputs, labels wherever they are, no logits that are probabilities in every
+            row. Makes the host wait for the device.
 
     Returns:
         The loss, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider. With no row kept: 0, connected to
@@ -1011,7 +1059,7 @@ def hard_sample_fusion_loss(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or choice is wrong, a part is incomplete, or both are missing.
+        ValueError: If a shape, device, choice or label is wrong, a part is incomplete, or both are missing.
 
     Example:
         >>> import torch
@@ -1033,7 +1081,7 @@ def hard_sample_fusion_loss(
         check_choice("reduction", reduction, REDUCTIONS)
         check_bool("detach_teacher", detach_teacher)
         check_int("ignore_index", ignore_index)
-        check_bool("validate", validate)
+        check_validate(validate)
         scores = _complete_part(
             ("student_scores", student_scores),
             ("fused_scores", fused_scores),
@@ -1048,9 +1096,9 @@ def hard_sample_fusion_loss(
             shape=("N", "C"),
             truth_needed=hard_attention,
         )
-        labels, mask = _check_fusion(scores, logits, targets, labels, mask, ignore_index)
+        labels, mask = _check_fusion(scores, logits, targets, labels, mask, ignore_index, validate)
         if validate:
-            _validate_fusion(scores, logits, targets, labels, mask)
+            _validate_fusion(scores, logits, targets, mask)
 
     tensors = [*(scores or ()), *(logits or ()), *(() if targets is None else (targets,))]
     dtype = _sum_dtype(*tensors)
@@ -1067,7 +1115,10 @@ def hard_sample_fusion_loss(
             weighted = weighted + part
         if logits is not None:
             student, fused = (_keep_rows(part.to(dtype), mask) for part in logits)
-            part = torch.where(mask, _soft_cross_entropy(fused.detach() if detach_teacher else fused, student), 0.0)
+            part = _soft_cross_entropy(
+                fused.detach() if detach_teacher else fused, student, teacher_learns=not detach_teacher
+            )
+            part = torch.where(mask, part, 0.0)
             if not hard_attention or labels is None:
                 weighted = weighted + part
             else:
@@ -1325,6 +1376,7 @@ def _check_fusion(
     labels: Tensor | None,
     mask: Tensor | None,
     ignore_index: int,
+    validate: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """What belongs to the parts of the fusion loss; returns the labels as int64 and the mask of the rows that count."""
     given = scores if scores is not None else logits
@@ -1345,6 +1397,8 @@ def _check_fusion(
         check_labels("labels", labels, shape=(rows,))
         check_device("labels", labels, first.device, like=like)
         labels = labels.to(torch.int64)
+        classes = math.inf if logits is None else logits[0].shape[1]
+        check_classes("labels", labels, absent=ignore_index, classes=classes, keep=mask, validate=validate)
         mask = mask & (labels != ignore_index)
     return labels, mask
 
@@ -1370,6 +1424,7 @@ def _check_choices(
     reduction: Reduction,
     normalize: Normalize,
     ignore_index: int,
+    exclude_self: bool,
     validate: bool,
 ) -> None:
     """The hyperparameters of the contrastive loss."""
@@ -1381,7 +1436,8 @@ def _check_choices(
     check_choice("reduction", reduction, REDUCTIONS)
     check_normalize(normalize)
     check_int("ignore_index", ignore_index)
-    check_bool("validate", validate)
+    check_bool("exclude_self", exclude_self)
+    check_validate(validate)
 
 
 def _check_features(
@@ -1391,6 +1447,7 @@ def _check_features(
     key_labels: Parts,
     momentum_query: Tensor | None,
     momentum_keys: Parts | None,
+    exclude_self: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The tensors of the contrastive loss; returns keys, their labels and the momentum keys as tuples of parts."""
     check_floating("query", query, shape=("N", "d"))
@@ -1401,6 +1458,8 @@ def _check_features(
     for name, part in _named("keys", keys):
         check_floating(name, part, shape=("Q", width))
         check_device(name, part, query.device, like="query")
+    if exclude_self and keys[0].shape[0] != rows:
+        wrong_value(_named("keys", keys)[0][0], f"{rows} rows as query, with exclude_self=True", f"{keys[0].shape[0]}")
     if len(key_labels) != len(keys):
         wrong_value("key_labels", f"as many parts as keys ({len(keys)})", f"{len(key_labels)}")
     for (name, part), key_part in zip(_named("key_labels", key_labels), keys, strict=True):
@@ -1432,13 +1491,8 @@ def _validate_contrast(
     prefix: str = "",
 ) -> None:
     """Value checks of the contrastive loss; `prefix` stands before the names of the features."""
-    lowest = min(UNLABELLED, ignore_index)
-    check_values("query_labels", query_labels, low=lowest)
     check_finite(f"{prefix}query", query, query_labels != ignore_index)
-    for (name, part), (label_name, labels) in zip(
-        _named(f"{prefix}keys", keys), _named("key_labels", key_labels), strict=True
-    ):
-        check_values(label_name, labels, low=lowest)
+    for (name, part), labels in zip(_named(f"{prefix}keys", keys), key_labels, strict=True):
         check_finite(name, part, labels != ignore_index)
         if normalize == "query":
             lengths = part.detach()[labels != ignore_index].float().square().sum(dim=1).sqrt()
@@ -1456,7 +1510,6 @@ def _validate_fusion(
     scores: tuple[Tensor, Tensor] | None,
     logits: tuple[Tensor, Tensor] | None,
     targets: Tensor | None,
-    labels: Tensor | None,
     mask: Tensor,
 ) -> None:
     """Value checks of the fusion loss."""
@@ -1464,7 +1517,8 @@ def _validate_fusion(
         if pair is not None:
             check_finite(f"student_{name}", pair[0], mask)
             check_finite(f"fused_{name}", _teacher_logits(pair[1]) if name == "logits" else pair[1], mask)
+            if name == "logits":
+                check_logits("student_logits", pair[0], mask)
+                check_logits("fused_logits", pair[1], mask)
     if targets is not None:
         check_finite("targets", targets, mask)
-    if labels is not None and logits is not None:
-        check_values("labels", labels[mask], low=UNLABELLED, high=logits[0].shape[1] - 1)
