@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import momentum_distill as md
-from momentum_distill import _ema
+from momentum_distill import _ema_plan
 
 
 class Branches(nn.Module):
@@ -1173,7 +1173,7 @@ def test_a_16_bit_model_needs_memory_for_its_largest_tensors_only(monkeypatch):
     whole, parts = md.EMAWrapper(model, decay=0.75), md.EMAWrapper(model, decay=0.75)
     fill(model, 2.0)
     whole.update(model)
-    monkeypatch.setattr(_ema, "SCRATCH", 24)
+    monkeypatch.setattr(_ema_plan, "SCRATCH", 24)
     parts.update(model)
     assert_same_state(clone_state(parts.module), clone_state(whole.module))
     (group,) = parts._match(model).averages
