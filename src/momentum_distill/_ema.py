@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,18 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
-from momentum_distill._ema_plan import Buffers, Plan, is_plain, named_tensors
+from momentum_distill._ema_copy import check_module, check_python, deepcopy, unshare
+from momentum_distill._ema_pairs import Buffers, Pairing, Tree, cast, is_averageable, is_plain, parts
+from momentum_distill._ema_plan import Plan
 from momentum_distill._group import Group, check_group, find_ranks, require_in_sync
-from momentum_distill._precision import WideModule, is_16_bit
+from momentum_distill._optim import UpdateWatch
+from momentum_distill._precision import WideModule, is_16_bit, wide_dtype
 
 Decay: TypeAlias = float | Callable[[int], float]
 
 BUFFERS = ("copy", "ema", "frozen")
 MODES = ("eval", "train")
+HOOKS = ("drop", "keep")
 
 
 class EMAWrapper(WideModule):
@@ -43,23 +46,43 @@ class EMAWrapper(WideModule):
     `state_dict` see the averaged tensors only. Tensors are matched by name; prefixes that wrappers add (`module.`,
     `_orig_mod.`) do not count, and tied tensors are averaged once.
 
+    Parameters that cannot be averaged and require no gradient, as those of a quantised base, are shared with `model`
+    and taken anew at the first update after a change. Buffers may change in any way between updates, as caches do.
+
+    An average that is called 500 times in training and never updated warns once. A training is where gradients are
+    enabled and `model` is in training mode, or where `model` has changed since the last call.
+
     Args:
         model: The online module; may be wrapped by DDP, DataParallel or torch.compile.
         decay: Share $\eta$ that the average keeps at an update, a number in [0, 1], or a function from the number of
             updates made so far (0 at the first) to such a number, for warm-up or a cosine. Paper and ALBEF: 0.995.
-        buffers: What happens to floating buffers at an update, BatchNorm statistics for one: `"copy"` (default),
-            `"ema"` or `"frozen"`. Integer and bool buffers are always copied.
+            1.0 says that the average is to stay as it is.
+        buffers: What an update does with floating buffers. `"copy"` (default): they become those of `model`, in shape
+            and absence too. `"ema"`: statistics are averaged, that is those called `running_mean` or `running_var`, as
+            normalisation layers have them; the rest is copied, for the mean of two unit vectors is shorter than they.
+            A list of names, such as `["center"]` or `["head.center"]`: these are averaged as well. An average begins
+            anew where a shape is new. `"frozen"`: those of the average stay, but for what belongs to a parametrised
+            weight (spectral norm, pruning), which has to follow the parameters and is copied. Integers and bools are
+            always copied, under `"frozen"` as long as they keep their shape.
         dtype: Floating dtype of the average, 32 bits or more. By default that of the model, and float32 where the model
             has 16 bits: in 16 bits an average stands still, for its steps are smaller than the spacing of the numbers.
         device: Where the average lives; by default beside the model.
         mode: `"eval"` (default: no dropout, BatchNorm uses its statistics) or `"train"`.
         teacher: A ready module to hold the average in, for models that cannot be deep-copied (FSDP2: build a second one
             and shard it alike). Its weights are where the average starts; `update(model, decay=0.0)` copies.
+        hooks: Which forward and backward hooks of `model` the copy gets. `"drop"` (default): none that is a function of
+            yours. It would be the very same function: one that keeps features of `model` would fire for the average as
+            well, and keep those instead. `"keep"`: all, as `copy.deepcopy` does; needed where such a function changes
+            an output. Pre-forward hooks come along either way, for they make weights (older norms, pruning) and inputs;
+            so do methods and objects, each copied, and the hooks of torch itself. Hooks for the average alone are
+            registered on `ema.module`.
 
     Raises:
-        TypeError: If an argument has the wrong type, or `model` cannot be deep-copied and no `teacher` is given.
-        ValueError: If a number or choice is wrong, `model` has uninitialised (lazy) parameters, or `teacher` does not
-            match it by names and shapes.
+        TypeError: If an argument has the wrong type; `model` cannot be deep-copied and no `teacher` is given; it is a
+            `torch.jit.ScriptModule`, or has no parameter and no buffer (as after `quantize_dynamic`); or a parameter
+            that requires a gradient is of a tensor type that cannot be averaged.
+        ValueError: If a number or choice is wrong, a name in `buffers` is none, `model` has uninitialised (lazy)
+            parameters or buffers, or `teacher` does not match its parameters by names and shapes.
 
     Example:
         >>> import torch
@@ -92,37 +115,44 @@ class EMAWrapper(WideModule):
         device: torch.device | str | None = None,
         mode: Literal["eval", "train"] = "eval",
         teacher: nn.Module | None = None,
+        hooks: Literal["drop", "keep"] = "drop",
     ) -> None:
         super().__init__()
-        _check_module("model", model)
+        check_python("model", model)
         if not callable(decay):
             check_number("decay", decay, low=0.0, high=1.0)
-        check_choice("buffers", buffers, BUFFERS)
+        _check_buffers(buffers, model)
         check_choice("mode", mode, MODES)
+        check_choice("hooks", hooks, HOOKS)
         if dtype is not None:
             if not isinstance(dtype, torch.dtype):
                 wrong_type("dtype", "a torch.dtype or None", describe(dtype))
             if not dtype.is_floating_point or is_16_bit(dtype):
                 wrong_value("dtype", "a floating dtype of 32 bits or more", str(dtype))
         self.decay = decay
-        self.buffers_mode: Buffers = buffers
+        self.buffers_mode: Buffers = buffers if isinstance(buffers, str) else tuple(buffers)
         self.mode: Literal["eval", "train"] = mode
         self._step = 0
         self._swapped = False
         self._plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+        self._online: Callable[[], nn.Module | None] = ref(model)
+        self._watch = UpdateWatch(NEVER_UPDATED, patience=500)  # several calls make a step
+        if decay == 1:
+            self._watch.stop()
         check_device_name(device)
         self.dtype = dtype
         if teacher is None:
-            name, average = "model", _deepcopy(model)
+            name, average = "model", deepcopy(model, hooks)
         else:
-            _check_module("teacher", teacher)
+            check_python("teacher", teacher)
             name, average = "teacher", teacher
-        Plan(average, model, buffers, blame=name)  # refuses a mismatch before anything is changed
+        Pairing(average, model, self.buffers_mode, blame=name)  # refuses a mismatch before anything is changed
         self.module = average
         self._recast(device)
         self.module.requires_grad_(False)
         self.module.zero_grad(set_to_none=True)
         self.train()
+        self.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_restore_precision)  # type: ignore[no-untyped-call]
 
     @property
@@ -131,7 +161,6 @@ class EMAWrapper(WideModule):
         return self._step
 
     @override
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The averaged module's output, without gradient.
 
@@ -151,8 +180,12 @@ class EMAWrapper(WideModule):
             >>> ema(torch.ones(4, 3)).shape
             torch.Size([4, 2])
         """
-        args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
-        return self.module(*args, **kwargs)
+        if not torch.compiler.is_compiling() and not self._watch.done and (model := self._online()) is not None:
+            trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+            self._watch.look(trained, training=model.training and torch.is_grad_enabled())
+        with torch.no_grad():
+            args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
+            return self.module(*args, **kwargs)
 
     @torch.inference_mode()
     def update(self, model: nn.Module, *, decay: float | None = None) -> None:
@@ -164,8 +197,8 @@ class EMAWrapper(WideModule):
 
         Raises:
             TypeError: If `model` is not a module, or a decay not a number.
-            ValueError: If a decay is not in [0, 1], or a tensor of `model` is missing, unexpected or of another shape;
-                the message names the first. The average is then unchanged.
+            ValueError: If a decay is not in [0, 1], or a parameter of `model` is missing, unexpected or of another
+                shape; the message names the first. The average is then unchanged.
             RuntimeError: If called inside :meth:`swap`, where `model` carries the average itself.
 
         Example:
@@ -179,29 +212,32 @@ class EMAWrapper(WideModule):
             Parameter containing:
             tensor([[0.1000]])
         """
-        _check_module("model", model)
+        check_module("model", model)
         if self._swapped:
             raise RuntimeError("update: expected a call outside swap(), got one inside it")
         if decay is None:
             decay = self.decay(self._step) if callable(self.decay) else self.decay
         check_number("decay", decay, low=0.0, high=1.0)
-        plan = self._match(model)
+        plan = self._match(model, follow=True)
         for group in plan.averages:
             group.lerp(float(decay))
         for group in plan.copies:
             group.copy()
         self._step += 1
+        self._watch.stop()
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into `model`, in the dtypes and on the devices of `model`.
+
+        Buffers that do not fit become others: `model` has those of the average afterwards.
 
         Args:
             model: A module of the same names and shapes.
 
         Raises:
             TypeError: If `model` is not a module.
-            ValueError: If a tensor of `model` is missing, unexpected or of another shape.
+            ValueError: If a parameter of `model` is missing, unexpected or of another shape.
 
         Example:
             >>> import torch
@@ -210,9 +246,11 @@ class EMAWrapper(WideModule):
             >>> bool((deployed.weight == ema.module.weight).all())
             True
         """
-        _check_module("model", model)
+        check_module("model", model)
         plan = self._match(model)
-        for average, online in plan.pairs:
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = self._lend(model, plan)
+        for average, online in pairs:
             online.copy_(average)
 
     @contextmanager
@@ -221,19 +259,20 @@ class EMAWrapper(WideModule):
 
         They come back after an exception too. `model.state_dict()` inside holds the averaged weights.
 
-        What `model` carries is a copy: the average is still there for `ema(...)`, and whatever is done to `model`
-        inside (a step of an optimizer, `load_state_dict`) does not reach it and is undone on exit. On CPU the model's
-        own storage is set aside meanwhile, which takes one copy instead of three; views of its weights made outside
-        keep showing the model's own values then. Tensors on other devices keep their place, for captured graphs and
-        flattened RNN weights, and so do tensor subclasses and tensors that share their storage: all these are copied
-        back and forth.
+        What `model` carries is a copy: the average is still there for `ema(...)`, and whatever is done to the tensors
+        of `model` inside (a step of an optimizer, `load_state_dict`, a cache that grows) does not reach it and is
+        undone on exit. On CPU the model's own storage is set aside meanwhile, which takes one copy instead of three;
+        views of its weights made outside keep showing the model's own values then. Tensors on other devices keep their
+        place, for captured graphs and flattened RNN weights, and so do tensor subclasses and tensors that share their
+        storage: all these are copied back and forth. Buffers of another shape than the average's, and quantised
+        weights, are exchanged for other tensors.
 
         Args:
             model: The online module.
 
         Raises:
             TypeError: If `model` is not a module.
-            ValueError: If a tensor of `model` is missing, unexpected or of another shape.
+            ValueError: If a parameter of `model` is missing, unexpected or of another shape.
             RuntimeError: If called inside another `swap` of the same average.
 
         Example:
@@ -248,28 +287,30 @@ class EMAWrapper(WideModule):
             >>> model.weight.item()
             1.0
         """
-        _check_module("model", model)
+        check_module("model", model)
         if self._swapped:
             raise RuntimeError("swap: expected a call outside swap(), got one inside it")
         plan = self._match(model)
-        with torch.no_grad():
-            movable = _movable([online for _, online in plan.pairs])
-            own = [
-                online.detach() if moves else online.clone()
-                for (_, online), moves in zip(plan.pairs, movable, strict=True)
-            ]
-            values = [
-                torch.empty_like(online).copy_(average) if moves else average
-                for (average, online), moves in zip(plan.pairs, movable, strict=True)
-            ]
-        tensors = [online for _, online in plan.pairs]
+        entries = _entries(model, lends=plan.lends)
+        own: tuple[list[Tensor], list[Tensor], list[bool]] = [], [], []
         self._swapped = True
         try:
+            with torch.no_grad():
+                pairs = self._lend(model, plan)
+                tensors = [online for _, online in pairs]
+                movable = _movable(tensors)
+                values = [
+                    torch.empty_like(online).copy_(average) if moves else average
+                    for (average, online), moves in zip(pairs, movable, strict=True)
+                ]
+                kept = [t.detach() if moves else t.clone() for t, moves in zip(tensors, movable, strict=True)]
+            own = tensors, kept, movable
             _assign(tensors, values, movable)
             yield
         finally:
             plan.reshard()
-            _assign(tensors, own, movable)
+            _assign(*own)
+            _restore(entries)
             self._swapped = False
 
     def check_in_sync(self, *, group: Group = "auto") -> None:
@@ -293,8 +334,10 @@ class EMAWrapper(WideModule):
             ... ).check_in_sync()  # one process: nothing to compare with
         """
         check_group(group)
-        local = {name: _local(tensor) for name, tensor in named_tensors(self.module).items()}
-        whole = {name: tensor for name, tensor in local.items() if tensor is not None}
+        whole = {}
+        for name, tensor in Tree(self.module).tensors().items():
+            for index, part in enumerate(_local_parts(tensor)):
+                whole[f"{name}, part {index}" if index else name] = part
         require_in_sync(find_ranks(group), {**whole, "number of updates": torch.tensor(self._step)}, what="EMAWrapper")
 
     @override
@@ -306,23 +349,38 @@ class EMAWrapper(WideModule):
         self.module.train(keep)
         return self
 
-    def _match(self, model: nn.Module) -> Plan:
-        """The plan for `model`, made anew when one of its or our tensors is another object than before."""
+    def _match(self, model: nn.Module, *, follow: bool = False) -> Plan:
+        """The plan for `model`, made anew when one of its or our tensors is another object than before.
+
+        With `follow` the average first gets what it is to take over from `model` as it is: see `Pairing`.
+        """
         plan = self._plans.get(model)
         if plan is not None:
             plan.reshard()  # whole weights are other tensors, for which the plan would not be current
-        if plan is None or not plan.is_current():
-            plan = Plan(self.module, model, self.buffers_mode, blame="model")
-            self._plans[model] = plan
+        if plan is None or not plan.is_current() or (follow and plan.behind):
+            pairing = Pairing(self.module, model, self.buffers_mode, blame="model")
+            shares = plan.shares if plan is not None else {}
+            if follow and (pairing.unlike or pairing.shared):
+                with torch.inference_mode(False), torch.no_grad():
+                    shares = pairing.follow(self.dtype, shares)
+                pairing = Pairing(self.module, model, self.buffers_mode, blame="model")
+            plan = self._plans[model] = Plan(pairing, shares)
         return plan
+
+    def _lend(self, model: nn.Module, plan: Plan) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of average and online tensors to write into; what cannot be written is in its place by then."""
+        if not plan.lends:
+            return plan.written
+        Pairing(self.module, model, self.buffers_mode, blame="model").lend()
+        return Pairing(self.module, model, self.buffers_mode, blame="model").written
 
     def _recast(self, device: torch.device | str | None = None) -> None:
         """Give every floating tensor of the average the dtype it is to have, and move it where `device` says."""
-        tensors = named_tensors(self.module).values()
-        if device is not None or any(_target_dtype(t, self.dtype) != t.dtype for t in tensors):
+        tensors = Tree(self.module).tensors().values()
+        if device is not None or any(wide_dtype(t, self.dtype) != t.dtype for t in tensors):
 
             def recast(tensor: Tensor) -> Tensor:
-                return tensor.to(device=device, dtype=_target_dtype(tensor, self.dtype))
+                return cast(tensor, device, wide_dtype(tensor, self.dtype))
 
             self.module._apply(recast)  # type: ignore[no-untyped-call]
 
@@ -336,15 +394,18 @@ class EMAWrapper(WideModule):
     @override
     def set_extra_state(self, state: Tensor) -> None:
         self._step = int(state)
+        if self._step:
+            self._watch.stop()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": None, "_swapped": False}
+        return {**self.__dict__, "_plans": None, "_online": None, "_swapped": False}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._plans = WeakKeyDictionary()
+        self._online = type(None)
 
     @override
     def extra_repr(self) -> str:
@@ -352,36 +413,70 @@ class EMAWrapper(WideModule):
         return f"decay={decay}, buffers={self.buffers_mode!r}, mode={self.mode!r}, step={self._step}"
 
 
-def _deepcopy(model: nn.Module) -> nn.Module:
-    """A copy of the module that wrappers hold."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original
-        else:
-            break
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise TypeError(
-            f"model: expected a module that copy.deepcopy can copy, got {type(model).__name__}, for which it says: "
-            f"{str(error).rstrip('.')}. Build a second module of the same kind and pass it as teacher=."
-        ) from error
+NEVER_UPDATED = (
+    "EMAWrapper was called {} times in training and never updated: call update(model) after each optimizer step, "
+    "or pass decay=1.0 if it is to stay as it is"
+)
 
 
-def _check_module(name: str, module: object) -> None:
-    """Any module."""
-    if not isinstance(module, nn.Module):
-        wrong_type(name, "a torch.nn.Module", describe(module))
+def _check_buffers(buffers: object, model: nn.Module) -> None:
+    """One of the three words, or names of floating buffers that `model` has."""
+    if isinstance(buffers, str) or not isinstance(buffers, Sequence):
+        if buffers not in BUFFERS:
+            wrong_value("buffers", "'copy', 'ema', 'frozen' or a list of names of buffers", describe(buffers))
+        return
+    slots = Tree(model).buffers
+    averageable = [f".{name}" for name, slot in slots.items() if slot.tensor is None or is_averageable(slot.tensor)]
+    for each in buffers:
+        if not isinstance(each, str):
+            wrong_type("buffers", "names that are strings", describe(each))
+        if not any(name.endswith(f".{each}") for name in averageable):
+            wrong_value("buffers", "names of floating buffers of the model", repr(each))
 
 
-def _local(tensor: Any) -> Tensor | None:  # noqa: ANN401 - a Tensor, or a DTensor, whose import takes a second
-    """The tensor as this process holds it, or None where that is a part of it, as of a sharded DTensor."""
-    local: Tensor | None = tensor
+def _local_parts(tensor: Any) -> list[Tensor]:  # noqa: ANN401 - a Tensor, or a DTensor, whose import takes a second
+    """What this process holds of the tensor, none if that is a part of it only, as of a sharded DTensor."""
     if hasattr(tensor, "placements"):
-        local = tensor.to_local() if all(placement.is_replicate() for placement in tensor.placements) else None
-    return local
+        return [tensor.to_local()] if all(placement.is_replicate() for placement in tensor.placements) else []
+    return [part for part in parts(tensor) if is_plain(part)] or [tensor.to_dense()]
+
+
+Entries: TypeAlias = list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any], set[str]]]
+
+
+def _entries(model: nn.Module, *, lends: bool) -> Entries:
+    """What the modules hold by which names, and which of their buffers are not saved.
+
+    Their plain attributes as well if the model is lent buffers, for one may stand in the place of an attribute.
+    """
+    return [
+        (
+            module,
+            vars(module).copy() if lends else {},
+            module._parameters.copy(),
+            module._buffers.copy(),
+            module._non_persistent_buffers_set.copy(),
+        )
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which holds no others than it has
+    ]
+
+
+def _restore(entries: Entries) -> None:
+    """Let the modules hold the tensors of then, in the order of then."""
+    for module, attributes, parameters, buffers, passing in entries:
+        for name, parameter in parameters.items():
+            if module._parameters.get(name) is not parameter:
+                setattr(module, name, parameter)  # so that an RNN, which keeps a list of them, hears of it
+        for now, before in ((module._parameters, parameters), (module._buffers, buffers)):
+            if now or before:
+                now.clear()
+                now.update(before)
+        if module._non_persistent_buffers_set != passing:
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(passing)
+        for name in attributes.keys() - vars(module).keys():
+            vars(module)[name] = attributes[name]
 
 
 def _movable(tensors: list[Tensor]) -> list[bool]:
@@ -409,16 +504,14 @@ def _assign(tensors: list[Tensor], values: list[Tensor], movable: list[bool]) ->
             tensor.copy_(value)
 
 
-def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype a tensor is averaged in."""
-    if not tensor.is_floating_point():
-        return tensor.dtype
-    return dtype or (torch.float32 if is_16_bit(tensor.dtype) else tensor.dtype)
-
-
 def _recast_input(value: Any, *, dtype: torch.dtype | None) -> Any:  # noqa: ANN401 - a leaf of any pytree
     """A floating tensor in the dtype the average reads; anything else as it is."""
-    return value.to(_target_dtype(value, dtype)) if isinstance(value, Tensor) else value
+    return value.to(wide_dtype(value, dtype)) if isinstance(value, Tensor) else value
+
+
+def _unshare(ema: EMAWrapper, *_: object) -> None:
+    """Before `load_state_dict`, which would write into what the average shares with the online model."""
+    unshare(ema.module)
 
 
 def _restore_precision(ema: EMAWrapper, incompatible_keys: object) -> None:

@@ -1,99 +1,84 @@
-"""Which tensor of an average goes with which of its online model, and whether they still are the same."""
+"""What an update of an average by one online model does, and whether that is still what it was."""
 
 from __future__ import annotations
 
-import sys
 from functools import cached_property
 from itertools import chain, starmap
 from operator import attrgetter, call, eq, getitem, is_
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from momentum_distill._checks import wrong_value
+from momentum_distill._ema_pairs import Pairing, Share, is_plain, reshard
 from momentum_distill.functional import lerp_
-
-Buffers: TypeAlias = Literal["copy", "ema", "frozen"]
 
 
 class Plan:
-    """Which tensor of the average goes with which of one online module, matched by name.
+    """What an update of the average by one online module does: `averages` and `copies`.
 
-    Walking two module trees and comparing names costs more than the update itself, so it is done once: `averages` and
-    `copies` list what an update does. The plan holds tensors, and of modules only weak references and the dictionaries
-    of their tensors: nothing that holds the online module, so a plan goes when its model does.
+    Walking two module trees and comparing names costs more than the update itself, so it is done once. The plan holds
+    tensors, and of modules only weak references and the dictionaries of their tensors: nothing that holds the online
+    module, so a plan goes when its model does.
     """
 
-    def __init__(self, average: nn.Module, online: nn.Module, buffers: Buffers, *, blame: str) -> None:
-        _check_initialised(blame, average)
-        _check_initialised("model", online)
-        self._sharded = [ref(module) for tree in (average, online) for module in _sharded_modules(tree)]
-        self.reshard()
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        parameters = {id(parameter) for parameter in online.parameters()}
-        seen: dict[int, tuple[str, Tensor]] = {}
-        averaged, copied = [], []
-        for name, (old, new) in _matched(named_tensors(average), named_tensors(online), blame).items():
-            if id(old) in seen:
-                first, tied = seen[id(old)]
-                if tied is not new:
-                    wrong_value(blame, f"{name!r} and {first!r} tied as in the average", "two tensors")
-                continue
-            if old is new:
-                wrong_value(blame, "tensors of its own", f"{name!r} shared with the {_other(blame)}")
-            seen[id(old)] = (name, new)
-            self.pairs.append((old, new))
-            averageable = old.is_floating_point() or old.is_complex()
-            if averageable and (id(new) in parameters or buffers == "ema"):
-                averaged.append((old, new))
-            elif not averageable or buffers == "copy":
-                copied.append((old, new))
-        self.averages = _grouped(averaged)
-        self.copies = _grouped(copied)
-        self._contents = Contents(average, online)
-        online_tensors = [new for _, new in self.pairs]
-        self._addressed = [new for new in online_tensors if is_plain(new) and not new.is_meta]
-        self._others = [new for new in online_tensors if not is_plain(new) or new.is_meta]
+    def __init__(self, pairing: Pairing, shares: dict[str, Share]) -> None:
+        self.averages = _grouped(pairing.averaged)
+        self.copies = _grouped(pairing.copied)
+        self.written = pairing.written
+        self.lends = bool(pairing.lent)
+        self.shares = shares
+        self.behind = bool(pairing.unlike) or not all(
+            name in shares and shares[name].is_current(shared) for name, shared in pairing.shared.items()
+        )
+        self._shared = [(shared.new, Share(shared.old, shared.new)) for shared in pairing.shared.values()]
+        self._sharded = [ref(module) for module in pairing.sharded]
+        self._contents = _Contents(pairing.average.root, pairing.online.root)
+        parameters, buffers, own_buffers = (
+            list({id(tensor): tensor for slot in slots.values() if (tensor := slot.tensor) is not None}.values())
+            for slots in (pairing.online.parameters, pairing.online.buffers, pairing.average.buffers)
+        )
+        averaged = list({id(new): new for _, new in pairing.averaged}.values())
+        others = [t for t in parameters + buffers if not is_plain(t) or t.is_meta]
+        asked = [
+            (Tensor.data_ptr, [t for t in averaged if is_plain(t) and not t.is_meta]),
+            (Tensor.numel, parameters + [t for t in own_buffers if t.dim() < 2]),
+            (_shape, buffers + [t for t in own_buffers if t.dim() > 1]),
+            (_form, others),
+            (_kind, [group.average[0] for group in self.averages]),  # .to() moves all
+        ]
+        self._asked: list[Any] = [(question, tensors) for question, tensors in asked if tensors]
         self._layout = self._find_layout()
 
     def reshard(self) -> None:
-        """Let the modules of FSDP2 hold their shards again.
-
-        A forward pass may leave whole weights in their place. Those are copies: what is written there is lost, and what
-        is read there may be old.
-        """
-        for module in self._sharded:
-            alive: Any = module()
-            if alive is not None:
-                alive.reshard()
+        """Let the modules of FSDP2 hold their shards again."""
+        if self._sharded:
+            reshard([alive for module in self._sharded if (alive := module()) is not None])
 
     def is_current(self) -> bool:
         """Whether both module trees still hold the very tensors and submodules this plan was made from, as they were.
 
         `tensor.data = ...`, which `model.to()` does too, leaves the tensor the same object: it shows in the address and
-        the number of elements, which take less time to ask for than shape, dtype and device.
+        the number of elements, which take less time to ask for than shape, dtype and device. Buffers are resized in
+        place as well, those of the average by its own forward pass.
         """
         return (
             self._contents.are_unchanged()
             and self._find_layout() == self._layout
-            and all(group.is_current() for group in self.averages)
+            and (not self._shared or all(share.is_state_of(online) for online, share in self._shared))
         )
 
     def _find_layout(self) -> list[object]:
-        return [
-            *map(Tensor.data_ptr, self._addressed),
-            *map(Tensor.numel, self._addressed),
-            *map(_form, self._others),
-        ]
+        return list(chain.from_iterable(starmap(map, self._asked)))
 
 
+_shape = attrgetter("shape")
 _form = attrgetter("shape", "dtype", "device")
+_kind = attrgetter("dtype", "device")
 
 
-class Group:
+class _Group:
     """Tensors of one dtype on one device with their online counterparts of one dtype on one device.
 
     Grouped so, the multi-tensor kernels of an accelerator take them in one launch.
@@ -102,12 +87,7 @@ class Group:
     def __init__(self, average: list[Tensor], online: list[Tensor]) -> None:
         self.average = average
         self.online = online
-        self.kind = average[0].dtype, average[0].device
-        self.converts = self.kind != (online[0].dtype, online[0].device)
-
-    def is_current(self) -> bool:
-        """Whether the average is where it was, by its first tensor: `.to()` moves all."""
-        return (self.average[0].dtype, self.average[0].device) == self.kind
+        self.converts = _kind(average[0]) != _kind(online[0])
 
     def lerp(self, decay: float) -> None:
         """Move the average towards the online tensors."""
@@ -155,7 +135,7 @@ SCRATCH = 2**22
 """Elements converted at a time where the online model has another dtype or device than the average."""
 
 
-def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> list[Group]:
+def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> list[_Group]:
     """The pairs by dtype and device; what is not plain apart."""
     groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for old, new in pairs:
@@ -163,10 +143,10 @@ def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> list[Group]:
         average, online = groups.setdefault(kind, ([], []))
         average.append(old)
         online.append(new)
-    return [Group(average, online) for average, online in groups.values()]
+    return [_Group(average, online) for average, online in groups.values()]
 
 
-class Contents:
+class _Contents:
     """What the modules of an average and of an online module hold, compared by identity.
 
     This runs at every update, so each comparison is one loop inside the interpreter.
@@ -211,77 +191,8 @@ class Contents:
                 and all(starmap(eq, self._average_children))
                 and list(chain.from_iterable(submodules)) == list(map(call, self._online_children))
             )
-        except (AttributeError, KeyError, RuntimeError):
+        except (AttributeError, KeyError, RuntimeError, TypeError):
             return False
 
 
 _submodules = attrgetter("_modules")
-
-
-def _matched(average: dict[str, Tensor], online: dict[str, Tensor], blame: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Tensors of the same name in pairs, or a ValueError that names the first mismatch."""
-    for name, new in online.items():
-        if name not in average:
-            _name_mismatch(blame, name, in_average=False)
-        if average[name].shape != new.shape:
-            shapes = (tuple(average[name].shape), tuple(new.shape))
-            expected, got = shapes if blame == "model" else shapes[::-1]
-            wrong_value(blame, f"shape {expected} for {name!r}", str(got))
-    for name in average:
-        if name not in online:
-            _name_mismatch(blame, name, in_average=True)
-    return {name: (average[name], online[name]) for name in online}
-
-
-def _other(blame: str) -> str:
-    """The side of a comparison that is not the argument `blame`."""
-    return "average" if blame == "model" else "model"
-
-
-def _name_mismatch(blame: str, name: str, *, in_average: bool) -> NoReturn:
-    """Say which of the two has the tensor `name` and which has not; `blame` is the argument that came."""
-    other = _other(blame)
-    if in_average == (blame == "model"):
-        wrong_value(blame, f"a tensor {name!r} as in the {other}", "none")
-    wrong_value(blame, f"no tensor {name!r}, which the {other} does not have", "one")
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, without the prefixes that wrappers add; tied ones under each name."""
-    wrapped = {
-        f"{path}.module".lstrip(".")
-        for path, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    }
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]:
-        kept, path = [], ""
-        for component in name.split("."):
-            path = f"{path}.{component}".lstrip(".")
-            if component != "_orig_mod" and path not in wrapped:
-                kept.append(component)
-        tensors[".".join(kept)] = tensor
-    while tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def _check_initialised(name: str, module: nn.Module) -> None:
-    """A module whose parameters all exist."""
-    for path, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            wrong_value(name, "initialised parameters (run a forward pass first)", f"lazy {path!r}")
-
-
-def _sharded_modules(module: nn.Module) -> list[nn.Module]:
-    """Those that `fully_shard` was called on."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # an import would take a second, for nothing if none was made
-    return [] if fsdp is None else [child for child in module.modules() if isinstance(child, fsdp.FSDPModule)]
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Neither a subclass, such as a DTensor, nor sparse."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
