@@ -39,8 +39,9 @@ EXPLAINED = ROOT / "tests" / "survivors.toml"
 GROUPS = {
     "one process": [
         *(f"tests/test_{name}.py" for name in ("bad_inputs", "closed_forms", "diagnostics", "docs_parity", "ema")),
-        *(f"tests/test_{name}.py" for name in ("ema_traps", "functional", "fusion", "hard_sample", "loss_group")),
-        *(f"tests/test_{name}.py" for name in ("losses", "param_groups", "properties", "properties_invariance")),
+        *(f"tests/test_{name}.py" for name in ("ema_buffers", "ema_modules", "ema_traps", "functional", "fusion")),
+        *(f"tests/test_{name}.py" for name in ("hard_sample", "loss_group", "losses")),
+        *(f"tests/test_{name}.py" for name in ("param_groups", "properties", "properties_invariance")),
         *(f"tests/test_{name}.py" for name in ("properties_over_time", "queue", "queue_stateful", "response")),
         *(f"tests/test_{name}.py" for name in ("streaming", "supcon", "supcon_edge_cases", "supcon_gradcheck")),
         *(f"tests/test_{name}.py" for name in ("supcon_module", "supcon_traps")),

@@ -748,12 +748,11 @@ OTHER_MODELS = [
     ("lacks a layer", nn.Sequential(nn.Linear(2, 2)), V),
     ("lacks a bias", nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)), V),
     ("has another shape", nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(2)), V),
-    ("has a buffer less", nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)), V),
     ("has a parameter more", other_model(extra=nn.Parameter(real(2))), V),
     ("is empty", nn.Sequential(), V),
 ]
 bad("EMAWrapper()", "model", NO_MODULES)
-bad("EMAWrapper()", "model", [("is lazy", nn.LazyLinear(2), V)])
+bad("EMAWrapper()", "model", [("is lazy", nn.LazyLinear(2), V), ("has nothing to average", nn.ReLU(), T)])
 bad(
     "EMAWrapper()",
     "teacher",
@@ -768,8 +767,9 @@ bad(
     model=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
 )
 bad("EMAWrapper()", "decay", wrong_numbers(0, 1))
-bad("EMAWrapper()", "buffers", [*choices(), ("is 'none'", "none", V)])
+bad("EMAWrapper()", "buffers", [*choices(), ("is 'none'", "none", V), ("is a list of numbers", [1], T)])
 bad("EMAWrapper()", "mode", [*choices(), ("is a bool", True, EITHER)])
+bad("EMAWrapper()", "hooks", [*choices(), ("is 'none'", "none", V), ("is a bool", True, EITHER)])
 bad(
     "EMAWrapper()",
     "dtype",

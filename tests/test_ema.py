@@ -861,8 +861,13 @@ def every_name(module):
 def test_every_tensor_of_any_module_tree_follows_its_own_closed_form(tree, buffers, decay, updates, seed):
     generator = torch.Generator().manual_seed(seed)
     model = build(tree, generator)
-    ema = md.EMAWrapper(model, decay=decay, buffers=buffers)
     parameters, model_buffers = every_name(model)
+    if not parameters | model_buffers:
+        with pytest.raises(TypeError, match="with parameters or buffers"):
+            md.EMAWrapper(model)
+        return
+    floats = [name for name, b in model_buffers.items() if b.is_floating_point()]
+    ema = md.EMAWrapper(model, decay=decay, buffers=floats if buffers == "ema" else buffers)
     expected = {n: t.detach().double().clone() for n, t in (parameters | model_buffers).items()}
     for _ in range(updates):
         with torch.no_grad():

@@ -114,3 +114,32 @@ def test_factors_that_no_optimizer_has_are_told_once():
     with pytest.warns(UserWarning, match=r"^the weight of MomentumFusionFactors has a gradient") as told:
         steps(None, 250)
     assert len(told) == 1
+
+
+def test_factors_whose_average_never_follows_are_told_of_once():
+    def train(fuse, steps, update=False):
+        optimizer = torch.optim.SGD(fuse.parameters(), lr=1e-4)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            fuse({"a": torch.ones(2, 3)})["a"].sum().backward()
+            optimizer.step()
+            if update:
+                fuse.update()
+
+    fuse = md.MomentumFusionFactors(["a"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(fuse, 100)
+        train(md.MomentumFusionFactors(["a"], decay=1.0), 250)
+        train(md.MomentumFusionFactors(["a"]), 250, update=True)
+        frozen = md.MomentumFusionFactors(["a"]).requires_grad_(False)
+        for _ in range(250):  # and an evaluation
+            frozen({"a": torch.ones(2, 3)})
+            with torch.no_grad():
+                fuse({"a": torch.ones(2, 3)})
+    with pytest.warns(
+        UserWarning, match=r"^the weight of MomentumFusionFactors has changed before each of 100"
+    ) as told:
+        train(fuse, 250)
+    assert len(told) == 1
+    assert told[0].filename == __file__

@@ -17,9 +17,14 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
-from momentum_distill._optim import IdleWatch
+from momentum_distill._optim import IdleWatch, UpdateWatch
 from momentum_distill._precision import WideModule
 from momentum_distill.functional import lerp_, straight_through
+
+NEVER_UPDATED = (
+    "the weight of MomentumFusionFactors has changed before each of {} calls and its average never followed: call "
+    "update() after each optimizer step, or pass decay=1.0 if the factors are to stay as they are"
+)
 
 
 class MomentumFusionFactors(WideModule):
@@ -28,7 +33,7 @@ class MomentumFusionFactors(WideModule):
     $$F_f' = \mathrm{concat}_u(\bar w_u F_u), \qquad \bar w_u \leftarrow \eta\,\bar w_u + (1-\eta)\,w_u$$
 
     The forward pass uses $\bar w_u$ while the gradient goes to $w_u$ (straight through). Call :meth:`update` after each
-    optimizer step.
+    optimizer step; a warning, once, tells of weights that have changed before 100 calls while nobody did.
 
     Args:
         modalities: Names, each once, in a fixed order.
@@ -82,6 +87,9 @@ class MomentumFusionFactors(WideModule):
             check_number("init", value, low=-float("inf"))
         self.weight: nn.Parameter = nn.Parameter(torch.tensor([float(value) for value in values]))
         self._watch = IdleWatch("the weight of MomentumFusionFactors", patience=100)
+        self._updates = UpdateWatch(NEVER_UPDATED, patience=100)
+        if self.decay == 1:
+            self._updates.stop()
         self.register_buffer("average", self.weight.detach().clone())
 
     @override
@@ -110,6 +118,7 @@ class MomentumFusionFactors(WideModule):
         for name in self.modalities:
             check_floating(f"features[{name!r}]", features[name], shape=("N", "d"))
             check_device(f"features[{name!r}]", features[name], self.weight.device, like="the factors")
+        self._updates.look([self.weight])
         rows = features[self.modalities[0]].shape[0]
         factors = straight_through(self.average, self.weight).unbind()
         weighted = {}
@@ -134,6 +143,7 @@ class MomentumFusionFactors(WideModule):
         """
         self._watch.look(self.weight)
         self._watch.left(self.weight)
+        self._updates.stop()
         lerp_([self.average], [self.weight.to(self.average)], self.decay)
 
     def factors(self) -> dict[str, float]:

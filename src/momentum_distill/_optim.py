@@ -1,10 +1,11 @@
 """The learned scalars of the blocks, and how they reach the optimizer."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from momentum_distill._checks import check_number, describe, wrong_type, wrong_value
 
@@ -82,3 +83,31 @@ class IdleWatch:
         """After it was used."""
         if not torch.compiler.is_compiling() and not parameter.is_inference():
             self.version = parameter._version
+
+
+class UpdateWatch:
+    """Warns, once, of an average that is used while what it is to follow is trained, and that nobody updates."""
+
+    def __init__(self, message: str, patience: int) -> None:
+        self.message = message
+        self.patience = patience  # calls
+        self.calls = 0
+        self.versions: list[int] | None = None
+        self.done = False
+
+    def look(self, weights: Iterable[Tensor], *, training: bool = False) -> None:
+        """Before the average is used: is this a training, or have the weights changed since the last call?"""
+        if torch.compiler.is_compiling() or self.done:
+            return
+        if not training:
+            versions = [weight._version for weight in weights if not weight.is_inference()]
+            training = self.versions is not None and versions != self.versions
+            self.versions = versions
+        self.calls += training
+        if self.calls > self.patience:
+            self.stop()
+            warnings.warn(self.message.format(self.patience), stacklevel=5)
+
+    def stop(self) -> None:
+        """The average was updated, or is not meant to be; or it was said once."""
+        self.done = True

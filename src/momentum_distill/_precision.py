@@ -19,6 +19,13 @@ def is_16_bit(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
+def wide_dtype(tensor: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype in which a tensor is averaged: for floats `dtype` if there is one, and never less than 32 bits."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return dtype or (torch.float32 if is_16_bit(tensor.dtype) else tensor.dtype)
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off for the device of `tensor`: a bfloat16 matrix product would round the logits."""
     device = tensor.device.type

@@ -1,0 +1,198 @@
+"""What an update of an average by one online model does, and whether that is still what it was."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import chain, starmap
+from operator import attrgetter, call, eq, getitem, is_
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from momentum_distill._ema_pairs import Pairing, Share, is_plain, reshard
+from momentum_distill.functional import lerp_
+
+
+class Plan:
+    """What an update of the average by one online module does: `averages` and `copies`.
+
+    Walking two module trees and comparing names costs more than the update itself, so it is done once. The plan holds
+    tensors, and of modules only weak references and the dictionaries of their tensors: nothing that holds the online
+    module, so a plan goes when its model does.
+    """
+
+    def __init__(self, pairing: Pairing, shares: dict[str, Share]) -> None:
+        self.averages = _grouped(pairing.averaged)
+        self.copies = _grouped(pairing.copied)
+        self.written = pairing.written
+        self.lends = bool(pairing.lent)
+        self.shares = shares
+        self.behind = bool(pairing.unlike) or not all(
+            name in shares and shares[name].is_current(shared) for name, shared in pairing.shared.items()
+        )
+        self._shared = [(shared.new, Share(shared.old, shared.new)) for shared in pairing.shared.values()]
+        self._sharded = [ref(module) for module in pairing.sharded]
+        self._contents = _Contents(pairing.average.root, pairing.online.root)
+        parameters, buffers, own_buffers = (
+            list({id(tensor): tensor for slot in slots.values() if (tensor := slot.tensor) is not None}.values())
+            for slots in (pairing.online.parameters, pairing.online.buffers, pairing.average.buffers)
+        )
+        averaged = list({id(new): new for _, new in pairing.averaged}.values())
+        others = [t for t in parameters + buffers if not is_plain(t) or t.is_meta]
+        asked = [
+            (Tensor.data_ptr, [t for t in averaged if is_plain(t) and not t.is_meta]),
+            (Tensor.numel, parameters + [t for t in own_buffers if t.dim() < 2]),
+            (_shape, buffers + [t for t in own_buffers if t.dim() > 1]),
+            (_form, others),
+            (_kind, [group.average[0] for group in self.averages]),  # .to() moves all
+        ]
+        self._asked: list[Any] = [(question, tensors) for question, tensors in asked if tensors]
+        self._layout = self._find_layout()
+
+    def reshard(self) -> None:
+        """Let the modules of FSDP2 hold their shards again."""
+        if self._sharded:
+            reshard([alive for module in self._sharded if (alive := module()) is not None])
+
+    def is_current(self) -> bool:
+        """Whether both module trees still hold the very tensors and submodules this plan was made from, as they were.
+
+        `tensor.data = ...`, which `model.to()` does too, leaves the tensor the same object: it shows in the address and
+        the number of elements, which take less time to ask for than shape, dtype and device. Buffers are resized in
+        place as well, those of the average by its own forward pass.
+        """
+        return (
+            self._contents.are_unchanged()
+            and self._find_layout() == self._layout
+            and (not self._shared or all(share.is_state_of(online) for online, share in self._shared))
+        )
+
+    def _find_layout(self) -> list[object]:
+        return list(chain.from_iterable(starmap(map, self._asked)))
+
+
+_shape = attrgetter("shape")
+_form = attrgetter("shape", "dtype", "device")
+_kind = attrgetter("dtype", "device")
+
+
+class _Group:
+    """Tensors of one dtype on one device with their online counterparts of one dtype on one device.
+
+    Grouped so, the multi-tensor kernels of an accelerator take them in one launch.
+    """
+
+    def __init__(self, average: list[Tensor], online: list[Tensor]) -> None:
+        self.average = average
+        self.online = online
+        self.converts = _kind(average[0]) != _kind(online[0])
+
+    def lerp(self, decay: float) -> None:
+        """Move the average towards the online tensors."""
+        if not self.converts or decay in (0, 1):
+            lerp_(self.average, self.online, decay)
+            return
+        if not is_plain(self.average[0]):  # of shards no other shards can be cut
+            for old, new in zip(self.average, self.online, strict=True):
+                lerp_([old], [new.to(device=old.device, dtype=old.dtype)], decay)
+            return
+        for average, online, scratch in self._parts:
+            torch._foreach_copy_(scratch, online)
+            lerp_(average, scratch, decay)
+
+    def copy(self) -> None:
+        """Copy the online tensors into the average."""
+        torch._foreach_copy_(self.average, self.online)
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+        """Parts of at most SCRATCH elements (or one tensor), each with the same scratch memory to convert in.
+
+        A part at a time: the conversion needs no more memory than the largest tensor or SCRATCH elements.
+        """
+        parts: list[list[int]] = []
+        left = 0
+        for index, tensor in enumerate(self.average):
+            if not parts or tensor.numel() > left:
+                parts.append([])
+                left = SCRATCH
+            parts[-1].append(index)
+            left -= tensor.numel()
+        sizes = [[self.average[index].numel() for index in part] for part in parts]
+        memory = self.average[0].new_empty(max(map(sum, sizes)))
+        result = []
+        for part, numbers in zip(parts, sizes, strict=True):
+            average = [self.average[index] for index in part]
+            pieces = torch.split(memory[: sum(numbers)], numbers)
+            scratch = [piece.view_as(tensor) for piece, tensor in zip(pieces, average, strict=True)]
+            result.append((average, [self.online[index] for index in part], scratch))
+        return result
+
+
+SCRATCH = 2**22
+"""Elements converted at a time where the online model has another dtype or device than the average."""
+
+
+def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> list[_Group]:
+    """The pairs by dtype and device; what is not plain apart."""
+    groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for old, new in pairs:
+        kind = tuple((is_plain(t) or type(t), t.dtype, t.device) for t in (old, new))
+        average, online = groups.setdefault(kind, ([], []))
+        average.append(old)
+        online.append(new)
+    return [_Group(average, online) for average, online in groups.values()]
+
+
+class _Contents:
+    """What the modules of an average and of an online module hold, compared by identity.
+
+    This runs at every update, so each comparison is one loop inside the interpreter.
+    """
+
+    def __init__(self, average: nn.Module, online: nn.Module) -> None:
+        modules = [*average.modules(), *online.modules()]
+        held = [entries for module in modules for entries in (module._parameters, module._buffers)]
+        self._empty = [entries for entries in [*held, *(module._modules for module in modules)] if not entries]
+        self._filled = [entries for entries in held if entries]
+        self._before = [dict(entries) for entries in self._filled]
+        # Dictionaries compare their values by identity first, in half the time of a loop over them, then by `==`. For
+        # two tensors that is an error, which is answer enough, unless they hold a single number: it may be equal.
+        single = [
+            (entries, name, tensor)
+            for entries in self._filled
+            for name, tensor in entries.items()
+            if tensor is not None and tensor.numel() == 1
+        ]
+        self._singles = [entries for entries, _, _ in single]
+        self._names = [name for _, name, _ in single]
+        self._tensors = [tensor for _, _, tensor in single]
+        self._average_children = [
+            (module._modules, dict(module._modules)) for module in average.modules() if module._modules
+        ]
+        # The online modules are held weakly: the dictionary of a submodule may lead back to the whole model.
+        parents = [module for module in online.modules() if module._modules]
+        children = [child for module in parents for child in module._modules.values()]
+        self._gone: list[object] = []
+        self._online_parents = [ref(module) for module in parents]
+        self._online_children = [type(None) if child is None else ref(child, self._gone.append) for child in children]
+
+    def are_unchanged(self) -> bool:
+        """Whether every module holds the very tensors and submodules it held."""
+        try:
+            submodules = map(dict.values, map(_submodules, map(call, self._online_parents)))
+            return (
+                not self._gone
+                and not any(self._empty)
+                and all(map(is_, map(getitem, self._singles, self._names), self._tensors))
+                and self._filled == self._before
+                and all(starmap(eq, self._average_children))
+                and list(chain.from_iterable(submodules)) == list(map(call, self._online_children))
+            )
+        except (AttributeError, KeyError, RuntimeError, TypeError):
+            return False
+
+
+_submodules = attrgetter("_modules")
