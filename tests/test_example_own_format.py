@@ -432,6 +432,23 @@ def test_check_and_reading_agree_on_what_is_an_error(content, tmp_path, spoil, m
     assert command("check", pickled(tmp_path / "toy.pkl", content))[0] == 1
 
 
+def test_check_takes_the_settings_of_a_training(content, tmp_path):
+    for fold in content.values():
+        del fold["vision"], fold["vision_lengths"]
+    path = pickled(tmp_path / "toy.pkl", content)
+    assert command("check", path)[1].endswith(": can be trained on with --modalities text audio\n")
+    (tmp_path / "all.toml").write_text('dataset = "sims"\nmodalities = ["text", "vision"]\nepochs = 3\n')
+    code, printed = command("check", path, "--config", tmp_path / "all.toml")
+    assert code == 1
+    assert "expected vision; there is: text (features), text_bert (token ids), raw_text (words), audio" in printed
+    assert "outside [-1, 1]" in printed  # as the set of that name
+    assert printed.endswith("cannot be trained on with these settings\n")
+    code, printed = command("check", path, "--config", tmp_path / "all.toml", "--without", "vision_task")
+    assert code == 0
+    assert printed.endswith(": can be trained on with these settings\n")
+    assert "outside [-1, 1]" not in command("check", path, "--dataset", "other")[1]
+
+
 def test_check_does_not_run_a_pickle(tmp_path):
     code, printed = command("check", pickled(tmp_path / "bad.pkl", {"train": print}))
     assert code == 1

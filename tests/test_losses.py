@@ -12,7 +12,7 @@ from momentum_distill import functional as F
 from momentum_distill._group import Ranks
 
 # Of forward-mode derivatives, and of the compiler.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SHARED = ("query", "keys", "query_labels", "key_labels", "momentum_query", "momentum_keys")
