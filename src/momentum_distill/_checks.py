@@ -6,8 +6,6 @@ the host wait for an accelerator. Labels are looked at where that is free (:func
 """
 
 import math
-import sys
-import warnings
 from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import Any, NoReturn
@@ -227,33 +225,4 @@ def check_logits(name: str, value: Tensor, keep: Tensor) -> None:
             "logits, whose softmax is taken here",
             "probabilities (at least 0, summing to 1) in every row: pass what came before your softmax, or their "
             "logarithm",
-        )
-
-
-def warn(message: str) -> None:
-    """Warn at the line outside of this library and torch that led here."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] in ("momentum_distill", "torch"):
-        level += 1
-    warnings.warn(message, stacklevel=level + 1)
-
-
-class StudentWatch:
-    """Warns, once, of a loss that is to train and is given nothing to train."""
-
-    def __init__(self, finding: str) -> None:
-        self.finding = finding
-        self.told = False
-
-    def look(self, loss_fn: nn.Module, *inputs: object) -> None:
-        """Does any of these tensors, or tuples of tensors, require a gradient?"""
-        if is_traced() or self.told or not loss_fn.training or not torch.is_grad_enabled():
-            return
-        parts = [part for given in inputs for part in (given if isinstance(given, (tuple, list)) else (given,))]
-        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
-            return
-        self.told = True
-        warn(
-            f"{type(loss_fn).__name__} trains no model: {self.finding}. Are student and teacher, or "
-            "momentum model, swapped, or is the student detached? To evaluate, call .eval() or use torch.no_grad()"
         )

@@ -26,8 +26,8 @@ from momentum_distill._ema_copy import check_module, check_python, deepcopy, uns
 from momentum_distill._ema_pairs import Buffers, Pairing, Tree, cast, is_averageable, is_plain, parts
 from momentum_distill._ema_plan import Plan
 from momentum_distill._group import Group, check_group, find_ranks, require_in_sync
-from momentum_distill._optim import UpdateWatch
 from momentum_distill._precision import WideModule, is_16_bit, wide_dtype
+from momentum_distill._watch import UpdateWatch
 
 Decay: TypeAlias = float | Callable[[int], float]
 

@@ -17,8 +17,8 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
-from momentum_distill._optim import IdleWatch, UpdateWatch
 from momentum_distill._precision import WideModule
+from momentum_distill._watch import IdleWatch, UpdateWatch
 from momentum_distill.functional import lerp_, straight_through
 
 NEVER_UPDATED = (

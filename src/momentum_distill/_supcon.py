@@ -9,7 +9,6 @@ from typing_extensions import override
 from momentum_distill import functional
 from momentum_distill._checks import (
     REDUCTIONS,
-    StudentWatch,
     check_bool,
     check_choice,
     check_int,
@@ -17,9 +16,9 @@ from momentum_distill._checks import (
     in_transform,
 )
 from momentum_distill._group import Group, check_group, describe_group
-from momentum_distill._optim import IdleWatch
 from momentum_distill._precision import WideModule
 from momentum_distill._temperature import check_temperature, exp_in_range, project, project_
+from momentum_distill._watch import IdleWatch, StudentWatch
 from momentum_distill.functional import (
     Normalize,
     Parts,
