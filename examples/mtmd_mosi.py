@@ -2,13 +2,13 @@
 
     python examples/mtmd_mosi.py
         train on the synthetic set, about a minute on two CPU cores
-    python examples/mtmd_mosi.py --data mosi.pkl --text-encoder bert-base-uncased --seeds 1111 1112 1113 1114 1115
-        a pickle in MMSA's layout, five runs, the text encoder by name or local directory
-    python examples/mtmd_mosi.py train --config examples/configs/mosi.toml --data mosi.pkl
+    python examples/mtmd_mosi.py --data mosi.pkl --text-encoder bert-base-uncased --seeds 1 2 3 --out runs/mosi
+        a pickle in MMSA's layout, three runs, the text encoder by name or local directory
+    python examples/mtmd_mosi.py train --config examples/configs/mosi.toml --data mosi.pkl --out runs/paper
         the paper's settings from a file; any option given beside it goes before the file
     python examples/mtmd_mosi.py ablate --arms all --seeds 1 2 3 --out runs/ablation
         another command; `COMMAND --help` explains it
-    torchrun --nproc-per-node=2 examples/mtmd_mosi.py --data mosi.pkl --text-encoder bert-base-uncased
+    torchrun --nproc-per-node=2 examples/mtmd_mosi.py --data mosi.pkl --text-encoder bert-base-uncased --out runs/two
         several processes, on CPUs or GPUs; batches, losses and queue are those of one
 
 Training writes results.json, metrics.jsonl, predictions.csv, figures and a checkpoint per seed to --out. The model and

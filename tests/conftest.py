@@ -1,5 +1,5 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from momentum_distill import _streaming
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+MOSI = Path(os.environ.get("MOMENTUM_DISTILL_MOSI") or ROOT.parent / "shared" / "data" / "mosi.pkl")
 
 # What inductor has compiled for one CPU and kept gives wrong numbers, or corrupts memory, where torch is told that it
 # has another (ATEN_CPU_CAPABILITY): the name under which it is kept does not tell of that.
@@ -25,11 +26,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def mosi_path() -> Path:
     """The real CMU-MOSI pickle, where there is one."""
-    beside = ROOT.parent / "shared" / "data" / "mosi.pkl"
-    path = Path(os.environ.get("MOMENTUM_DISTILL_MOSI") or beside)
-    if not path.is_file():
+    if not MOSI.is_file():
         pytest.skip("no CMU-MOSI: neither ../shared/data/mosi.pkl nor $MOMENTUM_DISTILL_MOSI")
-    return path
+    return MOSI
+
+
+@pytest.fixture(scope="session")
+def mosi_or_none() -> Path | None:
+    """The same for tests that do with something else, but must not skip where there is one."""
+    return MOSI if MOSI.is_file() else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What would run on CMU-MOSI and is skipped though that is there fails."""
+    report = yield
+    if report.skipped and MOSI.is_file() and {"mosi_path", "mosi_or_none"} & set(getattr(item, "fixturenames", ())):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"skipped though {MOSI} is there: {why}"
+    return report
 
 
 @pytest.fixture(scope="module", params=["matrices", "tiles"])
