@@ -89,7 +89,7 @@ def sum_over_ranks(ranks: Ranks | None, signature: str, *values: Tensor) -> tupl
         return values
     if in_transform():
         wrong_value("group", "None inside a transform of torch.func", f"one of {ranks.size} processes")
-    totals = _Sum.apply(torch.stack([value.to(torch.float64) for value in values]), ranks, signature)  # type: ignore[no-untyped-call]
+    totals = _Sum.apply(torch.stack([value.to(torch.float64) for value in values]), ranks, signature)
     return tuple(total.to(value.dtype) for total, value in zip(totals.unbind(), values, strict=True))
 
 
@@ -180,7 +180,7 @@ def gather(ranks: Ranks, tensors: dict[str, Tensor], *, about: str) -> dict[str,
     }
     sizes = _tell_rows(ranks, len(first), f"{about}: {kinds}", first.device)
     if any(learned):
-        return dict(zip(tensors, _Gather.apply(ranks, sizes, *tensors.values()), strict=True))  # type: ignore[no-untyped-call]
+        return dict(zip(tensors, _Gather.apply(ranks, sizes, *tensors.values()), strict=True))
     return dict(zip(tensors, _gather_bytes(ranks, sizes, list(tensors.values())), strict=True))
 
 

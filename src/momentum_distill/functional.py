@@ -385,7 +385,7 @@ def supcon_distill_terms(
             return _reduce_terms(_dense_rows(problem, query, temperature), problem, weights)
         needs_grad = torch.is_grad_enabled()
         learned = [value if isinstance(value, Tensor) else None for value in (weights, temperature)]
-        terms = _Contrast.apply(problem, weights, temperature, needs_grad, *learned, query, *keys)  # type: ignore[no-untyped-call]
+        terms = _Contrast.apply(problem, weights, temperature, needs_grad, *learned, query, *keys)
     return SupConTerms(*terms)
 
 
