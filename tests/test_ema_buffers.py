@@ -611,3 +611,22 @@ def test_names_of_buffers_that_are_none_are_refused():
             md.EMAWrapper(Centring(), buffers=names)
     md.EMAWrapper(Centring(), buffers=["later"])
     assert "buffers=('center',)" in repr(md.EMAWrapper(Centring(), buffers=["center"]))
+
+
+def test_buffers_may_be_named_as_a_wrapped_model_names_them():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("center", torch.zeros(2))
+
+    inner = Centred()
+    for model in (inner, nn.DataParallel(inner), torch.compile(inner), nn.ModuleDict({"module": inner})):
+        (name,) = dict(model.named_buffers())
+        ema = md.EMAWrapper(model, decay=0.5, buffers=[name])
+        with torch.no_grad():
+            inner.center.fill_(1.0)
+        ema.update(model)
+        (average,) = dict(ema.module.named_buffers()).values()
+        assert average.tolist() == [0.5, 0.5]
+        inner.center.zero_()

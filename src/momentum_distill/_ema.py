@@ -121,7 +121,7 @@ class EMAWrapper(WideModule):
         check_python("model", model)
         if not callable(decay):
             check_number("decay", decay, low=0.0, high=1.0)
-        _check_buffers(buffers, model)
+        buffers = _checked_buffers(buffers, model)
         check_choice("mode", mode, MODES)
         check_choice("hooks", hooks, HOOKS)
         if dtype is not None:
@@ -130,7 +130,7 @@ class EMAWrapper(WideModule):
             if not dtype.is_floating_point or is_16_bit(dtype):
                 wrong_value("dtype", "a floating dtype of 32 bits or more", str(dtype))
         self.decay = decay
-        self.buffers_mode: Buffers = buffers if isinstance(buffers, str) else tuple(buffers)
+        self.buffers_mode: Buffers = buffers
         self.mode: Literal["eval", "train"] = mode
         self._step = 0
         self._swapped = False
@@ -419,19 +419,25 @@ NEVER_UPDATED = (
 )
 
 
-def _check_buffers(buffers: object, model: nn.Module) -> None:
-    """One of the three words, or names of floating buffers that `model` has."""
+def _checked_buffers(buffers: object, model: nn.Module) -> Buffers:
+    """One of the three words, or names of floating buffers that `model` has, without what wrappers put before them."""
     if isinstance(buffers, str) or not isinstance(buffers, Sequence):
         if buffers not in BUFFERS:
             wrong_value("buffers", "'copy', 'ema', 'frozen' or a list of names of buffers", describe(buffers))
-        return
+        return buffers  # type: ignore[return-value]  # one of the words
     slots = Tree(model).buffers
     averageable = [f".{name}" for name, slot in slots.items() if slot.tensor is None or is_averageable(slot.tensor)]
+    names = []
     for each in buffers:
         if not isinstance(each, str):
             wrong_type("buffers", "names that are strings", describe(each))
-        if not any(name.endswith(f".{each}") for name in averageable):
+        name = ".".join(part for part in each.split(".") if part != "_orig_mod")
+        while name and not any(known.endswith(f".{name}") for known in averageable):
+            name = name.removeprefix("module.") if name.startswith("module.") else ""
+        if not name:
             wrong_value("buffers", "names of floating buffers of the model", repr(each))
+        names.append(name)
+    return tuple(names)
 
 
 def _local_parts(tensor: Any) -> list[Tensor]:  # noqa: ANN401 - a Tensor, or a DTensor, whose import takes a second
