@@ -26,7 +26,7 @@ from torch import Tensor
 from mtmd.config import Config
 from mtmd.data import MODALITIES, DataError, Dataset, Standardizer
 from mtmd.files import COUNT, NAME, OBJECT, Rule, check_layout, is_plain, read_json, reason, shown
-from mtmd.model import MTMD, TEACHER, used_modalities
+from mtmd.model import MTMD, TEACHER, load_transformers, used_modalities
 
 if TYPE_CHECKING:
     from mtmd.training import Run
@@ -286,6 +286,7 @@ def build_model(about: dict[str, Any], state: dict[str, Tensor], weights: Path, 
         if reads_tokens is (encoder is None):  # transformers would fetch a model by its name
             raise ValueError(f"text_encoder is {shown(config.text_encoder)}, encoder is {shown(encoder)}")
         if encoder is not None:
+            load_transformers()
             encoder = known_settings(encoder, state)
         with torch.device("meta"):
             expected = MTMD(config, about["widths"], encoder_config=encoder).state_dict()

@@ -1,5 +1,6 @@
 """The MTMD model: one branch per modality, and their fusion (Section III-C and III-F; Eq. 1-4, 12, 13)."""
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,11 @@ class SequenceEncoder(nn.Module):
         hidden, _ = self.lstm(steps)  # one direction, so padding at the end reaches no step before it
         padding = torch.arange(steps.shape[1], device=steps.device) >= lengths.clamp(min=1)[:, None]
         return self.transformer(hidden, src_key_padding_mask=padding)[:, 0]
+
+
+def load_transformers() -> None:
+    """Import what transformers imports when a model is made: with torch 2.8 that fails under `torch.device("meta")`."""
+    importlib.import_module("transformers").GenerationMixin  # noqa: B018  asked for, it is imported
 
 
 class PretrainedTextEncoder(nn.Module):

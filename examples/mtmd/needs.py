@@ -18,7 +18,7 @@ import torch
 
 from mtmd.config import MODALITIES, Config
 from mtmd.data import FORMS, DataError, Fold, one_text, tokenize
-from mtmd.model import TEACHER, PretrainedTextEncoder, text_positions, used_modalities
+from mtmd.model import TEACHER, PretrainedTextEncoder, load_transformers, text_positions, used_modalities
 
 NAMES = {"text": "text (features)", "text_bert": "text_bert (token ids)", "raw_text": "raw_text (words)"}
 UNCASED_BERT = {"[CLS]": 101, "[SEP]": 102, "movie": 3185, "##s": 2015, "good": 2204}
@@ -58,6 +58,7 @@ def text_reader(config: Config, encoder: PretrainedTextEncoder | None = None) ->
             f"got {name}: {str(error).strip().splitlines()[0]}"
         ) from error
     if encoder is None:
+        load_transformers()
         with torch.device("meta"):  # what it is made of, without its weights
             encoder = PretrainedTextEncoder(name, settings, max_tokens=config.max_tokens)
     is_uncased_bert = tokenizer.convert_tokens_to_ids(list(UNCASED_BERT)) == list(UNCASED_BERT.values())
