@@ -364,13 +364,20 @@ def complaints(kind: Kind, whole: Attempt, size: int, *, through_command: bool) 
     """What is wrong with how the file is read that lies there; `whole` is how the whole one of `size` bytes is."""
     path = Path(kind.file)
     growth = max(1.0, path.stat().st_size / size)
-    outcome, seconds, traced, pages = attempt(kind)
-    found = []
-    if seconds > SECONDS:
-        found.append(f"took {seconds:.1f} s")
     allowed = 2 * growth * whole.traced + SLACK
-    if traced > allowed or pages > allowed + PAGES:
-        found.append(f"took {traced} bytes, in pages {pages}; {allowed:.0f} are allowed")
+
+    def too_much(took: Attempt) -> bool:
+        return took.seconds > SECONDS or took.traced > allowed or took.resident > allowed + PAGES
+
+    took = attempt(kind)
+    if too_much(took):  # what a process does once (imports for a message, caches) is not what the file takes
+        took = attempt(kind)
+    found = []
+    if too_much(took):
+        found.append(
+            f"took {took.seconds:.1f} s, {took.traced} bytes, in pages {took.resident}; {allowed:.0f} are allowed"
+        )
+    outcome = took.outcome
     if not isinstance(outcome, Exception):
         return [*found, *complaints_about_outcome(outcome, kind)]
     found += complaints_about_error(outcome, path)
