@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiers
-from momentum_distill import _streaming
+from momentum_distill._contrast import engine
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     """The contrastive loss through the N×Q matrices, as it takes small problems, and tile by tile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_streaming, "DENSE_SCORES", 2**62 if request.param == "matrices" else -1)
+        patch.setattr(engine, "DENSE_SCORES", 2**62 if request.param == "matrices" else -1)
         yield
 
 

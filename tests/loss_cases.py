@@ -2,11 +2,14 @@
 
 import dataclasses
 import reprlib
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from momentum_distill._contrast import autograd
 
 # Relative error against the float64 loops fed with the same, already rounded, inputs.
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -118,6 +121,18 @@ def supcon_case(
     momentum_query = query + 0.3 * features(n) if momentum else None
     momentum_keys = keys + 0.3 * features(q) if momentum else None
     return SupConCase(query, keys, labels(n), labels(q), momentum_query, momentum_keys)
+
+
+def without_asking(patch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator: nobody looks at the values of a tensor."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("momentum_distill") and hasattr(module, "may_ask"):
+            patch.setattr(module, "may_ask", lambda _: False)
+
+
+def by_autograd(patch: pytest.MonkeyPatch) -> None:
+    """Plain autograd through the N×Q matrices, as the transforms of `torch.func` have it."""
+    patch.setattr(autograd, "in_transform", lambda: True)
 
 
 def logits_case(

@@ -18,8 +18,8 @@ from hypothesis.errors import InvalidArgument
 from torch import Tensor
 
 import momentum_distill as md
-from loss_cases import DTYPES, POSITIVES, REDUCTIONS, RTOL
-from momentum_distill import _streaming, functional
+from loss_cases import DTYPES, POSITIVES, REDUCTIONS, RTOL, by_autograd, without_asking
+from momentum_distill._contrast import engine, tiles
 from tiers import STRESS, times
 
 PROPERTY = settings(max_examples=times(25, 200, 10_000), deadline=None, derandomize=not STRESS)
@@ -221,23 +221,22 @@ def plain_contrasts(
     return Contrast(features, labels(draw, n), labels(draw, q), (q,), options)
 
 
-WAYS = ["matrices", "matrices, not asking", "as compiled", "tiles", "tiles, running shift", "tiles, not asking"]
+WAYS = ["matrices", "matrices, not asking", "by autograd", "tiles", "tiles, running shift", "tiles, not asking"]
 
 
 @contextlib.contextmanager
 def way(name: str) -> Iterator[None]:
     """The contrastive loss by one of the ways it has, tiles being four keys wide."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_streaming, "DENSE_SCORES", -1 if name.startswith("tiles") else 2**62)
-        patch.setattr(_streaming, "MIN_TILE", 4)
-        patch.setattr(_streaming, "MAX_TILE", 4)
+        patch.setattr(engine, "DENSE_SCORES", -1 if name.startswith("tiles") else 2**62)
+        patch.setattr(tiles, "MIN_TILE", 4)
+        patch.setattr(tiles, "MAX_TILE", 4)
         if name.endswith("running shift"):
-            patch.setattr(_streaming, "SAFE_SUM", (1.0, 0.0))  # no sum is in this range
+            patch.setattr(tiles, "SAFE_SUM", (1.0, 0.0))  # no sum is in this range
         if name.endswith("not asking"):
-            patch.setattr(_streaming, "may_ask", lambda _: False)
-            patch.setattr(functional, "may_ask", lambda _: False)
-        if name == "as compiled":  # the formula that torch.compile sees, which takes long to compile for all there is
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            without_asking(patch)
+        if name == "by autograd":
+            by_autograd(patch)
         yield
 
 

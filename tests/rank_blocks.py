@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import momentum_distill as md
 from loss_cases import POSITIVES, bits
-from momentum_distill import _group, _streaming
+from momentum_distill import _group
 from momentum_distill import functional as F
+from momentum_distill._contrast import engine
 from ranks import DEVICE
 
 CLASSES = 3
@@ -365,13 +366,13 @@ def averaged(grads: dict[str, Tensor | None]) -> dict[str, list[float] | None]:
 
 @contextmanager
 def settings(case: LossCase) -> Iterator[None]:
-    before = _streaming.DENSE_SCORES
-    _streaming.DENSE_SCORES = -1 if case.streaming else 2**62
+    before = engine.DENSE_SCORES
+    engine.DENSE_SCORES = -1 if case.streaming else 2**62
     try:
         with torch.autocast(DEVICE, torch.bfloat16) if case.autocast else nullcontext():
             yield
     finally:
-        _streaming.DENSE_SCORES = before
+        engine.DENSE_SCORES = before
 
 
 def losses(case: LossCase) -> dict[str, Answer]:

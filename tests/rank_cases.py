@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import momentum_distill as md
-from momentum_distill import _streaming
+from momentum_distill._contrast import engine
 from ranks import DEVICE
 
 WIDTH, CLASSES, STEPS, QUEUE = 5, 3, 20, 11
@@ -229,12 +229,12 @@ def train_alone(case: Case) -> list[Trained]:
 @contextmanager
 def streaming(case: Case) -> Iterator[None]:
     """The contrastive loss tile by tile, or through the matrices."""
-    before = _streaming.DENSE_SCORES
-    _streaming.DENSE_SCORES = -1 if case.streaming else 2**62
+    before = engine.DENSE_SCORES
+    engine.DENSE_SCORES = -1 if case.streaming else 2**62
     try:
         yield
     finally:
-        _streaming.DENSE_SCORES = before
+        engine.DENSE_SCORES = before
 
 
 def detached(module: nn.Module) -> dict[str, Tensor]:

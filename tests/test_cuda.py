@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import momentum_distill as md
-from loss_cases import DTYPES, POSITIVES, assert_close, assert_gradient_close, supcon_case
-from momentum_distill import _streaming, _triton
+from loss_cases import DTYPES, POSITIVES, assert_close, assert_gradient_close, by_autograd, supcon_case
 from momentum_distill import functional as F
+from momentum_distill._contrast import engine, kernel
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -27,7 +27,7 @@ SCALE = 128.0
 def way(request, monkeypatch):
     """The ways to the contrastive loss."""
     monkeypatch.setenv("MOMENTUM_DISTILL_TRITON", "1" if request.param == "kernel" else "0")
-    monkeypatch.setattr(_streaming, "DENSE_SCORES", 2**62 if request.param == "matrices" else -1)
+    monkeypatch.setattr(engine, "DENSE_SCORES", 2**62 if request.param == "matrices" else -1)
     return request.param
 
 
@@ -45,7 +45,7 @@ def never_waiting():
 def dense(case, *, temperature, **options):
     """Plain autograd through the matrices, on the CPU, in float64."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        by_autograd(patch)
         return F.supcon_distill_loss(*case.args, **case.momentum, temperature=temperature, **options)
 
 
@@ -94,18 +94,15 @@ def test_a_batch_that_excludes_itself_is_that_of_the_cpu(positives, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [3, 64, 128, 200, 384, 768, 1024])
 def test_any_width(d, dtype, monkeypatch):
-    monkeypatch.setattr(_streaming, "DENSE_SCORES", -1)
+    monkeypatch.setattr(engine, "DENSE_SCORES", -1)
     case = supcon_case(3, 130, 1111, d, ignored=0.1, dtype=dtype)
     assert_as_on_the_cpu(case, dtype, positives="inside", normalize=True)
 
 
 def test_the_kernel_is_what_runs(monkeypatch):
     monkeypatch.delenv("MOMENTUM_DISTILL_TRITON", raising=False)
-    assert _streaming.wants_fused(torch.zeros(1, 2, device="cuda"))
     calls = []
-    monkeypatch.setattr(
-        _triton, "attend", lambda *args, real=_triton.attend, **kw: calls.append(1) or real(*args, **kw)
-    )
+    monkeypatch.setattr(kernel, "attend", lambda *args, real=kernel.attend, **kw: calls.append(1) or real(*args, **kw))
     case = to_cuda(supcon_case(1, dtype=torch.float32))
     F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5)
     assert calls
@@ -115,18 +112,18 @@ def test_a_gpu_on_which_triton_fails_goes_without_and_says_so_once(monkeypatch):
     def broken(*_):
         raise OSError("no compiler")
 
-    monkeypatch.setattr(_triton, "normalize", broken)
+    monkeypatch.setattr(kernel, "normalize", broken)
     device = torch.device("cuda", torch.cuda.current_device())
-    _triton.works.cache_clear()
+    kernel.works.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=r"goes without its fused kernel on cuda:0.*OSError: no compiler"):
-            assert not _triton.works(device)
+            assert not kernel.works(device)
         case = to_cuda(supcon_case(1, dtype=torch.float32))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5).isfinite()
     finally:
-        _triton.works.cache_clear()
+        kernel.works.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import momentum_distill as md
 import reference
-from loss_cases import POSITIVES, assert_close, assert_gradient_close, supcon_case
-from momentum_distill import _streaming
+from loss_cases import POSITIVES, assert_close, assert_gradient_close, by_autograd, supcon_case, without_asking
 from momentum_distill import functional as F
+from momentum_distill._contrast import engine, tiles
 
 WAYS = ["plain sums", "running shift", "without asking the device"]
 
@@ -27,20 +27,19 @@ CHANGED = (
 
 def small_tiles(patch, way):
     """Tiles of five keys, and which of the passes over them is taken."""
-    patch.setattr(_streaming, "DENSE_SCORES", -1)
-    patch.setattr(_streaming, "MIN_TILE", 5)
-    patch.setattr(_streaming, "MAX_TILE", 5)
+    patch.setattr(engine, "DENSE_SCORES", -1)
+    patch.setattr(tiles, "MIN_TILE", 5)
+    patch.setattr(tiles, "MAX_TILE", 5)
     if way != "plain sums":
-        patch.setattr(_streaming, "SAFE_SUM", (1.0, 0.0))  # no sum is in this range
+        patch.setattr(tiles, "SAFE_SUM", (1.0, 0.0))  # no sum is in this range
     if way == "without asking the device":
-        patch.setattr(_streaming, "may_ask", lambda _: False)
-        patch.setattr(F, "may_ask", lambda _: False)
+        without_asking(patch)
 
 
 def dense_terms(case, *, temperature, alpha, positives, normalize):
-    """What `torch.compile` sees, in the dtype of the case: plain autograd through the N×Q matrices."""
+    """In the dtype of the case: plain autograd through the N×Q matrices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        by_autograd(patch)
         return F.supcon_distill_terms(
             *case.args, **case.momentum, temperature=temperature, alpha=alpha, positives=positives, normalize=normalize
         )
@@ -181,7 +180,7 @@ def test_nothing_of_the_size_of_the_similarities_is_made(positives, normalize, e
             exclude_self=exclude_self,
         )
         loss.backward()
-    assert largest.numel <= max(2 * _streaming.TILE_SCORES, q)  # labels and masks have q entries
+    assert largest.numel <= max(2 * tiles.TILE_SCORES, q)  # labels and masks have q entries
     assert largest.numel < n * q / 8
 
 
@@ -221,7 +220,7 @@ def test_logits_too_large_for_plain_sums_are_noticed():
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_the_logarithm_of_the_sum_is_not_lost_beside_logits_of_a_billion(positives, monkeypatch):
     """Two equal keys share the weight: log 2 is no digit of 1.4e9 in float32, and without it both got all of it."""
-    monkeypatch.setattr(_streaming, "DENSE_SCORES", -1)
+    monkeypatch.setattr(engine, "DENSE_SCORES", -1)
     query = torch.full((1, 1), 3700.0)
     keys = torch.full((2, 1), 3700.0, dtype=torch.float16, requires_grad=True)
     zeros = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
@@ -235,7 +234,7 @@ def test_the_logarithm_of_the_sum_is_not_lost_beside_logits_of_a_billion(positiv
 @pytest.mark.parametrize("scores", [-1, 2**20], ids=["tiles", "matrices"])
 def test_a_queue_may_be_written_between_forward_and_backward(scores, monkeypatch):
     """Live views of the queue are no part of the graph."""
-    monkeypatch.setattr(_streaming, "DENSE_SCORES", scores)
+    monkeypatch.setattr(engine, "DENSE_SCORES", scores)
     queue = md.ClassQueue(20, {"text": 4})
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(20, 4, generator=generator)
@@ -255,7 +254,7 @@ def test_a_queue_may_be_written_between_forward_and_backward(scores, monkeypatch
 @pytest.mark.parametrize("scores", [-1, 2**20], ids=["tiles", "matrices"])
 @pytest.mark.parametrize("what", ["one term", "second derivative"])
 def test_a_gradient_that_needs_keys_which_were_overwritten_is_refused(what, scores, monkeypatch):
-    monkeypatch.setattr(_streaming, "DENSE_SCORES", scores)
+    monkeypatch.setattr(engine, "DENSE_SCORES", scores)
     queue = md.ClassQueue(20, {"text": 4})
     rows = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(20) % 3
@@ -286,7 +285,7 @@ def test_whatever_is_overwritten_before_a_single_term_has_its_gradient_is_notice
 @pytest.mark.parametrize("rows", [6, 1])
 def test_gradients_of_all_terms_at_once_are_those_of_autograd(rows, scores, reduction, learned_alpha, monkeypatch):
     """Total, both terms and a learned alpha: what is ready after the forward pass, and what is made on demand."""
-    monkeypatch.setattr(_streaming, "DENSE_SCORES", scores)
+    monkeypatch.setattr(engine, "DENSE_SCORES", scores)
     left_out = {"ignored": 0.2, "unlabelled": 0.2} if rows > 1 else {}
     case = supcon_case(5, rows, 9, 3, **left_out).requires_grad()
     alpha = torch.tensor(0.3, dtype=torch.float64, requires_grad=True) if learned_alpha else 0.3
@@ -305,7 +304,7 @@ def test_gradients_of_all_terms_at_once_are_those_of_autograd(rows, scores, redu
 
         grads = torch.autograd.grad(combined(), inputs, allow_unused=True)
         with monkeypatch.context() as patch:
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            by_autograd(patch)
             expected = torch.autograd.grad(combined(), inputs, allow_unused=True)
         for got, want in zip(grads, expected, strict=True):
             assert (got is None) == (want is None) or not want.any()

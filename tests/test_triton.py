@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from momentum_distill import _triton
+from momentum_distill._contrast import kernel
 from tiers import TIER
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-needs_triton = pytest.mark.skipif(not _triton.available(), reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not kernel.available(), reason="Triton is not installed")
 
 
 @needs_triton
@@ -47,19 +47,19 @@ def test_the_kernel_equals_the_formulas(interpret):
 def one_part(dtype):
     """One query, and a part of three keys."""
     labels = torch.zeros(3, dtype=torch.int64)
-    return torch.zeros(1, 2), labels[:1], [_triton.Part(torch.zeros(3, 2, dtype=dtype), None, labels, None)]
+    return torch.zeros(1, 2), labels[:1], [kernel.Part(torch.zeros(3, 2, dtype=dtype), None, labels, None)]
 
 
 @needs_triton
 def test_float64_is_refused():
     with pytest.raises(TypeError, match=r"^keys: expected float32, bfloat16 or float16, got a torch.float64 tensor"):
-        _triton.attend(*one_part(torch.float64))
+        kernel.attend(*one_part(torch.float64))
 
 
 def test_without_triton_the_module_imports_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setitem(sys.modules, "triton.language", None)
-    spec = importlib.util.spec_from_file_location("momentum_distill._triton_without", _triton.__file__)
+    spec = importlib.util.spec_from_file_location("momentum_distill._contrast.kernel_without", kernel.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert not module.available()
@@ -79,7 +79,7 @@ def test_without_triton_the_module_imports_and_says_so(monkeypatch):
     parts=st.integers(1, 3),
 )
 def test_the_plan_covers_every_key_within_its_memory(n, q, d, dtype, kinds, inside, shared, parts):
-    plan = _triton._plan(n, q, d, dtype, kinds=kinds, inside=inside, num_sms=132, shared=shared * 1024, parts=parts)
+    plan = kernel._plan(n, q, d, dtype, kinds=kinds, inside=inside, num_sms=132, shared=shared * 1024, parts=parts)
     assert plan.num_splits * plan.keys_per_split >= q > (plan.num_splits - 1) * plan.keys_per_split
     assert plan.num_splits == 1 or 4 * kinds * parts * plan.num_splits * n * (d + 1) <= 16 * 2**20
     assert all(size >= 16 and size & (size - 1) == 0 for size in plan[:4])
@@ -90,10 +90,10 @@ def test_the_plan_covers_every_key_within_its_memory(n, q, d, dtype, kinds, insi
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("inside", [True, False])
 def test_few_queries_fill_the_gpu_and_no_program_waits_for_another(dtype, inside):
-    plan = _triton._plan(256, 262_144, 128, dtype, kinds=3, inside=inside, num_sms=132, shared=227 * 1024)
+    plan = kernel._plan(256, 262_144, 128, dtype, kinds=3, inside=inside, num_sms=132, shared=227 * 1024)
     blocks = 256 // plan.block_q
     programs = plan.num_splits * (3 * blocks if inside else 2 * blocks + 1)
-    slots = 132 * (_triton._WARPS_PER_SM // plan.num_warps)
+    slots = 132 * (kernel._WARPS_PER_SM // plan.num_warps)
     assert 0.9 * slots <= programs <= slots
 
 
@@ -110,7 +110,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(d, dtype, capability, tm
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     shared = 99 * 1024  # what a program gets on every GPU since 2020
-    plan = _triton._plan(512, 65_536, d, dtype, kinds=3, inside=True, num_sms=132, shared=shared)
+    plan = kernel._plan(512, 65_536, d, dtype, kinds=3, inside=True, num_sms=132, shared=shared)
     pointers = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}
     types = dict.fromkeys(("query", "momentum_query", "key_scale", "momentum_key_scale"), "*fp32")
     types |= dict.fromkeys(("lse", "mean", "mean_logit", "part_lse", "part_mean", "part_mean_logit"), "*fp32")
@@ -126,20 +126,20 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(d, dtype, capability, tm
         "shortest": "fp32",
     }
 
-    def compile(kernel, constants, **options):
-        types["count"] = "*i32" if kernel is _triton._attend_kernel else "*i64"
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): x for name, x in constants.items()})
-        return _triton.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    def compile(function, constants, **options):
+        types["count"] = "*i32" if function is kernel._attend_kernel else "*i64"
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
+        source = ASTSource(function, signature, {(function.arg_names.index(name),): x for name, x in constants.items()})
+        return kernel.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
     kinds = 3 if capability == 90 else 2  # compiling takes as long as the code is
     constants = {"WIDTH": d, "KINDS": kinds, "INSIDE": kinds == 3, "SAME_KEYS": False, "SCALED": dtype != F16}
     constants |= {"BLOCK_Q": plan.block_q, "BLOCK_K": plan.block_k, "BLOCK_D": plan.block_d, "CHUNK": plan.chunk}
-    constants |= {"PRODUCTS": _triton._FLOAT32_PRODUCTS, "INTERPRETED": False}
-    compiled = compile(_triton._attend_kernel, constants, num_warps=plan.num_warps, num_stages=plan.num_stages)
+    constants |= {"PRODUCTS": kernel._FLOAT32_PRODUCTS, "INTERPRETED": False}
+    compiled = compile(kernel._attend_kernel, constants, num_warps=plan.num_warps, num_stages=plan.num_stages)
     assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]  # the tensor cores
     assert compiled.metadata.shared <= shared
-    compile(_triton._merge_kernel, {"WIDTH": d, "BLOCK_Q": 8, "BLOCK_D": 128})
-    compile(_triton._first_kernel, {"BLOCK": 64, "INSIDE": False})
-    compile(_triton._state_kernel, {"WIDTH": d, "SAME_KEYS": False, "BLOCK_K": 32, "BLOCK_D": 128})
-    compile(_triton._normalize_kernel, {"WIDTH": d, "INVERSE": False, "BLOCK_N": 32, "BLOCK_D": 128})
+    compile(kernel._merge_kernel, {"WIDTH": d, "BLOCK_Q": 8, "BLOCK_D": 128})
+    compile(kernel._first_kernel, {"BLOCK": 64, "INSIDE": False})
+    compile(kernel._state_kernel, {"WIDTH": d, "SAME_KEYS": False, "BLOCK_K": 32, "BLOCK_D": 128})
+    compile(kernel._normalize_kernel, {"WIDTH": d, "INVERSE": False, "BLOCK_N": 32, "BLOCK_D": 128})

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize as normalize_rows
 
 from loss_cases import RTOL, bits
-from momentum_distill import _triton, functional
-from momentum_distill._streaming import LogSum, Statistics, row_lengths
-from momentum_distill._triton import Part
+from momentum_distill import functional
+from momentum_distill._contrast import kernel
+from momentum_distill._contrast.kernel import Part
+from momentum_distill._contrast.statistics import LogSum, Statistics
+from momentum_distill._rows import row_lengths
 from tiers import times
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -50,7 +52,7 @@ def attend(
     """The kernel over one part of the keys; of each lse its value."""
     taught = momentum_query is not None
     part = Part(keys, momentum_keys if taught else None, key_labels, present, shortest)
-    statistics = _triton.attend(
+    statistics = kernel.attend(
         query * scale,
         query_labels,
         [part],
@@ -412,6 +414,6 @@ def test_a_batch_that_excludes_itself_goes_without_the_kernel(monkeypatch):
         loss = functional.supcon_distill_loss(leaf, leaf, labels, labels, temperature=0.2, exclude_self=True)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
-        monkeypatch.setattr(_triton, "attend", None)
+        monkeypatch.setattr(kernel, "attend", None)
     for plain, asked in zip(*results, strict=True):
         torch.testing.assert_close(asked, plain, rtol=2e-5, atol=2e-6)

@@ -6,7 +6,8 @@ import platform
 import torch
 import torch.distributed as dist
 
-from momentum_distill import __version__, _streaming
+from momentum_distill import __version__
+from momentum_distill._contrast import engine
 
 
 def describe_machine() -> str:
@@ -24,7 +25,7 @@ def describe_machine() -> str:
         "python": f"{platform.python_version()} on {platform.platform()}",
         "devices": ", ".join(devices),
         "distributed": ", ".join(backends) or "not available",
-        "contrastive loss": f"matrices up to {_streaming.DENSE_SCORES:,} scores, tiles above",
+        "contrastive loss": f"matrices up to {engine.DENSE_SCORES:,} scores, tiles above",
         "Triton kernel": _triton_state(),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
     }
@@ -38,15 +39,15 @@ def _has_backend(name: str) -> bool:
 
 def _triton_state() -> str:
     """Whether the kernel is used for float32 sums on CUDA."""
-    from momentum_distill import _triton
+    from momentum_distill._contrast import kernel
 
-    if not _triton.available():
+    if not kernel.available():
         return "off: the package triton is not installed"
     if not torch.cuda.is_available():
         return "off: no CUDA device"
     if os.environ.get("MOMENTUM_DISTILL_TRITON") == "0":
         return "off: MOMENTUM_DISTILL_TRITON=0"
-    works = _triton.works(torch.device("cuda", torch.cuda.current_device()))
+    works = kernel.works(torch.device("cuda", torch.cuda.current_device()))
     return "on" if works else "off: it does not work on this GPU"
 
 

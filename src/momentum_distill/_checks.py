@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 REDUCTIONS = ("none", "mean", "sum")
 
+FEW = 64
+"""So many numbers are looked at in Python as fast as by an operation."""
+
 UNLABELLED = -2
 """Label of a sample that is there but has no class: nobody's positive, while the momentum terms stand."""
 
@@ -32,13 +35,23 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or in_transform()
 
 
-def may_ask(tensor: Tensor) -> bool:
-    """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for.
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it has numbers; tensors of another type may have none, as those that tracing works with."""
+    return type(tensor) in (Tensor, nn.Parameter) and not is_traced()
 
-    Tensors of another type may have no values, as those that tracing works with.
-    """
-    ordinary = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
-    return ordinary and not is_traced()
+
+def may_ask(tensor: Tensor) -> bool:
+    """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for."""
+    return tensor.device.type == "cpu" and is_plain(tensor)
+
+
+def bounds(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of at least one number; NaN if there is one. Waits for the device."""
+    if tensor.numel() <= FEW and not tensor.is_floating_point():
+        values: list[int] = tensor.tolist()  # type: ignore[assignment] # as fast as an operation
+        return min(values), max(values)
+    low, high = tensor.aminmax()
+    return low.tolist(), high.tolist()  # type: ignore[return-value] # of no dimensions, no lists
 
 
 def describe(value: object) -> str:
@@ -180,20 +193,20 @@ def check_validate(value: object) -> None:
 
 def check_classes(
     name: str, labels: Tensor, *, absent: int, classes: float = math.inf, keep: Tensor | None = None, validate: bool
-) -> None:
+) -> tuple[float, float] | None:
     """Each label, int64, is a class in [0, classes), `absent` or -2, in the rows that `keep` (bool, (N,)) keeps.
 
-    Looks where that is free, or to `validate`.
+    Looks where that is free, or to `validate`; returns the smallest and the largest label where it does.
     """
     if not labels.numel() or not (validate or may_ask(labels)):
-        return
-    low, high = (bound.item() for bound in labels.aminmax())
+        return None
+    low, high = bounds(labels)
     if high < classes and (low >= 0 or (low >= UNLABELLED and absent == -1)):
-        return
+        return low, high
     wrong = ((labels < 0) | (labels >= classes)) & (labels != absent) & (labels != UNLABELLED)
     rows = (wrong if keep is None else wrong & keep).nonzero().flatten().tolist()
     if not rows:
-        return
+        return low, high
     label, allowed = int(labels[rows[0]]), "of at least 0" if math.isinf(classes) else f"below {classes:g}"
     others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
     hint = f"; torch's ignore_index is {absent} here: labels.masked_fill(labels == -100, {absent})"

@@ -34,6 +34,12 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device_type=device, enabled=False)
 
 
+def blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
+    """(1 - alpha) first + alpha second, in the dtype of `first`."""
+    # A tensor in that dtype, in which 1 - alpha loses nothing.
+    return torch.lerp(first, second, alpha.to(first.dtype) if isinstance(alpha, Tensor) else alpha)
+
+
 class WideModule(nn.Module):
     """A module whose wide floats never become narrow: `.half()`, `.bfloat16()` and `.to(dtype)` leave them alone.
 

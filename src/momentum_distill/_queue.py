@@ -36,8 +36,7 @@ from momentum_distill._group import (
     require_in_sync,
 )
 from momentum_distill._precision import WideModule
-from momentum_distill._streaming import row_lengths, shortest
-from momentum_distill.functional import normalize_rows
+from momentum_distill._rows import normalize_rows, row_lengths, shortest
 
 EMPTY = -1
 """Label of a slot that holds nothing, the `ignore_index` of the losses."""

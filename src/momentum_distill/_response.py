@@ -5,9 +5,10 @@ from typing_extensions import override
 
 from momentum_distill import functional
 from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_number
+from momentum_distill._contrast.formulas import Reduction
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._watch import StudentWatch
-from momentum_distill.functional import Reduction, Task
+from momentum_distill.functional import Task
 
 
 class ResponseDistillLoss(nn.Module):

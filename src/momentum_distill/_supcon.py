@@ -1,6 +1,6 @@
 """Feature-based distillation: the supervised contrastive loss with momentum targets."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,13 @@ from momentum_distill._checks import (
     check_number,
     in_transform,
 )
+from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize
+from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._precision import WideModule
 from momentum_distill._temperature import check_temperature, exp_in_range, project, project_
 from momentum_distill._watch import IdleWatch, StudentWatch
-from momentum_distill.functional import (
-    Normalize,
-    Parts,
-    Positives,
-    Reduction,
-    SupConTerms,
-    check_normalize,
-)
+from momentum_distill.functional import SupConTerms
 
 
 class SupConDistillLoss(WideModule):
@@ -106,7 +101,7 @@ class SupConDistillLoss(WideModule):
         check_bool("learnable_temperature", learnable_temperature)
         self.temperature_range: tuple[float, float] = check_temperature(temperature, temperature_range)
         check_number("alpha", alpha, low=0.0, high=1.0)
-        check_choice("positives", positives, functional.POSITIVES)
+        check_choice("positives", positives, POSITIVES)
         check_choice("reduction", reduction, REDUCTIONS)
         check_normalize(normalize)
         check_int("ignore_index", ignore_index)
@@ -182,15 +177,10 @@ class SupConDistillLoss(WideModule):
             >>> f"{loss.item():.4f}"
             '0.7067'
         """
-        return self.terms(
-            query,
-            keys,
-            query_labels,
-            key_labels,
-            momentum_query=momentum_query,
-            momentum_keys=momentum_keys,
-            alpha=alpha,
-        ).total
+        settings = self._settings(alpha, query, keys, momentum_query, momentum_keys)
+        loss = functional.supcon_distill_loss(query, keys, query_labels, key_labels, **settings)
+        self._students.look(self, query, keys)
+        return loss
 
     def terms(
         self,
@@ -217,25 +207,33 @@ class SupConDistillLoss(WideModule):
             >>> int(terms.rows), int(terms.rows_with_positive)
             (2, 1)
         """
-        terms = functional.supcon_distill_terms(
-            query,
-            keys,
-            query_labels,
-            key_labels,
-            temperature=self._temperature(query, keys, momentum_query, momentum_keys),
-            momentum_query=momentum_query,
-            momentum_keys=momentum_keys,
-            alpha=self.alpha if alpha is None else alpha,
-            positives=self.positives,
-            reduction=self.reduction,
-            normalize=self.normalize,
-            ignore_index=self.ignore_index,
-            exclude_self=self.exclude_self,
-            group=self.group,
-            validate=self.validate,
-        )
+        settings = self._settings(alpha, query, keys, momentum_query, momentum_keys)
+        terms = functional.supcon_distill_terms(query, keys, query_labels, key_labels, **settings)
         self._students.look(self, query, keys)
         return terms
+
+    def _settings(
+        self,
+        alpha: float | Tensor | None,
+        query: Tensor,
+        keys: Parts,
+        momentum_query: Tensor | None,
+        momentum_keys: Parts | None,
+    ) -> dict[str, Any]:
+        """All keyword arguments of the functions."""
+        return {
+            "temperature": self._temperature(query, keys, momentum_query, momentum_keys),
+            "momentum_query": momentum_query,
+            "momentum_keys": momentum_keys,
+            "alpha": self.alpha if alpha is None else alpha,
+            "positives": self.positives,
+            "reduction": self.reduction,
+            "normalize": self.normalize,
+            "ignore_index": self.ignore_index,
+            "exclude_self": self.exclude_self,
+            "group": self.group,
+            "validate": self.validate,
+        }
 
     def _temperature(self, *features: object) -> float | Tensor:
         """The temperature with its gradient, in float64 where the features are."""

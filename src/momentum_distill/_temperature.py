@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import check_number, describe, wrong_type, wrong_value
+from momentum_distill._checks import check_number, describe, may_ask, wrong_type, wrong_value
 
 
 def check_temperature(temperature: float, temperature_range: object) -> tuple[float, float]:
@@ -34,7 +34,9 @@ def project_(log_ratio: Tensor, initial: float, low: float, high: float) -> None
     A clamp of the value alone has no gradient outside the range, so a parameter that overshot a border once would never
     come back. Projected, it sits on the border with its gradient alive.
     """
-    log_ratio.clamp_(math.log(low / initial), math.log(high / initial))
+    bounds = math.log(low / initial), math.log(high / initial)
+    if not (may_ask(log_ratio) and bounds[0] <= log_ratio.tolist() <= bounds[1]):  # type: ignore[operator]
+        log_ratio.clamp_(*bounds)
 
 
 def project(log_ratio: Tensor, initial: float, low: float, high: float) -> Tensor:
@@ -56,5 +58,7 @@ def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> 
         The temperature, shape `()`, in the dtype of `log_ratio`.
     """
     temperature = initial * log_ratio.exp()
+    if may_ask(temperature) and low <= temperature.tolist() <= high:  # type: ignore[operator] # a number, of shape ()
+        return temperature
     # On a border the product may round to just outside; the correction is a constant, so the gradient stays.
     return temperature + (temperature.clamp(low, high) - temperature).detach()

@@ -9,12 +9,11 @@ otherwise with `validate=True` alone.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from momentum_distill import _streaming
 from momentum_distill._checks import (
     REDUCTIONS,
     check_bool,
@@ -32,14 +31,15 @@ from momentum_distill._checks import (
     check_shape,
     check_validate,
     describe,
-    is_traced,
-    may_ask,
     wrong_type,
     wrong_value,
 )
-from momentum_distill._group import Group, Ranks, check_group, errors_shared_by_sum, find_ranks, sum_over_ranks
-from momentum_distill._precision import full_precision
-from momentum_distill._streaming import Keys, Prepare, RowGradients, Rows, Statistics, shortest
+from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize, read_problem
+from momentum_distill._contrast.autograd import contrast
+from momentum_distill._contrast.formulas import Positives, Reduction
+from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks, sum_over_ranks
+from momentum_distill._precision import blend, full_precision
+from momentum_distill._rows import normalize_rows, shortest, sum_dtype
 
 __all__ = [
     "SupConTerms",
@@ -54,14 +54,9 @@ __all__ = [
     "supcon_distill_terms",
 ]
 
-Parts: TypeAlias = Tensor | Sequence[Tensor]
-Positives: TypeAlias = Literal["outside", "inside", "inside_per_positive"]
-Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Task: TypeAlias = Literal["regression", "classification"]
 ClassWeight: TypeAlias = Literal["distance", "error_rate", "per_sample"]
-Normalize: TypeAlias = Literal["query"] | bool
 
-POSITIVES = ("outside", "inside", "inside_per_positive")
 TASKS = ("regression", "classification")
 CLASS_WEIGHTS = ("distance", "error_rate", "per_sample")
 
@@ -116,18 +111,7 @@ def l2_normalize(x: Tensor, *, eps: float | None = None) -> Tensor:
     check_floating("x", x, shape=("N", "d"))
     if eps is not None:
         check_number("eps", eps, low=0.0, open_low=True)
-    return normalize_rows(x.to(_sum_dtype(x)), shortest(x) if eps is None else eps)
-
-
-def normalize_rows(x: Tensor, eps: float) -> Tensor:
-    """:func:`l2_normalize` without checks, of the rows of any stack of matrices."""
-    if x.shape[-1] == 0:
-        return x
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    largest.masked_fill_(largest < eps, torch.inf)  # makes zeros of a row that is too short; NaN stays NaN
-    scaled = x / largest
-    squares = scaled.square().sum(dim=-1, keepdim=True)  # at least 1, or 0 in a row of zeros
-    return scaled * squares.clamp(min=0.5).rsqrt_()
+    return normalize_rows(x.to(sum_dtype(x)), shortest(x) if eps is None else eps)
 
 
 def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor, normalize: Normalize = True) -> Tensor:
@@ -160,7 +144,7 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
     check_device("keys", keys, query.device, like="query")
     check_scalar("temperature", temperature, low=0.0, open_low=True)
     check_normalize(normalize)
-    dtype = _sum_dtype(query, keys)
+    dtype = sum_dtype(query, keys)
     with full_precision(query):
         query_rows, key_rows = query.to(dtype), keys.to(dtype)
         if normalize:
@@ -272,7 +256,7 @@ def supcon_distill_loss(
         MTMD, Eq. 8, 9, 11, 22 and 23. Eq. 9 and 11 average two directions: call once for each. The sum over the
         positives stands outside the logarithm by default, as in SupCon (Khosla et al., 2020): `docs/paper_map.md`.
     """
-    return supcon_distill_terms(
+    problem = read_problem(
         query,
         keys,
         query_labels,
@@ -289,7 +273,8 @@ def supcon_distill_loss(
         exclude_self=exclude_self,
         group=group,
         validate=validate,
-    ).total
+    )
+    return contrast(problem, only_total=True).total
 
 
 def supcon_distill_terms(
@@ -324,549 +309,25 @@ def supcon_distill_terms(
         >>> int(terms.rows), int(terms.rows_with_positive)
         (3, 2)
     """
-    check_group(group)
-    ranks = find_ranks(group) if reduction != "none" else None
-    with errors_shared_by_sum(ranks, query):
-        _check_choices(
-            temperature,
-            momentum_temperature,
-            alpha,
-            positives,
-            reduction,
-            normalize,
-            ignore_index,
-            exclude_self,
-            validate,
-        )
-        keys, key_labels, momentum_keys = _check_features(
-            query, keys, query_labels, key_labels, momentum_query, momentum_keys, exclude_self
-        )
-        # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
-        query_labels = query_labels.to(torch.int64)
-        key_labels = tuple(part.to(torch.int64) for part in key_labels)
-        for name, labels in [("query_labels", query_labels), *_named("key_labels", key_labels)]:
-            check_classes(name, labels, absent=ignore_index, validate=validate)
-        if validate:
-            _validate_contrast(query, keys, query_labels, key_labels, normalize, ignore_index)
-            if momentum_query is not None:
-                # The momentum rows stand for the same samples.
-                _validate_contrast(
-                    momentum_query, momentum_keys, query_labels, key_labels, normalize, ignore_index, "momentum_"
-                )
-
-    present = query_labels != ignore_index  # (N,)
-    dtype = _sum_dtype(query, *keys, *momentum_keys, *(() if momentum_query is None else (momentum_query,)))
-    prepare_keys = Prepare(dtype, normalize is True)
-    problem = _Problem(
-        momentum_query,
-        temperature if momentum_temperature is None else momentum_temperature,
-        [
-            Keys(
-                part,
-                momentum_keys[index] if momentum_keys else None,
-                labels,
-                labels != ignore_index,
-                prepare_keys,
-                own=exclude_self and index == 0,
-            )
-            for index, (part, labels) in enumerate(zip(keys, key_labels, strict=True))
-        ],
+    problem = read_problem(
+        query,
+        keys,
         query_labels,
-        present,
-        Prepare(dtype, bool(normalize)),
-        positives,
-        positives != "outside",
-        reduction,
-        ranks,
+        key_labels,
+        temperature=temperature,
+        momentum_query=momentum_query,
+        momentum_keys=momentum_keys,
+        momentum_temperature=momentum_temperature,
+        alpha=alpha,
+        positives=positives,
+        reduction=reduction,
+        normalize=normalize,
+        ignore_index=ignore_index,
+        exclude_self=exclude_self,
+        group=group,
+        validate=validate,
     )
-    weights = alpha if momentum_query is not None else 0.0
-    with full_precision(query):
-        if is_traced():
-            return _reduce_terms(_dense_rows(problem, query, temperature), problem, weights)
-        needs_grad = torch.is_grad_enabled()
-        learned = [value if isinstance(value, Tensor) else None for value in (weights, temperature)]
-        terms = _Contrast.apply(problem, weights, temperature, needs_grad, *learned, query, *keys)
-    return SupConTerms(*terms)
-
-
-class _Problem(NamedTuple):
-    """All that a contrastive loss is computed from but its query, temperature and the keys' gradients."""
-
-    momentum_query: Tensor | None  # (N, d), raw
-    momentum_temperature: float | Tensor
-    keys: list[Keys]
-    query_labels: Tensor  # (N,) int64
-    present: Tensor  # (N,) bool
-    prepare: Prepare  # of the queries
-    positives: Positives
-    inside: bool  # whether the sum over the positive keys stands inside the logarithm
-    reduction: Reduction
-    ranks: Ranks | None
-
-    def tensors(self) -> list[Tensor]:
-        """All that is read again if the gradient cannot be made at once."""
-        momentum = [part.momentum for part in self.keys if part.momentum is not None]
-        labels = [self.query_labels, *(part.labels for part in self.keys)]
-        query = [] if self.momentum_query is None else [self.momentum_query]
-        return [*(part.online for part in self.keys), *momentum, *labels, *query]
-
-    def signature(self) -> str:
-        """What has to be the same on all ranks, in words."""
-        targets = "without" if self.momentum_query is None else "with"
-        return (
-            f"SupConDistillLoss of width {self.keys[0].online.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
-            f"positives={self.positives!r}, exclude_self={self.keys[0].own}, reduction={self.reduction!r}"
-        )
-
-
-def _supervised_rows(positive_log: Tensor, positive_count: Tensor, positives: Positives) -> Tensor:
-    r"""$\mathcal S_i$ of :func:`supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key.
-
-    `positive_log` is the mean of $\log V_{ij}$ over the positive keys, or the log of their sum; 0 without any.
-    """
-    supervised = -positive_log
-    if positives == "inside_per_positive":
-        supervised = supervised / positive_count.clamp(min=1)
-    return supervised
-
-
-def _positive_log(rows: Rows, statistics: Statistics, *, inside: bool) -> Tensor:
-    r"""What :func:`_supervised_rows` starts from, by $\log V_{ij} = s_{ij} - \mathrm{lse}_i$."""
-    if inside:
-        positive = statistics.lse.off(statistics.positive_lse.shift) + statistics.positive_lse.log
-    else:
-        positive = statistics.lse.off((rows.query * statistics.positive_mean_key).sum(dim=1))
-    return torch.where(statistics.positive_count > 0, positive, statistics.lse.value() * 0)
-
-
-def _kl_rows(rows: Rows, statistics: Statistics) -> Tensor:
-    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}\,((s'_{ij} - lse'_i) - (s_{ij} - lse_i))$, shape `(N,)`, Eq. 11."""
-    if rows.momentum is None:
-        return torch.zeros_like(statistics.lse.log)
-    mean_logit = (rows.query * statistics.momentum_mean_key).sum(dim=1)
-    return statistics.momentum_lse.off(statistics.momentum_mean_logit) - statistics.lse.off(mean_logit)
-
-
-def _reduce_terms(rows: tuple[Tensor, Tensor, Tensor], problem: _Problem, alpha: float | Tensor) -> SupConTerms:
-    """Both terms and the number of positive keys, each `(N,)`, the terms 0 in rows left out: reduced, and weighted."""
-    supervised, distill, positive_count = rows
-    row_count, positive_rows = problem.present.sum(), ((positive_count > 0) & problem.present).sum()
-    if problem.reduction != "none":
-        signature = "" if problem.ranks is None else problem.signature()
-        supervised, distill, row_count, positive_rows = sum_over_ranks(
-            problem.ranks, signature, supervised.sum(), distill.sum(), row_count, positive_rows
-        )
-    if problem.reduction == "mean":
-        supervised, distill = supervised / positive_rows.clamp(min=1), distill / row_count.clamp(min=1)
-    # A copy: an autograd.Function must not return one tensor as two of its outputs.
-    total = supervised.clone() if problem.momentum_query is None else _blend(supervised, distill, alpha)
-    return SupConTerms(total, supervised, distill, row_count, positive_rows)
-
-
-class _Contrast(torch.autograd.Function):
-    r"""The terms of the loss; the forward pass makes the gradient of the total as well, while all is at hand.
-
-    $$\frac{\partial\mathcal S_i}{\partial s_{ij}} = V_{ij} - P_{ij}, \qquad
-      \frac{\partial\,\mathrm{KL}_i}{\partial s_{ij}} = V_{ij} - U_{ij}$$
-
-    with $P_{ij} = [c_j = c_i] / K_i$ or, inside the logarithm, the softmax over the positive keys. Few scores take
-    the N×Q matrices $V$, $P$ and $U$; many take the keys tile by tile, which gives $\sum_j V_{ij} k_j$ and so on.
-
-    So nothing is kept but that gradient, and a queue may go on. Only who asks for that of one term alone, or for a
-    second derivative, has everything made once more, from inputs that must not have changed.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 - torch's context object has no public type
-        problem: _Problem,
-        alpha: float | Tensor,
-        temperature: float | Tensor,
-        needs_grad: bool,
-        *learned: Tensor | None,  # alpha and temperature if tensors, query, parts of the keys: for autograd to see
-    ) -> tuple[Tensor, ...]:
-        query = learned[2]
-        assert query is not None
-        solved = _Solved.of(problem, temperature, query)
-        rows = (solved.supervised, solved.distill, solved.way.positive_count)
-        terms = _reduce_terms(rows, problem, alpha)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(terms.rows, terms.rows_with_positive)
-        ctx.problem, ctx.alpha, ctx.temperature, ctx.counts = problem, alpha, temperature, terms[3:]
-        ctx.save_for_backward(*(tensor if tensor is not None and tensor.requires_grad else None for tensor in learned))
-        ctx.query = query.detach()
-        ctx.versions = [(tensor, _version(tensor)) for tensor in [query, *problem.tensors()]]
-        ctx.grads = None
-        wanted = ctx.needs_input_grad[4:]
-        # Row by row, gradients for the keys are not known before the backward pass.
-        if needs_grad and any(wanted) and not (problem.reduction == "none" and any(wanted[3:])):
-            share = _share(alpha, problem.prepare.dtype)
-            ctx.grads = solved.gradients(problem, temperature, 1 - share, share, ctx.counts, wanted[3:])
-        ctx.difference = terms.distill - terms.supervised if wanted[0] else None
-        return tuple(terms)
-
-    @staticmethod
-    def backward(
-        ctx: Any,  # noqa: ANN401
-        grad_total: Tensor | None,
-        grad_supervised: Tensor | None,
-        grad_distill: Tensor | None,
-        *_: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        upstream = (grad_total, grad_supervised, grad_distill)
-        if all(grad is None for grad in upstream):
-            return (None,) * len(ctx.needs_input_grad)
-        with full_precision(ctx.problem.query_labels):  # backward() may be called under autocast
-            if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
-                return _dense_backward(ctx, upstream)
-            wanted = ctx.needs_input_grad[4:]
-            if ctx.grads is not None and grad_supervised is None and grad_distill is None:
-                assert grad_total is not None
-                grads, scale = ctx.grads, grad_total
-            else:
-                _check_versions(ctx.versions)
-                alpha = _share(ctx.alpha, ctx.problem.prepare.dtype)
-                nothing = torch.zeros((), dtype=ctx.problem.prepare.dtype, device=ctx.query.device)
-                total, supervised, distill = (nothing if grad is None else grad for grad in upstream)
-                solved = _Solved.of(ctx.problem, ctx.temperature, ctx.query)
-                weights = (supervised + (1 - alpha) * total, distill + alpha * total)
-                grads = solved.gradients(ctx.problem, ctx.temperature, *weights, ctx.counts, wanted[3:])
-                scale = torch.ones_like(nothing)
-            grad_queries, grad_temperatures, grad_keys = grads
-            grad_alpha = grad_temperature = grad_query = None
-            if wanted[0] and grad_total is not None:
-                grad_alpha = (grad_total * ctx.difference).sum().to(ctx.alpha.dtype)
-            if wanted[1]:
-                grad_temperature = (scale * grad_temperatures).sum().to(ctx.temperature.dtype)
-            if wanted[2]:
-                grad_query = (scale[:, None] if scale.ndim else scale) * grad_queries
-                grad_query = grad_query.to(ctx.query.dtype)
-            parts = [
-                None if grad is None else (scale * grad).to(part.online.dtype)
-                for grad, part in zip(grad_keys, ctx.problem.keys, strict=True)
-            ]
-        return None, None, None, None, grad_alpha, grad_temperature, grad_query, *parts
-
-
-class _Solved(NamedTuple):
-    """The rows of the loss, and what their gradient is made from."""
-
-    supervised: Tensor  # (N,), 0 in rows left out
-    distill: Tensor  # (N,), the same
-    way: "_Tiles | _Matrices"
-    queries: Tensor  # (N, d), divided by the temperature
-    unit: Tensor  # (N, d), before
-    lengths: Tensor | None  # (N, 1) that the raw queries were divided by
-    absent: Tensor | None  # (N,) bool: rows left out, if there are any
-
-    @classmethod
-    def of(cls, problem: _Problem, temperature: float | Tensor, query: Tensor) -> Self:
-        """Take the way that is best for the number of scores."""
-        everyone = may_ask(query) and bool(problem.present.all())
-        absent = None if everyone else ~problem.present
-
-        def ready(raw: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            # Zeros for rows that are left out, whatever they held: NaN times a weight of zero would be NaN.
-            unit, lengths = problem.prepare(raw if absent is None else raw.masked_fill(absent[:, None], 0.0))
-            return unit / tau, unit, lengths
-
-        queries, unit, lengths = ready(query, temperature)
-        momentum = None
-        if problem.momentum_query is not None:
-            momentum = ready(problem.momentum_query, problem.momentum_temperature)[0]
-        solve = _Matrices.solve if _streaming.is_small(queries, problem.keys) else _Tiles.solve
-        way = solve(problem, queries, momentum)
-        supervised, distill = way.supervised, way.distill
-        if absent is not None:
-            supervised, distill = supervised.masked_fill(absent, 0.0), distill.masked_fill(absent, 0.0)
-        return cls(supervised, distill, way, queries, unit, lengths, absent)
-
-    def gradients(
-        self,
-        problem: _Problem,
-        temperature: float | Tensor,
-        grad_supervised: float | Tensor,
-        grad_distill: float | Tensor,
-        counts: tuple[Tensor, Tensor],
-        wanted: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Gradients for the raw queries (N, d), the temperature by row (N,), and the parts of the keys `wanted`.
-
-        `grad_supervised` and `grad_distill` are of the reduced terms, `counts` the rows that both were divided by.
-        """
-        zero = torch.zeros_like(self.supervised)
-        grad_supervised, grad_distill = zero + grad_supervised, zero + grad_distill
-        if problem.reduction == "mean":
-            rows, positive_rows = counts
-            grad_supervised = grad_supervised / positive_rows.clamp(min=1)
-            grad_distill = grad_distill / rows.clamp(min=1)
-        if problem.ranks is not None:  # as in sum_over_ranks
-            grad_supervised, grad_distill = grad_supervised * problem.ranks.size, grad_distill * problem.ranks.size
-        # A row without positive key has no part in the supervised term, one that is left out in none.
-        grad_supervised = torch.where(self.way.positive_count > 0, grad_supervised, 0.0)
-        if self.absent is not None:
-            grad_supervised = grad_supervised.masked_fill(self.absent, 0.0)
-            grad_distill = grad_distill.masked_fill(self.absent, 0.0)
-        grad, grad_keys = self.way.backward(problem, grad_supervised, grad_distill, wanted)
-        grad_temperatures = -(self.queries * grad).sum(dim=1) / temperature
-        grad = problem.prepare.backward(self.unit, self.lengths, grad / temperature)
-        if self.absent is not None:
-            grad = grad.masked_fill(self.absent[:, None], 0.0)
-        return grad, grad_temperatures, grad_keys
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; an inference tensor does not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _check_versions(versions: list[tuple[Tensor, int]]) -> None:
-    """Refuse what autograd would refuse, had it kept these inputs itself."""
-    if any(_version(tensor) != version for tensor, version in versions):
-        raise RuntimeError(
-            "supcon_distill: keys, momentum inputs or labels were changed in place (by ClassQueue.enqueue?) before the "
-            "gradient of a single term, or a second derivative, was taken; that needs them. Call backward() first, "
-            "differentiate `total`, or read the queue without padded=True"
-        )
-
-
-class _Tiles(NamedTuple):
-    r"""The rows of the loss through sums over the keys, made tile by tile.
-
-    With $O_i = \sum_j V_{ij} k_j$, $O^m_i = \sum_j U_{ij} k_j$ and $\kappa_i = \sum_j P_{ij} k_j$,
-
-    $$\frac{\partial\mathcal S_i}{\partial (q_i/\tau)} = O_i - \kappa_i, \qquad
-      \frac{\partial\,\mathrm{KL}_i}{\partial (q_i/\tau)} = O_i - O^m_i$$
-    """
-
-    supervised: Tensor  # (N,)
-    distill: Tensor  # (N,)
-    positive_count: Tensor  # (N,) int64
-    rows: Rows
-    statistics: Statistics
-
-    @classmethod
-    def solve(cls, problem: _Problem, queries: Tensor, momentum: Tensor | None) -> Self:
-        """From prepared queries (N, d), divided by the temperature."""
-        rows = Rows(queries, momentum, problem.query_labels)
-        statistics = _streaming.attend(rows, problem.keys, inside=problem.inside)
-        positive_log = _positive_log(rows, statistics, inside=problem.inside)
-        supervised = _supervised_rows(positive_log, statistics.positive_count, problem.positives)
-        return cls(supervised, _kl_rows(rows, statistics), statistics.positive_count, rows, statistics)
-
-    def backward(
-        self, problem: _Problem, grad_supervised: Tensor, grad_distill: Tensor, wanted: Sequence[bool]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients for the queries (N, d) and for the raw keys of the parts that want one."""
-        rows, statistics = self.rows, self.statistics
-        per_positive = grad_supervised / self.positive_count.clamp(min=1)
-        if problem.positives == "inside_per_positive":
-            grad_supervised = per_positive
-        pull = statistics.mean_key - statistics.positive_mean_key
-        # Not 0 * pull: of a row without positives, that may be infinite.
-        grad_queries = torch.where(self.positive_count[:, None] > 0, grad_supervised[:, None] * pull, 0.0)
-        if rows.momentum is not None:
-            push = statistics.mean_key - statistics.momentum_mean_key
-            grad_queries = torch.addcmul(grad_queries, grad_distill[:, None], push)
-        if not any(wanted):
-            return grad_queries, [None] * len(wanted)
-        grads = RowGradients(
-            lse=grad_supervised if rows.momentum is None else grad_supervised + grad_distill,
-            positive_lse=-grad_supervised,
-            positive_mean_key=-per_positive[:, None] * rows.query,
-            momentum_mean_key=-grad_distill[:, None] * rows.query,
-        )
-        return grad_queries, [
-            _streaming.grad_keys(part, rows, statistics, grads, inside=problem.inside) if want else None
-            for part, want in zip(problem.keys, wanted, strict=True)
-        ]
-
-
-class _Matrices(NamedTuple):
-    r"""The rows of the loss as they are defined, through the N×Q matrices $V$, $P$ and $U$."""
-
-    supervised: Tensor  # (N,)
-    distill: Tensor  # (N,)
-    positive_count: Tensor  # (N,)
-    v: Tensor  # (N, Q): log V until the forward pass has ended
-    positive: Tensor  # (N, Q): 1 for a positive key, else 0; inside the logarithm in the end P, their softmax
-    positive_log: Tensor  # (N,)
-    u: Tensor | None  # (N, Q)
-    absent: Tensor | None  # (Q,) bool, or (N, Q) where each row has one of its own, see `_hidden`
-    queries: Tensor  # (N, d)
-    keys: Tensor  # (Q, d)
-    lengths: list[Tensor | None]  # (Q, 1) by part: of the raw keys
-
-    @classmethod
-    def solve(cls, problem: _Problem, queries: Tensor, momentum: Tensor | None) -> Self:
-        """From prepared queries (N, d), divided by the temperature."""
-        everyone = may_ask(queries) and all(bool(part.present.all()) for part in problem.keys)
-
-        def ready(part: Keys, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-            return part.prepare(raw if everyone else raw.masked_fill(~part.present[:, None], 0.0))
-
-        online = [ready(part, part.online) for part in problem.keys]
-        keys = momentum_keys = _joined([rows for rows, _ in online])
-        if momentum is not None and not all(part.momentum is part.online for part in problem.keys):
-            momentum_keys = _joined(
-                [ready(part, part.momentum)[0] for part in problem.keys if part.momentum is not None]
-            )
-        absent = None if everyone and not problem.keys[0].own else _hidden(problem)
-        solved = cls.define(problem, queries, keys, momentum, momentum_keys, absent)
-        positive = solved.positive
-        if problem.inside:
-            log_share = solved.v - solved.positive_log[:, None]
-            positive = torch.where(positive > 0, log_share, -torch.inf).exp_()
-        solved.v.exp_()
-        return solved._replace(positive=positive, lengths=[lengths for _, lengths in online])
-
-    @classmethod
-    def define(
-        cls,
-        problem: _Problem,
-        queries: Tensor,
-        keys: Tensor,
-        momentum: Tensor | None,
-        momentum_keys: Tensor,
-        absent: Tensor | None,
-    ) -> Self:
-        r"""$\mathcal S_i$ and $\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}(\log U_{ij} - \log V_{ij})$."""
-
-        def log_softmax(logits: Tensor) -> Tensor:
-            if absent is None:
-                return logits.log_softmax(dim=1)
-            return logits.masked_fill(absent, -torch.inf).log_softmax(dim=1).masked_fill(absent, 0.0)
-
-        log_v = log_softmax(queries @ keys.T)
-        labels = problem.query_labels
-        pairs = labels[:, None] == _joined([part.labels for part in problem.keys])
-        labelled = labels >= 0
-        if not (may_ask(labels) and bool(labelled.all())):
-            pairs = pairs & labelled[:, None]
-        if absent is not None and problem.keys[0].own:
-            pairs = pairs & ~absent
-        positive = pairs.to(log_v.dtype)
-        positive_count = positive.sum(dim=1)
-        if problem.inside:
-            positive_log = _logsumexp(log_v, pairs)
-        else:
-            positive_log = torch.linalg.vecdot(positive, log_v) / positive_count.clamp(min=1)
-        supervised = _supervised_rows(positive_log, positive_count, problem.positives)
-        if momentum is None:
-            u, distill = None, torch.zeros_like(positive_log)
-        else:
-            with torch.no_grad():
-                # Detached as well, for no_grad() does not stop forward-mode derivatives.
-                log_u = log_softmax(momentum.detach() @ momentum_keys.detach().T)
-                u = log_u.exp() if absent is None else log_u.exp().masked_fill_(absent, 0.0)
-                mean_log_u = torch.linalg.vecdot(u, log_u)
-            distill = mean_log_u - torch.linalg.vecdot(u, log_v)
-        return cls(supervised, distill, positive_count, log_v, positive, positive_log, u, absent, queries, keys, [])
-
-    def backward(
-        self, problem: _Problem, grad_supervised: Tensor, grad_distill: Tensor, wanted: Sequence[bool]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients for the queries (N, d) and for the raw keys of the parts that want one."""
-        pull = grad_supervised[:, None]
-        if problem.positives != "inside":
-            per_positive = pull / self.positive_count.clamp(min=1)[:, None]
-        if problem.positives == "inside_per_positive":
-            pull = per_positive
-        grad = self.v * (pull if self.u is None else pull + grad_distill[:, None])  # for the logits, (N, Q)
-        grad.addcmul_(self.positive, pull if problem.inside else per_positive, value=-1)
-        if self.u is not None:
-            grad.addcmul_(self.u, grad_distill[:, None], value=-1)
-        if self.absent is not None:
-            grad.masked_fill_(self.absent, 0.0)
-        grad_keys: list[Tensor | None] = []
-        start = 0
-        for part, lengths, want in zip(problem.keys, self.lengths, wanted, strict=True):
-            count = part.online.shape[0]
-            whole = None
-            if want:
-                keys = self.keys[start : start + count]
-                whole = part.prepare.backward(keys, lengths, grad.narrow(1, start, count).T @ self.queries)
-            grad_keys.append(whole)
-            start += count
-        return grad @ self.keys, grad_keys
-
-
-def _dense_rows(problem: _Problem, query: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Supervised term, KL term and number of positives of each row (N,), all by plain autograd.
-
-    What `torch.compile` fuses, for it cannot see into the tiles, what the transforms of `torch.func` go through, and
-    what has a second derivative.
-    """
-
-    def ready(raw: Tensor, present: Tensor, prepare: Prepare) -> Tensor:
-        rows = torch.where(present[:, None], raw.to(prepare.dtype), 0.0)
-        return normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
-
-    queries = ready(query, problem.present, problem.prepare) / temperature
-    keys = momentum_keys = _joined([ready(part.online, part.present, part.prepare) for part in problem.keys])
-    momentum = None
-    if problem.momentum_query is not None:
-        with torch.no_grad():
-            momentum = ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
-            others = [part.online if part.momentum is None else part.momentum for part in problem.keys]
-            momentum_keys = _joined(
-                [ready(raw, part.present, part.prepare) for raw, part in zip(others, problem.keys, strict=True)]
-            )
-    solved = _Matrices.define(problem, queries, keys, momentum, momentum_keys, _hidden(problem))
-    kept = [torch.where(problem.present, rows, 0.0) for rows in (solved.supervised, solved.distill)]
-    return kept[0], kept[1], solved.positive_count
-
-
-def _dense_backward(ctx: Any, upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    """The gradients of :class:`_Contrast` with a graph of their own."""
-    _check_versions(ctx.versions)
-    problem, inputs, wanted = ctx.problem, ctx.saved_tensors, ctx.needs_input_grad[4:]
-    alpha, temperature = (
-        old if new is None else new for old, new in zip((ctx.alpha, ctx.temperature), inputs[:2], strict=True)
-    )
-    query = ctx.query if inputs[2] is None else inputs[2]
-    keys = [
-        part if saved is None else part._replace(online=saved)
-        for part, saved in zip(problem.keys, inputs[3:], strict=True)
-    ]
-    problem = problem._replace(keys=keys)
-    terms = _reduce_terms(_dense_rows(problem, query, temperature), problem, alpha)
-    pairs = [
-        (term, grad)
-        for term, grad in zip(terms[:3], upstream, strict=True)
-        if grad is not None and term.requires_grad  # the KL term does not without momentum inputs
-    ]
-    grads = torch.autograd.grad(
-        [term for term, _ in pairs],
-        [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
-        [grad for _, grad in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    found = iter(grads)
-    return None, None, None, None, *(next(found) if want else None for want in wanted)
-
-
-def _hidden(problem: _Problem) -> Tensor:
-    """The keys that no row sees, bool, (Q,); with `exclude_self` which keys each row does not see, (N, Q)."""
-    absent = ~_joined([part.present for part in problem.keys])
-    if not problem.keys[0].own:
-        return absent
-    return absent | torch.eye(len(problem.query_labels), len(absent), dtype=torch.bool, device=absent.device)
-
-
-def _logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """Log-sum-exp over the keys that `mask` (N, Q) keeps, 0 where it keeps none; the gradient is finite either way."""
-    if logits.shape[1] == 0:
-        return logits.sum(dim=1)
-    some = mask.any(dim=1, keepdim=True)
-    masked = torch.where(some, logits.masked_fill(~mask, -torch.inf), logits * 0)
-    return torch.where(some[:, 0], masked.logsumexp(dim=1), masked.sum(dim=1))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts one after the other; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return SupConTerms(*contrast(problem, only_total=False).tensors())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -955,7 +416,7 @@ def response_distill_loss(
                 for name, outputs in [("student", student), *others]:
                     check_logits(name, outputs, mask)
 
-    dtype = _sum_dtype(student, *(other for _, other in others))
+    dtype = sum_dtype(student, *(other for _, other in others))
     scale = 1.0 if task == "regression" else 1.0 / temperature
 
     def distance(teacher: Tensor, *, learns: bool) -> Tensor:
@@ -968,7 +429,7 @@ def response_distill_loss(
         student = _keep_rows(student.to(dtype), mask)
         rows = distance(teacher, learns=not detach_teacher)
         if momentum is not None:
-            rows = _blend(rows, distance(momentum, learns=False), alpha)
+            rows = blend(rows, distance(momentum, learns=False), alpha)
         rows = torch.where(mask, rows / scale**2, 0.0)
         if reduction == "none":
             return rows
@@ -1101,7 +562,7 @@ def hard_sample_fusion_loss(
             _validate_fusion(scores, logits, targets, mask)
 
     tensors = [*(scores or ()), *(logits or ()), *(() if targets is None else (targets,))]
-    dtype = _sum_dtype(*tensors)
+    dtype = sum_dtype(*tensors)
     with full_precision(mask):
         # Rows with a weight of their own, rows that wait for w_cls, and what w_cls is the mean of.
         weighted = torch.zeros(len(mask), dtype=dtype, device=mask.device)
@@ -1186,7 +647,7 @@ def mean_rows(values: Tensor, *, mask: Tensor | None = None, group: Group = None
     with errors_shared_by_sum(ranks, values):
         check_floating("values", values, shape=("N",))
         mask = _row_mask(mask, values, like="values")
-    kept = _keep_rows(values.to(_sum_dtype(values)), mask)
+    kept = _keep_rows(values.to(sum_dtype(values)), mask)
     total, count = sum_over_ranks(ranks, "mean_rows", kept.sum(), mask.sum())
     return total / count.clamp(min=1)
 
@@ -1278,46 +739,6 @@ def straight_through(average: Tensor, online: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 # Helpers
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def check_normalize(normalize: object) -> None:
-    """True, "query" or False."""
-    if not isinstance(normalize, bool) and normalize != "query":
-        wrong_value("normalize", "True, 'query' or False", describe(normalize))
-
-
-def _sum_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 if anything is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _parts(name: str, value: Parts) -> tuple[Tensor, ...]:
-    """A tensor or a sequence of at least one tensor, as a tuple."""
-    if isinstance(value, Tensor):
-        return (value,)
-    if not isinstance(value, (tuple, list)):
-        wrong_type(name, "a tensor or a tuple of tensors", describe(value))
-    if not value:
-        wrong_value(name, "at least one part", "an empty tuple")
-    return tuple(value)
-
-
-def _blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
-    """(1 - alpha) first + alpha second, in the dtype of `first`."""
-    alpha = _share(alpha, first.dtype)
-    return (1 - alpha) * first + alpha * second
-
-
-def _share(alpha: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """`alpha` in a dtype in which 1 - alpha loses nothing."""
-    return alpha.to(dtype) if isinstance(alpha, Tensor) else alpha
-
-
-def _named(name: str, parts: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
-    """Each part with the name that error messages use."""
-    if len(parts) == 1:
-        return [(name, parts[0])]
-    return [(f"{name}[{index}]", part) for index, part in enumerate(parts)]
 
 
 def _check_has_classes(name: str, logits: Tensor) -> None:
@@ -1414,91 +835,6 @@ def _fusion_signature(
     parts = [] if scores is None else ["scores"]
     parts += [] if logits is None else [f"logits of {logits[0].shape[1]} classes"]
     return f"HardSampleFusionLoss of {' and '.join(parts)}, {hard_attention=}, {class_weight=}, {reduction=}"
-
-
-def _check_choices(
-    temperature: float | Tensor,
-    momentum_temperature: float | Tensor | None,
-    alpha: float | Tensor,
-    positives: Positives,
-    reduction: Reduction,
-    normalize: Normalize,
-    ignore_index: int,
-    exclude_self: bool,
-    validate: bool,
-) -> None:
-    """The hyperparameters of the contrastive loss."""
-    check_scalar("temperature", temperature, low=0.0, open_low=True)
-    if momentum_temperature is not None:
-        check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
-    check_scalar("alpha", alpha, low=0.0, high=1.0)
-    check_choice("positives", positives, POSITIVES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_normalize(normalize)
-    check_int("ignore_index", ignore_index)
-    check_bool("exclude_self", exclude_self)
-    check_validate(validate)
-
-
-def _check_features(
-    query: Tensor,
-    keys: Parts,
-    query_labels: Tensor,
-    key_labels: Parts,
-    momentum_query: Tensor | None,
-    momentum_keys: Parts | None,
-    exclude_self: bool,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The tensors of the contrastive loss; returns keys, their labels and the momentum keys as tuples of parts."""
-    check_floating("query", query, shape=("N", "d"))
-    rows, width = query.shape
-    check_labels("query_labels", query_labels, shape=(rows,))
-    check_device("query_labels", query_labels, query.device, like="query")
-    keys, key_labels = _parts("keys", keys), _parts("key_labels", key_labels)
-    for name, part in _named("keys", keys):
-        check_floating(name, part, shape=("Q", width))
-        check_device(name, part, query.device, like="query")
-    if exclude_self and keys[0].shape[0] != rows:
-        wrong_value(_named("keys", keys)[0][0], f"{rows} rows as query, with exclude_self=True", f"{keys[0].shape[0]}")
-    if len(key_labels) != len(keys):
-        wrong_value("key_labels", f"as many parts as keys ({len(keys)})", f"{len(key_labels)}")
-    for (name, part), key_part in zip(_named("key_labels", key_labels), keys, strict=True):
-        check_labels(name, part, shape=(key_part.shape[0],))
-        check_device(name, part, query.device, like="query")
-    if (momentum_query is None) != (momentum_keys is None):
-        missing = "momentum_query" if momentum_query is None else "momentum_keys"
-        wrong_value(missing, "both momentum inputs or neither", "None beside the other")
-    if momentum_query is None or momentum_keys is None:
-        return keys, key_labels, ()
-    check_floating("momentum_query", momentum_query, shape=(rows, width))
-    check_device("momentum_query", momentum_query, query.device, like="query")
-    momentum_keys = _parts("momentum_keys", momentum_keys)
-    if len(momentum_keys) != len(keys):
-        wrong_value("momentum_keys", f"as many parts as keys ({len(keys)})", f"{len(momentum_keys)}")
-    for (name, part), key_part in zip(_named("momentum_keys", momentum_keys), keys, strict=True):
-        check_floating(name, part, shape=tuple(key_part.shape))
-        check_device(name, part, query.device, like="query")
-    return keys, key_labels, momentum_keys
-
-
-def _validate_contrast(
-    query: Tensor,
-    keys: tuple[Tensor, ...],
-    query_labels: Tensor,
-    key_labels: tuple[Tensor, ...],
-    normalize: Normalize,
-    ignore_index: int,
-    prefix: str = "",
-) -> None:
-    """Value checks of the contrastive loss; `prefix` stands before the names of the features."""
-    check_finite(f"{prefix}query", query, query_labels != ignore_index)
-    for (name, part), labels in zip(_named(f"{prefix}keys", keys), key_labels, strict=True):
-        check_finite(name, part, labels != ignore_index)
-        if normalize == "query":
-            lengths = part.detach()[labels != ignore_index].float().square().sum(dim=1).sqrt()
-            wrong = ((lengths - 1).abs() > 0.01) & (lengths > 0)
-            if bool(wrong.any()):
-                wrong_value(name, "unit rows with normalize='query'", f"a length of {lengths[wrong][0]:.3g}")
 
 
 def _teacher_logits(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""The contrastive statistics of :mod:`momentum_distill._streaming` as one fused GPU kernel, where Triton is installed.
+r"""The statistics of :mod:`momentum_distill._contrast.tiles` as one fused GPU kernel, where Triton is installed.
 
 For a query $q$ with logits $s_j = q^\top k_j$ over the present keys, attention with the keys as values gives
 $\mathrm{lse} = \log\sum_j e^{s_j}$ and $O = \sum_j V_j k_j$, $V = \mathrm{softmax}(s)$. The loss wants three kinds
@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import describe, wrong_type
-from momentum_distill._streaming import LogSum, Statistics
+from momentum_distill._contrast.statistics import LogSum, Statistics
 
 
 def _import(name: str) -> Any:  # noqa: ANN401 - a module without stubs, or None
@@ -740,7 +740,7 @@ def attend(
 
 
 def normalize(raw: Tensor, shortest: float) -> tuple[Tensor, Tensor]:
-    """Unit rows (N, d) and lengths (N, 1) of raw ones, float32; as `_streaming.row_lengths`, in one launch."""
+    """Unit rows (N, d) and lengths (N, 1) of raw ones, float32; as `row_lengths`, in one launch."""
     unit, lengths = raw.new_empty(raw.shape, dtype=torch.float32), raw.new_empty((len(raw), 1), dtype=torch.float32)
     _normalize(raw, shortest, lengths, unit)
     return unit, lengths

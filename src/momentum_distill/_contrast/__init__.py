@@ -1,0 +1,10 @@
+"""The engine of the contrastive loss. Imports run down this list; :mod:`momentum_distill.functional` stands above it.
+
+- `problem`: what one loss is computed from.
+- `formulas`: a row's terms and the weights of its gradient, and how rows become one loss: for every way below.
+- `matrices`: the way of few scores, N×Q matrices. Also by plain autograd, for what asks for that.
+- `tiles`: the way of many scores, which never makes a matrix. `kernel` does the same as a Triton kernel.
+- `engine`: chooses between these, and makes a loss and its gradient at once.
+- `operator`: the engine as an operator of PyTorch, which `torch.compile` takes whole.
+- `autograd`: the door; connects it all to autograd.
+"""

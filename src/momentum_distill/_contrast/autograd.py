@@ -1,0 +1,146 @@
+"""The door to the engine: a loss whose gradient autograd finds ready."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momentum_distill._checks import in_transform
+from momentum_distill._contrast import engine
+from momentum_distill._contrast.formulas import Number, Terms
+from momentum_distill._contrast.problem import Problem
+from momentum_distill._precision import full_precision
+
+
+def contrast(problem: Problem, *, only_total: bool) -> Terms:
+    """The terms of the loss, connected to autograd; with `only_total` the others need no gradient."""
+    with full_precision(problem.query):
+        if in_transform():  # which sees into no autograd.Function
+            return engine.by_autograd(problem)
+        learned = [x if isinstance(x, Tensor) else None for x in (problem.alpha, problem.temperature)]
+        keys = [part.online for part in problem.keys]
+        call = _Call(problem, torch.is_grad_enabled())
+        total, supervised, distill = _Contrast.apply(call, *learned, problem.query, *keys)
+        return Terms(total, supervised, distill, *call.counts)
+
+
+class _Call:
+    """One call: what goes in beside the tensors that may be learned, and comes out beside those with a gradient."""
+
+    def __init__(self, problem: Problem, needs_grad: bool) -> None:
+        self.problem = problem
+        self.needs_grad = needs_grad
+        self.counts: tuple[int | Tensor, int | Tensor] = (0, 0)
+        self.gradients: engine.Gradients | None = None
+        self.versions = [(tensor, _version(tensor)) for tensor in problem.tensors()]
+
+
+class _Contrast(torch.autograd.Function):
+    """Total, supervised and KL term; the forward pass makes the gradient of the total as well, while all is at hand.
+
+    So nothing is kept but that gradient, and a queue may go on. Only who asks for that of one term alone, or for a
+    second derivative, has everything made once more, from inputs that must not have changed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's context object has no public type
+        call: _Call,
+        *_: Tensor | None,  # alpha and temperature if tensors, query, parts of the keys: for autograd to see
+    ) -> tuple[Tensor, ...]:
+        problem, wanted = call.problem, ctx.needs_input_grad[1:]
+        solved = engine.Solved(problem)
+        terms = solved.terms
+        ctx.set_materialize_grads(False)
+        ctx.call, call.counts = call, terms[3:]
+        # Row by row, gradients for the keys are not known before the backward pass.
+        if call.needs_grad and any(wanted) and not (problem.reduction == "none" and any(wanted[3:])):
+            call.gradients = solved.gradients(_shares(problem, 1.0, 0.0, 0.0), wanted[3:])
+        ctx.difference = terms.distill - terms.supervised if wanted[0] else None
+        return terms[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        call, wanted = ctx.call, ctx.needs_input_grad[1:]
+        problem = call.problem
+        if all(grad is None for grad in upstream):
+            return (None,) * len(ctx.needs_input_grad)
+        with full_precision(problem.query):  # backward() may be called under autocast
+            if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
+                _check_versions(call.versions)
+                return None, *_second(problem, upstream, wanted)
+            grads, scale = call.gradients, upstream[0]
+            if grads is None or any(grad is not None for grad in upstream[1:]):
+                _check_versions(call.versions)
+                shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream))
+                grads, scale = engine.Solved(problem).gradients(shares, wanted[3:]), None
+            return None, *_delivered(ctx, grads, scale, upstream[0], wanted)
+
+
+def _shares(problem: Problem, total: Number, supervised: Number, distill: Number) -> tuple[Number, Number]:
+    """The gradients of supervised and KL term, from those of all three."""
+    if problem.momentum_query is None:
+        return supervised + total, 0.0
+    alpha = problem.alpha
+    if isinstance(alpha, Tensor):
+        alpha = alpha.detach().to(problem.prepare.dtype)  # in which 1 - alpha loses nothing
+    return supervised + (1 - alpha) * total, distill + alpha * total
+
+
+def _delivered(
+    ctx: Any,  # noqa: ANN401
+    grads: engine.Gradients,
+    scale: Tensor | None,
+    grad_total: Tensor | None,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients, times `scale` where it is to come, in the dtypes of what they are for."""
+    problem = ctx.call.problem
+    found: list[Tensor | None] = [None, None, None]
+    if wanted[0] and grad_total is not None:
+        found[0] = (grad_total * ctx.difference).sum().to(problem.alpha.dtype)
+    by_row = scale[:, None] if scale is not None and scale.ndim else scale
+    if wanted[1]:
+        found[1] = (
+            (grads.temperature if by_row is None else grads.temperature * by_row).sum().to(problem.temperature.dtype)
+        )
+    if wanted[2]:
+        found[2] = (grads.query if by_row is None else grads.query * by_row).to(problem.query.dtype)
+    for part, grad in zip(problem.keys, grads.keys, strict=True):
+        found.append(None if grad is None else (grad if scale is None else grad * scale).to(part.online.dtype))
+    return found
+
+
+def _second(problem: Problem, upstream: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients with a graph of their own."""
+    terms = engine.by_autograd(problem)
+    pairs = [
+        (term, grad)
+        for term, grad in zip(terms[:3], upstream, strict=True)
+        if grad is not None and term.requires_grad  # the KL term does not without momentum inputs
+    ]
+    inputs = [problem.alpha, problem.temperature, problem.query, *(part.online for part in problem.keys)]
+    grads = torch.autograd.grad(
+        [term for term, _ in pairs],
+        [x for x, want in zip(inputs, wanted, strict=True) if want and isinstance(x, Tensor)],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    found = iter(grads)
+    return [next(found) if want else None for want in wanted]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; an inference tensor does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _check_versions(versions: list[tuple[Tensor, int]]) -> None:
+    """Refuse what autograd would refuse, had it kept these inputs itself."""
+    if any(_version(tensor) != version for tensor, version in versions):
+        raise RuntimeError(
+            "supcon_distill: keys, momentum inputs or labels were changed in place (by ClassQueue.enqueue?) before the "
+            "gradient of a single term, or a second derivative, was taken; that needs them. Call backward() first, "
+            "differentiate `total`, or read the queue without padded=True"
+        )

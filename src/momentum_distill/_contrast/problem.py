@@ -1,0 +1,107 @@
+"""What one contrastive loss is computed from."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from momentum_distill._checks import may_ask
+from momentum_distill._contrast.formulas import Positives, Reduction
+from momentum_distill._group import Ranks
+from momentum_distill._rows import row_lengths, shortest
+
+
+class Prepare(NamedTuple):
+    """Makes raw rows ready to be multiplied."""
+
+    dtype: torch.dtype  # to sum in
+    normalize: bool  # to unit length
+
+    def __call__(self, raw: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Rows (B, d), and the lengths (B, 1) they were divided by; zeros for rows that are `absent`, bool, (B,)."""
+        # Whatever those held: NaN times a weight of zero would be NaN.
+        rows = (raw if absent is None else raw.masked_fill(absent[:, None], 0.0)).to(self.dtype)
+        if not self.normalize:
+            return rows, None
+        lengths = row_lengths(rows, shortest(raw))
+        return rows / lengths, lengths
+
+    def backward(self, rows: Tensor, lengths: Tensor | None, grad: Tensor, along: Tensor | None = None) -> Tensor:
+        r"""$(g - \bar x\,(\bar x^\top g)) / \lVert x\rVert$ for the gradient $g$ of unit rows $\bar x$.
+
+        `along` is $\bar x^\top g$, (B, 1), where it is known. May write into `grad`.
+        """
+        if lengths is None:
+            return grad
+        if along is None:
+            along = (rows * grad).sum(dim=1, keepdim=True)
+        return grad.addcmul_(rows, along, value=-1).div_(lengths)
+
+
+class Part(NamedTuple):
+    """One part of the keys, and of those that the momentum model gives for the same samples."""
+
+    online: Tensor  # (Q, d), raw
+    momentum: Tensor | None  # (Q, d), raw; the same object as `online` where they are the same keys
+    labels: Tensor  # (Q,) int64
+    present: Tensor | None  # (Q,) bool, None if all are; what an absent row holds does not matter
+    prepare: Prepare
+    own: bool  # key i is row i of the batch, which does not see it: `exclude_self`
+
+
+class Problem(NamedTuple):
+    """All that a contrastive loss is computed from. Tensors as they were given, and with their graph."""
+
+    query: Tensor  # (N, d), raw
+    keys: list[Part]
+    labels: Tensor  # (N,) int64
+    present: Tensor | None  # (N,) bool, None if all rows are
+    labelled: bool  # whether every row is known to have a class
+    small_labels: bool  # whether all labels are known to be exact in float32
+    momentum_query: Tensor | None  # (N, d), raw
+    temperature: float | Tensor
+    momentum_temperature: float | Tensor
+    alpha: float | Tensor
+    prepare: Prepare  # of the queries
+    positives: Positives
+    reduction: Reduction
+    ranks: Ranks | None
+
+    @property
+    def same_keys(self) -> bool:
+        """Whether the momentum model has the very keys of the online one, so that one product serves both."""
+        return self.momentum_query is not None and all(part.momentum is part.online for part in self.keys)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is read again if the gradient cannot be made at once."""
+        momentum = [part.momentum for part in self.keys if part.momentum is not None]
+        query = [] if self.momentum_query is None else [self.momentum_query]
+        return [
+            self.query,
+            *(part.online for part in self.keys),
+            *momentum,
+            self.labels,
+            *(part.labels for part in self.keys),
+            *query,
+        ]
+
+    def signature(self) -> str:
+        """What has to be the same on all ranks, in words."""
+        targets = "without" if self.momentum_query is None else "with"
+        return (
+            f"SupConDistillLoss of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
+            f"positives={self.positives!r}, exclude_self={self.keys[0].own}, reduction={self.reduction!r}"
+        )
+
+
+def present_rows(labels: Tensor, seen: tuple[float, float] | None, ignore_index: int) -> Tensor | None:
+    """Which labels (N,) are not `ignore_index`, or None if none is; `seen` are the bounds of them, where known."""
+    if seen is not None and seen[0] > ignore_index:
+        return None
+    present = labels != ignore_index
+    return None if may_ask(present) and bool(present.all()) else present
+
+
+def negated(present: Tensor | None) -> Tensor | None:
+    """Which are absent, or None if none is."""
+    return None if present is None else ~present
