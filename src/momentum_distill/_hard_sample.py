@@ -6,6 +6,7 @@ from typing_extensions import override
 from momentum_distill import functional
 from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_int
 from momentum_distill._group import Group, check_group, describe_group
+from momentum_distill._outputs import CLASS_WEIGHTS
 from momentum_distill._watch import StudentWatch
 from momentum_distill.functional import ClassWeight, Reduction
 
@@ -37,11 +38,9 @@ class HardSampleFusionLoss(nn.Module):
     Example:
         >>> import torch
         >>> loss_fn = HardSampleFusionLoss(class_weight="error_rate")
-        >>> loss = loss_fn(
-        ...     student_logits=torch.zeros(2, 3, requires_grad=True),
-        ...     fused_logits=torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]]),
-        ...     labels=torch.tensor([0, 2]),
-        ... )
+        >>> student, labels = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 2])
+        >>> fused = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]])
+        >>> loss = loss_fn(student_logits=student, fused_logits=fused, labels=labels)
         >>> f"{loss.item():.4f}"  # half of the fused predictions are wrong: log(3) / 2
         '0.5493'
 
@@ -62,7 +61,7 @@ class HardSampleFusionLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_bool("hard_attention", hard_attention)
-        check_choice("class_weight", class_weight, functional.CLASS_WEIGHTS)
+        check_choice("class_weight", class_weight, CLASS_WEIGHTS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_bool("detach_teacher", detach_teacher)
         check_int("ignore_index", ignore_index)
@@ -109,8 +108,7 @@ class HardSampleFusionLoss(nn.Module):
             ValueError: If a shape, device or label is wrong, or a part is incomplete.
 
         Warns:
-            UserWarning: Once, if in training mode no student output requires a gradient: student and fused outputs may
-                be swapped.
+            UserWarning: Once, if in training mode no student output requires a gradient: swapped with the fused ones?
 
         Example:
             >>> import torch
