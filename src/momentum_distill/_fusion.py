@@ -1,5 +1,6 @@
 """Fusion weights that are learned and move smoothly."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -38,8 +39,7 @@ class MomentumFusionFactors(WideModule):
     Args:
         modalities: Names, each once, in a fixed order.
         init: First value of every factor, any finite number, or a mapping from name to value. Paper: 1.
-        decay: Share $\eta$ that the average keeps at an update, in [0, 1]. Paper: 0.995. 0 uses the learned
-            weights as the last update found them.
+        decay: Share $\eta$ that the average keeps at an update, in [0, 1]; 0 copies the weights. Paper: 0.995.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -63,11 +63,7 @@ class MomentumFusionFactors(WideModule):
     """Learned scalars, for `param_groups`."""
 
     def __init__(
-        self,
-        modalities: Sequence[str],
-        *,
-        init: float | Mapping[str, float] = 1.0,
-        decay: float = 0.995,
+        self, modalities: Sequence[str], *, init: float | Mapping[str, float] = 1.0, decay: float = 0.995
     ) -> None:
         super().__init__()
         if isinstance(modalities, str) or not isinstance(modalities, Sequence):
@@ -80,12 +76,12 @@ class MomentumFusionFactors(WideModule):
         check_number("decay", decay, low=0.0, high=1.0)
         self.modalities: tuple[str, ...] = tuple(modalities)
         self.decay: float = float(decay)
-        if isinstance(init, Mapping):
-            check_names("init", init, self.modalities)
-        values = [init[name] if isinstance(init, Mapping) else init for name in self.modalities]
-        for value in values:
-            check_number("init", value, low=-float("inf"))
-        self.weight: nn.Parameter = nn.Parameter(torch.tensor([float(value) for value in values]))
+        if not isinstance(init, Mapping):
+            init = dict.fromkeys(self.modalities, init)
+        check_names("init", init, self.modalities)
+        for value in init.values():
+            check_number("init", value, low=-math.inf)
+        self.weight: nn.Parameter = nn.Parameter(torch.tensor([float(init[name]) for name in self.modalities]))
         self._watch = IdleWatch("the weight of MomentumFusionFactors", patience=100)
         self._updates = UpdateWatch(NEVER_UPDATED, patience=100)
         if self.decay == 1:

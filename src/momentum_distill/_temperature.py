@@ -44,17 +44,7 @@ def project(log_ratio: Tensor, initial: float, low: float, high: float) -> Tenso
 
 
 def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> Tensor:
-    r"""$\tau_0 e^{r}$ of a projected $r$.
-
-    Args:
-        log_ratio: $r$, shape `()`, after :func:`project_`.
-        initial: $\tau_0$, inside the range.
-        low: Smallest temperature.
-        high: Largest temperature.
-
-    Returns:
-        The temperature, shape `()`, in the dtype of `log_ratio`.
-    """
+    r"""$\tau_0 e^{r}$, shape `()`, of a projected $r$, in its dtype."""
     temperature = initial * log_ratio.exp()
     # On a border the product may round to just outside; the correction is a constant, so the gradient stays.
     return temperature + (temperature.clamp(low, high) - temperature).detach()

@@ -5,13 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import (
-    check_device,
-    check_floating,
-    check_int,
-    check_number,
-    wrong_value,
-)
+from momentum_distill._checks import check_device, check_floating, check_int, check_number, wrong_value
 from momentum_distill.functional import l2_normalize
 
 __all__ = ["alignment", "modality_gap", "mutual_information_bound", "uniformity"]
