@@ -8,10 +8,16 @@ the host wait for an accelerator. Labels are looked at where that is free (:func
 import math
 from collections.abc import Collection, Sequence
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Shape: TypeAlias = Sequence[int | str]
+"""Sizes; a letter stands for any: `("N", 3)` is any (N, 3), `("N", "d")` any matrix."""
+
+Named: TypeAlias = tuple[str, Tensor]
+"""An argument: its name and its value."""
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -101,30 +107,30 @@ def check_scalar(name: str, value: object, *, low: float, high: float = math.inf
     check_number(name, value, low=low, high=high, open_low=open_low)
 
 
-def check_floating(name: str, value: object, *, shape: Sequence[int | str] | None = None) -> None:
-    """A floating tensor, of `shape`: `("N", 3)` accepts any (N, 3), `("N", "d")` any matrix, None any tensor."""
+def check_floating(name: str, value: object, *, shape: Shape | None = None, like: Named | None = None) -> None:
+    """A floating tensor, of any shape without `shape`, and on the device of the argument `like`."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         wrong_type(name, "a floating tensor", describe(value))
     if shape is not None:
-        check_shape(name, value, shape)
+        check_shape(name, value, shape, like)
 
 
-def check_labels(name: str, value: object, *, shape: Sequence[int | str]) -> None:
-    """An integer (not bool) tensor of `shape`."""
+def check_labels(name: str, value: object, *, shape: Shape, like: Named | None = None) -> None:
+    """An integer (not bool) tensor of `shape`, on the device of the argument `like`."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         wrong_type(name, "an integer tensor", describe(value))
-    check_shape(name, value, shape)
+    check_shape(name, value, shape, like)
 
 
-def check_mask(name: str, value: object, *, shape: Sequence[int | str]) -> None:
-    """A bool tensor of `shape`."""
+def check_mask(name: str, value: object, *, shape: Shape, like: Named | None = None) -> None:
+    """A bool tensor of `shape`, on the device of the argument `like`."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         wrong_type(name, "a torch.bool tensor", describe(value))
-    check_shape(name, value, shape)
+    check_shape(name, value, shape, like)
 
 
-def check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
-    """Exactly these sizes; a letter stands for any size."""
+def check_shape(name: str, value: Tensor, shape: Shape, like: Named | None = None) -> None:
+    """Exactly these sizes, and the device of the argument `like`, if there is one."""
     actual = value.shape
     fits = len(actual) == len(shape)
     if fits and actual != shape:
@@ -133,6 +139,8 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
     if not fits:
         sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         wrong_value(name, f"shape ({sizes})", str(tuple(actual)))
+    if like is not None:
+        check_device(name, value, like[1].device, like=like[0])
 
 
 def check_device(name: str, value: Tensor, device: torch.device, *, like: str) -> None:

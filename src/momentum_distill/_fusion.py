@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from momentum_distill._checks import (
-    check_device,
     check_floating,
     check_names,
     check_number,
@@ -112,8 +111,7 @@ class MomentumFusionFactors(WideModule):
             wrong_type("features", "a mapping from name to tensor", describe(features))
         check_names("features", features, self.modalities)
         for name in self.modalities:
-            check_floating(f"features[{name!r}]", features[name], shape=("N", "d"))
-            check_device(f"features[{name!r}]", features[name], self.weight.device, like="the factors")
+            check_floating(f"features[{name!r}]", features[name], shape=("N", "d"), like=("the factors", self.weight))
         self._updates.look([self.weight])
         rows = features[self.modalities[0]].shape[0]
         factors = straight_through(self.average, self.weight).unbind()

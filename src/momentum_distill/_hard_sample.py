@@ -25,11 +25,10 @@ class HardSampleFusionLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
         detach_teacher: Stop the gradient at the fused outputs. The weights never carry one.
         ignore_index: Label of a row that is absent.
-        group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
-            else this process), None (this process) or a process group. Then the value is that of the whole batch, the
-            same bits on every rank, and gradients after DDP's averaging are those of one process.
-        validate: Also check tensor values at every call, labels on an accelerator too (on the CPU they always are), and
-            refuse probabilities in place of logits; makes the host wait for the device.
+        group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
+            where there is one) or a process group: the same bits on all ranks, after DDP the gradients of one process.
+        validate: Also check values at every call, labels on an accelerator too (on the CPU they always are), and that
+            logits are no probabilities; makes the host wait for the device.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import (
+    Named,
     check_classes,
-    check_device,
     check_finite,
     check_floating,
     check_labels,
@@ -21,8 +21,6 @@ from momentum_distill._checks import (
 TASKS = ("regression", "classification")
 CLASS_WEIGHTS = ("distance", "error_rate", "per_sample")
 
-Named: TypeAlias = tuple[str, Tensor]
-"""An argument: its name and its value."""
 Part: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 """A part of the fusion loss: output of the student, fused output and truth."""
 
@@ -34,8 +32,7 @@ def check_outputs(shape: tuple[str, ...], student: Named, *teachers: Named) -> N
     if outputs.ndim == 2 and outputs.shape[1] == 0:  # the softmax of nothing is nothing
         wrong_value(name, "at least one class", f"shape {tuple(outputs.shape)}")
     for other_name, other in teachers:
-        check_floating(other_name, other, shape=tuple(outputs.shape))
-        check_device(other_name, other, outputs.device, like=name)
+        check_floating(other_name, other, shape=outputs.shape, like=student)
 
 
 def validate_outputs(mask: Tensor, student: Named, *teachers: Named) -> None:
@@ -50,13 +47,12 @@ def validate_outputs(mask: Tensor, student: Named, *teachers: Named) -> None:
             check_logits(name, outputs, mask)
 
 
-def row_mask(mask: Tensor | None, name: str, values: Tensor) -> Tensor:
-    """The checked mask of the rows of the argument called `name`, or one that keeps every row."""
-    rows = values.shape[0]
+def row_mask(mask: Tensor | None, like: Named) -> Tensor:
+    """The checked mask of the rows of the argument `like`, or one that keeps every row."""
+    rows = like[1].shape[:1]
     if mask is None:
-        return torch.ones(rows, dtype=torch.bool, device=values.device)
-    check_mask("mask", mask, shape=(rows,))
-    check_device("mask", mask, values.device, like=name)
+        return torch.ones(rows, dtype=torch.bool, device=like[1].device)
+    check_mask("mask", mask, shape=rows, like=like)
     return mask
 
 
@@ -88,21 +84,17 @@ def check_fusion(
     if not given:
         wrong_value("student_scores", "scores, logits or both (student and fused)", "neither part")
 
-    like, first = given[0][0]
-    rows = first.shape[0]
-    name, last = given[-1][0]
-    check_shape(name, last, (rows, *last.shape[1:]))
-    check_device(name, last, first.device, like=like)
+    first, last = given[0][0], given[-1][0]
+    rows = first[1].shape[:1]
+    check_shape(*last, (*rows, *last[1].shape[1:]), like=first)
     targets, labels = scores[2], logits[2]
     if targets is not None:
-        check_floating("targets", targets, shape=(rows,))
-        check_device("targets", targets, first.device, like=like)
-    mask = row_mask(mask, like, first)
+        check_floating("targets", targets, shape=rows, like=first)
+    mask = row_mask(mask, first)
     if labels is not None:
-        check_labels("labels", labels, shape=(rows,))
-        check_device("labels", labels, first.device, like=like)
+        check_labels("labels", labels, shape=rows, like=first)
         labels = labels.to(torch.int64)
-        classes = last.shape[1] if last.ndim == 2 else math.inf
+        classes = math.inf if logits[0] is None else logits[0].shape[1]
         check_classes("labels", labels, absent=ignore_index, classes=classes, keep=mask, validate=validate)
         mask = mask & (labels != ignore_index)
     if validate:

@@ -25,9 +25,8 @@ class ResponseDistillLoss(nn.Module):
             Paper: 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
         detach_teacher: Stop the gradient at the teacher. The momentum outputs never get one.
-        group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
-            else this process), None (this process) or a process group. Then the value is that of the whole batch, the
-            same bits on every rank, and gradients after DDP's averaging are those of one process.
+        group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
+            where there is one) or a process group: the same bits on all ranks, after DDP the gradients of one process.
         validate: Also check tensor values at every call, and that logits are no probabilities; makes the host wait.
 
     Raises:

@@ -945,7 +945,7 @@ def response_distill_loss(
         if momentum is not None:
             outputs.append(("momentum", momentum))
         check_outputs(("N",) if task == "regression" else ("N", "C"), *outputs)
-        mask = row_mask(mask, "student", student)
+        mask = row_mask(mask, ("student", student))
         if validate:
             validate_outputs(mask, *outputs)
 
@@ -1148,7 +1148,7 @@ def mean_rows(values: Tensor, *, mask: Tensor | None = None, group: Group = None
     ranks = find_ranks(group)
     with errors_shared_by_sum(ranks, values):
         check_floating("values", values, shape=("N",))
-        mask = row_mask(mask, "values", values)
+        mask = row_mask(mask, ("values", values))
     kept = keep_rows(values.to(sum_dtype(values)), mask)
     total, count = sum_over_ranks(ranks, "mean_rows", kept.sum(), mask.sum())
     return total / count.clamp(min=1)
@@ -1231,8 +1231,7 @@ def straight_through(average: Tensor, online: Tensor) -> Tensor:
         tensor([1., 1.])
     """
     check_floating("average", average)
-    check_floating("online", online, shape=tuple(average.shape))
-    check_device("online", online, average.device, like="average")
+    check_floating("online", online, shape=average.shape, like=("average", average))
     return average.detach() + (online - online.detach())
 
 
