@@ -18,7 +18,9 @@ def describe_machine() -> str:
         devices.append(f"cuda:{index} ({torch.cuda.get_device_name(index)}, capability {major}.{minor})")
     if torch.backends.mps.is_available():
         devices.append("mps")
-    backends = [name for name in ("gloo", "nccl", "mpi") if dist.is_available() and _has_backend(name)]
+    backends = [
+        name for name in ("gloo", "nccl", "mpi") if dist.is_available() and getattr(dist, f"is_{name}_available")()
+    ]
     lines = {
         "momentum-distill": __version__,
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
@@ -31,10 +33,6 @@ def describe_machine() -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
-
-
-def _has_backend(name: str) -> bool:
-    return bool(getattr(dist, f"is_{name}_available")())
 
 
 def _triton_state() -> str:

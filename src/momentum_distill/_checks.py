@@ -8,10 +8,16 @@ the host wait for an accelerator. Labels are looked at where that is free (:func
 import math
 from collections.abc import Collection, Sequence
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Shape: TypeAlias = Sequence[int | str]
+"""Sizes; a letter stands for any: `("N", 3)` is any (N, 3), `("N", "d")` any matrix."""
+
+Named: TypeAlias = tuple[str, Tensor]
+"""An argument: its name and its value."""
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -42,7 +48,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def may_ask(tensor: Tensor) -> bool:
     """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for."""
-    return tensor.device.type == "cpu" and is_plain(tensor)
+    return tensor.is_cpu and is_plain(tensor)
 
 
 def bounds(tensor: Tensor) -> tuple[float, float]:
@@ -72,13 +78,6 @@ def wrong_type(name: str, expected: str, got: str) -> NoReturn:
     raise TypeError(f"{name}: expected {expected}, got {got}")
 
 
-def interval(low: float, high: float, *, open_low: bool = False) -> str:
-    """[low, high] as it is written, open where a bound is infinite or excluded."""
-    left = "(" if open_low or math.isinf(low) else "["
-    right = ")" if math.isinf(high) else "]"
-    return f"{left}{low:g}, {high:g}{right}"
-
-
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of a closed set of strings."""
     if not isinstance(value, str) or value not in choices:
@@ -101,12 +100,14 @@ def check_int(name: str, value: object, *, minimum: int | None = None) -> None:
 
 def check_number(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """A finite Python number in [low, high], or in (low, high] with `open_low`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):  # Real alone takes seven times as long
         wrong_type(name, "a number", describe(value))
     number = float(value)
     finite = -math.inf < number < math.inf  # not math.isfinite, which torch.compile cannot trace
     if not finite or number > high or number < low or (open_low and number == low):
-        wrong_value(name, f"a finite number in {interval(low, high, open_low=open_low)}", str(value))
+        left = "(" if open_low or math.isinf(low) else "["
+        right = ")" if math.isinf(high) else "]"
+        wrong_value(name, f"a finite number in {left}{low:g}, {high:g}{right}", str(value))
 
 
 def check_scalar(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
@@ -120,44 +121,40 @@ def check_scalar(name: str, value: object, *, low: float, high: float = math.inf
     check_number(name, value, low=low, high=high, open_low=open_low)
 
 
-def check_floating(name: str, value: object, *, shape: Sequence[int | str]) -> None:
-    """A floating tensor of `shape`; a letter in `shape` stands for any size.
-
-    `("N", 3)` accepts any (N, 3), `("N", "d")` any matrix.
-    """
-    if not isinstance(value, Tensor):
+def check_floating(name: str, value: object, *, shape: Shape | None = None, like: Named | None = None) -> None:
+    """A floating tensor, of any shape without `shape`, and on the device of the argument `like`."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         wrong_type(name, "a floating tensor", describe(value))
-    if not value.is_floating_point():
-        wrong_type(name, "a floating tensor", describe(value))
-    check_shape(name, value, shape)
+    if shape is not None:
+        check_shape(name, value, shape, like)
 
 
-def check_labels(name: str, value: object, *, shape: Sequence[int | str]) -> None:
-    """An integer (not bool) tensor of `shape`."""
-    if not isinstance(value, Tensor):
+def check_labels(name: str, value: object, *, shape: Shape, like: Named | None = None) -> None:
+    """An integer (not bool) tensor of `shape`, on the device of the argument `like`."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         wrong_type(name, "an integer tensor", describe(value))
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        wrong_type(name, "an integer tensor", describe(value))
-    check_shape(name, value, shape)
+    check_shape(name, value, shape, like)
 
 
-def check_mask(name: str, value: object, *, shape: Sequence[int | str]) -> None:
-    """A bool tensor of `shape`."""
+def check_mask(name: str, value: object, *, shape: Shape, like: Named | None = None) -> None:
+    """A bool tensor of `shape`, on the device of the argument `like`."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         wrong_type(name, "a torch.bool tensor", describe(value))
-    check_shape(name, value, shape)
+    check_shape(name, value, shape, like)
 
 
-def check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
-    """Exactly these sizes; a letter stands for any size."""
-    if value.shape == shape:
-        return
-    fits = value.ndim == len(shape) and all(
-        isinstance(size, str) or size == actual for size, actual in zip(shape, value.shape, strict=True)
-    )
+def check_shape(name: str, value: Tensor, shape: Shape, like: Named | None = None) -> None:
+    """Exactly these sizes, and the device of the argument `like`, if there is one."""
+    actual = value.shape
+    fits = len(actual) == len(shape)
+    if fits and actual != shape:
+        for axis, size in enumerate(shape):
+            fits = fits and (isinstance(size, str) or size == actual[axis])
     if not fits:
         sizes = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
-        wrong_value(name, f"shape ({sizes})", str(tuple(value.shape)))
+        wrong_value(name, f"shape ({sizes})", str(tuple(actual)))
+    if like is not None:
+        check_device(name, value, like[1].device, like=like[0])
 
 
 def check_device(name: str, value: Tensor, device: torch.device, *, like: str) -> None:

@@ -1,5 +1,6 @@
 """Fusion weights that are learned and move smoothly."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from momentum_distill._checks import (
-    check_device,
     check_floating,
     check_names,
     check_number,
@@ -38,8 +38,7 @@ class MomentumFusionFactors(WideModule):
     Args:
         modalities: Names, each once, in a fixed order.
         init: First value of every factor, any finite number, or a mapping from name to value. Paper: 1.
-        decay: Share $\eta$ that the average keeps at an update, in [0, 1]. Paper: 0.995. 0 uses the learned
-            weights as the last update found them.
+        decay: Share $\eta$ that the average keeps at an update, in [0, 1]; 0 copies the weights. Paper: 0.995.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -63,11 +62,7 @@ class MomentumFusionFactors(WideModule):
     """Learned scalars, for `param_groups`."""
 
     def __init__(
-        self,
-        modalities: Sequence[str],
-        *,
-        init: float | Mapping[str, float] = 1.0,
-        decay: float = 0.995,
+        self, modalities: Sequence[str], *, init: float | Mapping[str, float] = 1.0, decay: float = 0.995
     ) -> None:
         super().__init__()
         if isinstance(modalities, str) or not isinstance(modalities, Sequence):
@@ -80,12 +75,12 @@ class MomentumFusionFactors(WideModule):
         check_number("decay", decay, low=0.0, high=1.0)
         self.modalities: tuple[str, ...] = tuple(modalities)
         self.decay: float = float(decay)
-        if isinstance(init, Mapping):
-            check_names("init", init, self.modalities)
-        values = [init[name] if isinstance(init, Mapping) else init for name in self.modalities]
-        for value in values:
-            check_number("init", value, low=-float("inf"))
-        self.weight: nn.Parameter = nn.Parameter(torch.tensor([float(value) for value in values]))
+        if not isinstance(init, Mapping):
+            init = dict.fromkeys(self.modalities, init)
+        check_names("init", init, self.modalities)
+        for value in init.values():
+            check_number("init", value, low=-math.inf)
+        self.weight: nn.Parameter = nn.Parameter(torch.tensor([float(init[name]) for name in self.modalities]))
         self._watch = IdleWatch("the weight of MomentumFusionFactors", patience=100)
         self._updates = UpdateWatch(NEVER_UPDATED, patience=100)
         if self.decay == 1:
@@ -116,8 +111,7 @@ class MomentumFusionFactors(WideModule):
             wrong_type("features", "a mapping from name to tensor", describe(features))
         check_names("features", features, self.modalities)
         for name in self.modalities:
-            check_floating(f"features[{name!r}]", features[name], shape=("N", "d"))
-            check_device(f"features[{name!r}]", features[name], self.weight.device, like="the factors")
+            check_floating(f"features[{name!r}]", features[name], shape=("N", "d"), like=("the factors", self.weight))
         self._updates.look([self.weight])
         rows = features[self.modalities[0]].shape[0]
         factors = straight_through(self.average, self.weight).unbind()

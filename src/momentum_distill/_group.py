@@ -5,16 +5,14 @@ a number of collectives that never depends on the data, and both carry a checksu
 ranks: what is wrong on one raises the same error on every one, and none is left waiting.
 
 What bounds a wait is the timeout of the process group. Gathering has to know how many rows each rank brings, for which
-the host waits for the other ranks; where the group has a backend for the CPU (`"cpu:gloo,cuda:nccl"`) it does not wait
-for the accelerator.
+the host waits for the other ranks; with a backend for the CPU (`"cpu:gloo,cuda:nccl"`) not for the accelerator.
 """
 
 import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -78,12 +76,8 @@ def sum_over_ranks(ranks: Ranks | None, signature: str, *values: Tensor) -> tupl
     """Each of at most six numbers of shape `()`, summed over the ranks in one collective; the same bits on all.
 
     They are gathered in float64 and added in rank order. The gradient is that of a mean over ranks, as DDP takes it:
-    what a rank passes back, times the number of ranks.
-
-    Args:
-        ranks: Who works together; None returns `values`.
-        signature: What has to be the same on all ranks, in words. Compared where that is free: on the CPU.
-        *values: Of any dtype.
+    what a rank passes back, times the number of ranks. `signature` says in words what has to be the same on all ranks,
+    compared where that is free: on the CPU.
     """
     if ranks is None:
         return values
@@ -99,10 +93,7 @@ class _Sum(torch.autograd.Function):
         ctx.size = ranks.size
         sent = F.pad(values, (2, SLOTS - len(values)))  # 0 for "no error", then the checksum
         sent[1].fill_(_checksum(signature))
-        came = _all_gather(ranks, sent)
-        if may_ask(sent):
-            _compare(ranks, came.tolist(), signature, sent.device)
-        return came[:, 2 : 2 + len(values)].sum(dim=0)
+        return _exchange(ranks, sent, signature)[:, 2 : 2 + len(values)].sum(dim=0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
@@ -114,17 +105,21 @@ def errors_shared_by_sum(ranks: Ranks | None, like: object) -> AbstractContextMa
 
     On an accelerator the others get a loss of NaN instead of the error: reading it would make every step wait.
     """
-    return nullcontext() if ranks is None else _errors_shared(partial(_fail_sum, ranks, like))
+    return nullcontext() if ranks is None else _errors_shared(_fail_sum, ranks, like)
 
 
-def _fail_sum(ranks: Ranks, like: object, error: Exception) -> NoReturn:
-    device = like.device if isinstance(like, Tensor) else _default_device(ranks)
+def _fail_sum(ranks: Ranks, device: torch.device, error: Exception) -> None:
     sent = torch.full((2 + SLOTS,), torch.nan, dtype=torch.float64, device=device)
     sent[0].fill_(1)
+    _exchange(ranks, sent, "", error)
+
+
+def _exchange(ranks: Ranks, sent: Tensor, signature: str, error: Exception | None = None) -> Tensor:
+    """What all ranks sent, with the signatures compared where that is free."""
     came = _all_gather(ranks, sent)
     if may_ask(sent):
-        _compare(ranks, came.tolist(), "", device, error)
-    raise error
+        _compare(ranks, came.tolist(), signature, sent.device, error)
+    return came
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -135,9 +130,8 @@ def _fail_sum(ranks: Ranks, like: object, error: Exception) -> NoReturn:
 def gather_rows(tensors: Mapping[str, Tensor], *, group: Group = "auto") -> dict[str, Tensor]:
     r"""The rows of all ranks, in rank order, with gradient: so that a batch's keys are those of the whole batch.
 
-    Every rank may bring another number of rows, none at all too. All tensors travel together in two collectives, one
-    that tells how many rows there are and one with their bytes; the backward pass takes one more. What comes out is the
-    same on all ranks, bit for bit.
+    Every rank may bring another number of rows, or none. All tensors travel together in two collectives, one that tells
+    how many rows there are and one with their bytes; the backward pass takes one more. All ranks get the same bits.
 
     The gradient that a row gets is the sum over the ranks of what they passed back to it. With losses that have the
     same `group`, gradients after DDP's averaging are those of one process that saw all rows.
@@ -152,8 +146,7 @@ def gather_rows(tensors: Mapping[str, Tensor], *, group: Group = "auto") -> dict
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If shapes or devices do not fit together, or the ranks bring tensors that differ in more than `N`;
-            on all ranks.
+        ValueError: On all ranks, if shapes or devices do not fit together, or tensors differ in more than `N`.
 
     Example:
         >>> import torch
@@ -186,20 +179,18 @@ def gather(ranks: Ranks, tensors: dict[str, Tensor], *, about: str) -> dict[str,
 
 def errors_shared_by_gather(ranks: Ranks | None, like: object) -> AbstractContextManager[None]:
     """Inside, check what is to be gathered; what is raised is raised on all ranks."""
-    return nullcontext() if ranks is None else _errors_shared(partial(_fail_gather, ranks, like))
+    return nullcontext() if ranks is None else _errors_shared(_fail_gather, ranks, like)
 
 
-def _fail_gather(ranks: Ranks, like: object, error: Exception) -> NoReturn:
-    _tell_rows(ranks, 0, "", like.device if isinstance(like, Tensor) else _default_device(ranks), error)
-    raise error
+def _fail_gather(ranks: Ranks, device: torch.device, error: Exception) -> None:
+    _tell_rows(ranks, 0, "", device, error)
 
 
 def _tell_rows(
     ranks: Ranks, rows: int, signature: str, device: torch.device, error: Exception | None = None
 ) -> list[int]:
     """How many rows each rank brings; with a backend for the CPU nobody's accelerator is waited for."""
-    if "cpu:" in dist.get_backend_config(ranks.group):
-        device = torch.device("cpu")
+    device = _host_device(ranks, device)
     sent = torch.tensor([int(error is not None), _checksum(signature), rows], device=device)
     came = _all_gather(ranks, sent).tolist()
     _compare(ranks, came, signature, device, error)
@@ -210,7 +201,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, sizes: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
         ctx.ranks, ctx.sizes = ranks, sizes
-        ctx.kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
         gathered = _gather_bytes(ranks, sizes, list(tensors))
         wanted = ctx.needs_input_grad[2:]
         ctx.mark_non_differentiable(*(rows for rows, want in zip(gathered, wanted, strict=True) if not want))
@@ -230,24 +220,21 @@ class _Gather(torch.autograd.Function):
         longest = max(1, *sizes)
         padded = torch.cat([F.pad(part, (0, 0, 0, longest - len(part))) for part in torch.split(whole, sizes)])
         own = _reduce_scatter(ranks, padded)[: sizes[ranks.rank]]
-        pieces = iter(torch.split(own, widths, dim=1))
-        return (
-            None,
-            None,
-            *(
-                next(pieces).reshape(shape).to(dtype) if want else None
-                for (shape, dtype), want in zip(ctx.kinds, wanted, strict=True)
-            ),
+        pieces = (
+            piece.reshape(len(own), *grad.shape[1:]).to(grad.dtype)
+            for piece, grad in zip(torch.split(own, widths, dim=1), chosen, strict=True)
         )
+        return None, None, *(next(pieces) if want else None for want in wanted)
 
 
 def _gather_bytes(ranks: Ranks, sizes: list[int], tensors: list[Tensor]) -> list[Tensor]:
     """The rows of all ranks, all tensors in one collective, whatever their dtypes."""
-    packed = torch.cat([_as_bytes(tensor) for tensor in tensors], dim=1)
+    parts = [_as_bytes(tensor) for tensor in tensors]
+    packed = torch.cat(parts, dim=1)
     longest = max(1, *sizes)
     came = _all_gather(ranks, F.pad(packed, (0, 0, 0, longest - len(packed))))
     kept = torch.cat([rows[:size] for rows, size in zip(came, sizes, strict=True)])
-    columns = torch.split(kept, [_row_bytes(tensor) for tensor in tensors], dim=1)
+    columns = torch.split(kept, [part.shape[1] for part in parts], dim=1)
     return [
         # A copy begins at its own address, where it may be read as any dtype.
         part.clone(memory_format=torch.contiguous_format).view(-1).view(tensor.dtype).view(len(kept), *tensor.shape[1:])
@@ -260,11 +247,6 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     rows, width = len(tensor), tensor.shape[1:].numel()
     # A contiguous tensor may have any stride where its size is 1, which a view as bytes does not take.
     return tensor.detach().contiguous().as_strided((rows, width), (width, 1)).view(torch.uint8)
-
-
-def _row_bytes(tensor: Tensor) -> int:
-    """Bytes of one row, of which there may be none."""
-    return tensor.shape[1:].numel() * tensor.element_size()
 
 
 def _check_rows(tensors: object) -> None:
@@ -295,21 +277,13 @@ def _check_rows(tensors: object) -> None:
 
 
 def require_in_sync(ranks: Ranks | None, tensors: Mapping[str, Tensor], *, what: str) -> None:
-    """Refuse tensors that are not the same, bit for bit, on all ranks, naming the first that differs.
-
-    Raises:
-        RuntimeError: On all ranks.
-    """
+    """A RuntimeError, on all ranks, naming the first tensor that is not the same, bit for bit, on all of them."""
     if ranks is None:
         return
     digests = [hashlib.sha256(repr(list(tensors)).encode()).digest(), *map(_digest, tensors.values())]
-    device = next(iter(tensors.values())).device if tensors else _default_device(ranks)
-    if "cpu:" in dist.get_backend_config(ranks.group):
-        device = torch.device("cpu")
-    mine = torch.tensor([int.from_bytes(digest[:7]) for digest in digests], device=device)
-    lengths = _all_gather(ranks, torch.tensor([len(mine)], device=device))[:, 0].tolist()
-    padded = F.pad(mine, (0, max(lengths) - len(mine)))
-    everyone = _all_gather(ranks, padded).cpu()
+    device = _host_device(ranks, next((tensor.device for tensor in tensors.values()), None))
+    everyone, _ = _gather_uneven(ranks, torch.tensor([int.from_bytes(digest[:7]) for digest in digests], device=device))
+    everyone = everyone.cpu()
     if not (everyone[:, 0] == everyone[0, 0]).all():
         raise RuntimeError(f"{what}: expected tensors of the same names on all ranks, got others")
     for index, name in enumerate(tensors, start=1):
@@ -340,11 +314,14 @@ def _checksum(signature: str) -> int:
 
 
 @contextmanager
-def _errors_shared(fail: Callable[[Exception], NoReturn]) -> Iterator[None]:
+def _errors_shared(
+    fail: Callable[[Ranks, torch.device, Exception], None], ranks: Ranks, like: object
+) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        fail(error)
+        fail(ranks, like.device if isinstance(like, Tensor) else _host_device(ranks), error)
+        raise
 
 
 def _compare(
@@ -368,9 +345,8 @@ def _compare(
 
 def _exchange_text(ranks: Ranks, text: str, device: torch.device) -> list[str]:
     """What each rank has to say."""
-    mine = torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8, device=device)
-    lengths = _all_gather(ranks, torch.tensor([len(mine)], device=device))[:, 0].tolist()
-    came = _all_gather(ranks, F.pad(mine, (0, max(1, *lengths) - len(mine))))
+    letters = torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8, device=device)
+    came, lengths = _gather_uneven(ranks, letters)
     return [bytes(row[:length].tolist()).decode() for row, length in zip(came, lengths, strict=True)]
 
 
@@ -391,6 +367,12 @@ def _all_gather(ranks: Ranks, sent: Tensor) -> Tensor:
     return came.view(ranks.size, *sent.shape)
 
 
+def _gather_uneven(ranks: Ranks, sent: Tensor) -> tuple[Tensor, list[int]]:
+    """What each rank sent, of any length, filled up with zeros: `(ranks, longest)`; and how long it was."""
+    lengths = _all_gather(ranks, torch.tensor([len(sent)], device=sent.device))[:, 0].tolist()
+    return _all_gather(ranks, F.pad(sent, (0, max(1, *lengths) - len(sent)))), lengths
+
+
 def _reduce_scatter(ranks: Ranks, sent: Tensor) -> Tensor:
     """Of what each rank sent, `(ranks * N, d)`, the sum of the N rows that are this rank's."""
     assert _scatter_into is not None
@@ -399,7 +381,8 @@ def _reduce_scatter(ranks: Ranks, sent: Tensor) -> Tensor:
     return came
 
 
-def _default_device(ranks: Ranks) -> torch.device:
-    """Where the group can exchange anything at all."""
-    cpu = "cpu:" in dist.get_backend_config(ranks.group)
-    return torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
+def _host_device(ranks: Ranks, device: torch.device | None = None) -> torch.device:
+    """Where the group exchanges what the host waits for: on the CPU if it can, else on `device`, if that is known."""
+    if "cpu:" in dist.get_backend_config(ranks.group):
+        return torch.device("cpu")
+    return device or torch.device("cuda", torch.cuda.current_device())

@@ -7,6 +7,7 @@ from momentum_distill import functional
 from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_int
 from momentum_distill._contrast.formulas import Reduction
 from momentum_distill._group import Group, check_group, describe_group
+from momentum_distill._outputs import CLASS_WEIGHTS
 from momentum_distill._watch import StudentWatch
 from momentum_distill.functional import ClassWeight
 
@@ -25,11 +26,10 @@ class HardSampleFusionLoss(nn.Module):
         reduction: `"mean"`, `"sum"` or `"none"`.
         detach_teacher: Stop the gradient at the fused outputs. The weights never carry one.
         ignore_index: Label of a row that is absent.
-        group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
-            else this process), None (this process) or a process group. Then the value is that of the whole batch, the
-            same bits on every rank, and gradients after DDP's averaging are those of one process.
-        validate: Also check tensor values at every call, labels on an accelerator too (on the CPU they always are), and
-            refuse probabilities in place of logits; makes the host wait for the device.
+        group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
+            where there is one) or a process group: the same bits on all ranks, after DDP the gradients of one process.
+        validate: Also check values at every call, labels on an accelerator too (on the CPU they always are), and that
+            logits are no probabilities; makes the host wait for the device.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -38,11 +38,9 @@ class HardSampleFusionLoss(nn.Module):
     Example:
         >>> import torch
         >>> loss_fn = HardSampleFusionLoss(class_weight="error_rate")
-        >>> loss = loss_fn(
-        ...     student_logits=torch.zeros(2, 3, requires_grad=True),
-        ...     fused_logits=torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]]),
-        ...     labels=torch.tensor([0, 2]),
-        ... )
+        >>> student, labels = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 2])
+        >>> fused = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]])
+        >>> loss = loss_fn(student_logits=student, fused_logits=fused, labels=labels)
         >>> f"{loss.item():.4f}"  # half of the fused predictions are wrong: log(3) / 2
         '0.5493'
 
@@ -63,7 +61,7 @@ class HardSampleFusionLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_bool("hard_attention", hard_attention)
-        check_choice("class_weight", class_weight, functional.CLASS_WEIGHTS)
+        check_choice("class_weight", class_weight, CLASS_WEIGHTS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_bool("detach_teacher", detach_teacher)
         check_int("ignore_index", ignore_index)
@@ -110,8 +108,7 @@ class HardSampleFusionLoss(nn.Module):
             ValueError: If a shape, device or label is wrong, or a part is incomplete.
 
         Warns:
-            UserWarning: Once, if in training mode no student output requires a gradient: student and fused outputs may
-                be swapped.
+            UserWarning: Once, if in training mode no student output requires a gradient: swapped with the fused ones?
 
         Example:
             >>> import torch

@@ -26,6 +26,12 @@ def wide_dtype(tensor: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     return dtype or (torch.float32 if is_16_bit(tensor.dtype) else tensor.dtype)
 
 
+def sum_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that a loss is computed in: float64 if anything is, else float32."""
+    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off for the device of `tensor`: a bfloat16 matrix product would round the logits."""
     device = tensor.device.type

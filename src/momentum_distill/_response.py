@@ -7,6 +7,7 @@ from momentum_distill import functional
 from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_number
 from momentum_distill._contrast.formulas import Reduction
 from momentum_distill._group import Group, check_group, describe_group
+from momentum_distill._outputs import TASKS
 from momentum_distill._watch import StudentWatch
 from momentum_distill.functional import Task
 
@@ -25,11 +26,9 @@ class ResponseDistillLoss(nn.Module):
             Paper: 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
         detach_teacher: Stop the gradient at the teacher. The momentum outputs never get one.
-        group: Whose rows the sums and means run over: `"auto"` (torch.distributed's default group where there is one,
-            else this process), None (this process) or a process group. Then the value is that of the whole batch, the
-            same bits on every rank, and gradients after DDP's averaging are those of one process.
-        validate: Also check tensor values at every call, and refuse probabilities in place of logits; makes the host
-            wait for the device.
+        group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
+            where there is one) or a process group: the same bits on all ranks, after DDP the gradients of one process.
+        validate: Also check tensor values at every call, and that logits are no probabilities; makes the host wait.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -59,7 +58,7 @@ class ResponseDistillLoss(nn.Module):
         validate: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("task", task, functional.TASKS)
+        check_choice("task", task, TASKS)
         check_number("alpha", alpha, low=0.0, high=1.0)
         check_number("temperature", temperature, low=0.0, open_low=True)
         check_choice("reduction", reduction, REDUCTIONS)

@@ -6,11 +6,6 @@ from torch import Tensor
 from momentum_distill._checks import bounds, may_ask
 
 
-def sum_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 if anything is, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 def shortest(raw: Tensor) -> float:
     """Rows in which no magnitude reaches this have no direction: their gradient would leave the range of the dtype."""
     return 1e-3 if raw.dtype == torch.float16 else 1e-6

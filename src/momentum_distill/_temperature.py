@@ -46,17 +46,7 @@ def project(log_ratio: Tensor, initial: float, low: float, high: float) -> Tenso
 
 
 def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> Tensor:
-    r"""$\tau_0 e^{r}$ of a projected $r$.
-
-    Args:
-        log_ratio: $r$, shape `()`, after :func:`project_`.
-        initial: $\tau_0$, inside the range.
-        low: Smallest temperature.
-        high: Largest temperature.
-
-    Returns:
-        The temperature, shape `()`, in the dtype of `log_ratio`.
-    """
+    r"""$\tau_0 e^{r}$, shape `()`, of a projected $r$, in its dtype."""
     temperature = initial * log_ratio.exp()
     if may_ask(temperature) and low <= temperature.tolist() <= high:  # type: ignore[operator] # a number, of shape ()
         return temperature

@@ -83,9 +83,10 @@ class StudentWatch:
         """Does any of these tensors, or tuples of tensors, require a gradient?"""
         if is_traced() or self.told or not loss_fn.training or not torch.is_grad_enabled():
             return
-        parts = [part for given in inputs for part in (given if isinstance(given, (tuple, list)) else (given,))]
-        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
-            return
+        for given in inputs:
+            for part in given if isinstance(given, (tuple, list)) else (given,):
+                if isinstance(part, Tensor) and part.requires_grad:
+                    return
         self.told = True
         warn(
             f"{type(loss_fn).__name__} trains no model: {self.finding}. Are student and teacher, or "

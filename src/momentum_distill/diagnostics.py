@@ -5,13 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import (
-    check_device,
-    check_floating,
-    check_int,
-    check_number,
-    wrong_value,
-)
+from momentum_distill._checks import check_floating, check_int, check_number, wrong_value
 from momentum_distill.functional import l2_normalize
 
 __all__ = ["alignment", "modality_gap", "mutual_information_bound", "uniformity"]
@@ -142,9 +136,10 @@ def uniformity(x: Tensor, *, scale: float = 2.0) -> Tensor:
 
 def _unit_rows(name: str, x: Tensor, *, width: Tensor | None = None, minimum: int = 1) -> Tensor:
     """Checked, detached unit rows."""
-    check_floating(name, x, shape=("N", "d" if width is None else width.shape[1]))
-    if width is not None:
-        check_device(name, x, width.device, like="x")
+    if width is None:
+        check_floating(name, x, shape=("N", "d"))
+    else:
+        check_floating(name, x, shape=("N", width.shape[1]), like=("x", width))
     if x.shape[0] < minimum:
         wrong_value(name, f"at least {minimum} rows", f"shape {tuple(x.shape)}")
     return l2_normalize(x.detach())

@@ -7,7 +7,6 @@ Python numbers are checked, and labels where looking is free, on the CPU outside
 otherwise with `validate=True` alone.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -18,14 +17,9 @@ from momentum_distill._checks import (
     REDUCTIONS,
     check_bool,
     check_choice,
-    check_classes,
     check_device,
-    check_finite,
     check_floating,
     check_int,
-    check_labels,
-    check_logits,
-    check_mask,
     check_number,
     check_scalar,
     check_shape,
@@ -38,8 +32,17 @@ from momentum_distill._contrast.arguments import Normalize, Parts, check_normali
 from momentum_distill._contrast.autograd import contrast
 from momentum_distill._contrast.formulas import Positives, Reduction
 from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks, sum_over_ranks
-from momentum_distill._precision import blend, full_precision
-from momentum_distill._rows import normalize_rows, shortest, sum_dtype
+from momentum_distill._outputs import (
+    CLASS_WEIGHTS,
+    TASKS,
+    check_fusion,
+    check_outputs,
+    keep_rows,
+    row_mask,
+    validate_outputs,
+)
+from momentum_distill._precision import blend, full_precision, sum_dtype
+from momentum_distill._rows import normalize_rows, shortest
 
 __all__ = [
     "SupConTerms",
@@ -56,9 +59,6 @@ __all__ = [
 
 Task: TypeAlias = Literal["regression", "classification"]
 ClassWeight: TypeAlias = Literal["distance", "error_rate", "per_sample"]
-
-TASKS = ("regression", "classification")
-CLASS_WEIGHTS = ("distance", "error_rate", "per_sample")
 
 
 class SupConTerms(NamedTuple):
@@ -359,20 +359,18 @@ def response_distill_loss(
     Without `momentum` the teacher term stands alone, with weight 1.
 
     Args:
-        student: $\hat y_u$, scores of shape `(N,)` for `task="regression"`; logits of shape `(N, C)` for
-            `"classification"`.
+        student: $\hat y_u$, by `task` scores of shape `(N,)` or logits of shape `(N, C)`.
         teacher: $\hat y_t$, shape as `student`. Logits may be $-\infty$: probability 0.
         momentum: Outputs of the student's momentum model, shape as `student`. Never gets a gradient.
         task: `"regression"` or `"classification"`.
         mask: True keeps a row, bool, shape `(N,)`. What a masked row holds changes nothing.
         alpha: Weight $\alpha$ of the momentum term, in [0, 1]; without `momentum` there is none.
-        temperature: $T > 0$ of Hinton et al. (2015), for classification; both terms get the factor $T^2$. Regression
-            ignores it.
+        temperature: $T > 0$ of Hinton et al. (2015), for classification alone; both terms get the factor $T^2$.
         reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
         detach_teacher: Stop the gradient at `teacher`.
         group: Whose rows sum and mean run over, as in :func:`supcon_distill_loss`.
-        validate: Also check values: student finite, teacher and momentum free of NaN, and no logits that are
-            probabilities in every row. Makes the host wait.
+        validate: Also check values: finite (a teacher's logits free of NaN), logits no probabilities (in every row).
+            Makes the host wait for the device.
 
     Returns:
         The loss (nats for classification), shape `()`, or `(N,)` with `reduction="none"`; float32 or wider. With no row
@@ -395,38 +393,30 @@ def response_distill_loss(
     ranks = find_ranks(group) if reduction != "none" else None
     with errors_shared_by_sum(ranks, student):
         check_choice("task", task, TASKS)
-        check_floating("student", student, shape=("N",) if task == "regression" else ("N", "C"))
-        if task == "classification":
-            _check_has_classes("student", student)
-        others = [("teacher", teacher)] + ([] if momentum is None else [("momentum", momentum)])
-        for name, other in others:
-            check_floating(name, other, shape=tuple(student.shape))
-            check_device(name, other, student.device, like="student")
-        mask = _row_mask(mask, student, like="student")
         check_scalar("alpha", alpha, low=0.0, high=1.0)
         check_number("temperature", temperature, low=0.0, open_low=True)
         check_choice("reduction", reduction, REDUCTIONS)
         check_bool("detach_teacher", detach_teacher)
         check_validate(validate)
+        outputs = [("student", student), ("teacher", teacher)]
+        if momentum is not None:
+            outputs.append(("momentum", momentum))
+        check_outputs(("N",) if task == "regression" else ("N", "C"), *outputs)
+        mask = row_mask(mask, ("student", student))
         if validate:
-            check_finite("student", student, mask)
-            for name, other in others:
-                check_finite(name, other if task == "regression" else _teacher_logits(other), mask)
-            if task == "classification":
-                for name, outputs in [("student", student), *others]:
-                    check_logits(name, outputs, mask)
+            validate_outputs(mask, *outputs)
 
-    dtype = sum_dtype(student, *(other for _, other in others))
+    dtype = sum_dtype(student, teacher, momentum)
     scale = 1.0 if task == "regression" else 1.0 / temperature
 
     def distance(teacher: Tensor, *, learns: bool) -> Tensor:
-        teacher = _keep_rows((teacher if learns else teacher.detach()).to(dtype), mask)
+        teacher = keep_rows((teacher if learns else teacher.detach()).to(dtype), mask)
         if task == "regression":
-            return _absolute_error(teacher, student)
+            return (teacher - student).abs()
         return _soft_cross_entropy(teacher, student, scale, teacher_learns=learns)
 
     with full_precision(student):
-        student = _keep_rows(student.to(dtype), mask)
+        student = keep_rows(student.to(dtype), mask)
         rows = distance(teacher, learns=not detach_teacher)
         if momentum is not None:
             rows = blend(rows, distance(momentum, learns=False), alpha)
@@ -435,11 +425,6 @@ def response_distill_loss(
             return rows
         total, kept = sum_over_ranks(ranks, f"ResponseDistillLoss, {task=}, {reduction=}", rows.sum(), mask.sum())
         return total if reduction == "sum" else total / kept.clamp(min=1)
-
-
-def _absolute_error(teacher: Tensor, student: Tensor) -> Tensor:
-    """|teacher - student| by row, shape `(N,)`."""
-    return (teacher - student).abs()
 
 
 def _soft_cross_entropy(
@@ -511,12 +496,10 @@ def hard_sample_fusion_loss(
         detach_teacher: Stop the gradient at the fused outputs.
         ignore_index: Label of a row that is absent.
         group: Whose rows sum, mean and $w_{cls}$ run over, as in :func:`supcon_distill_loss`; with `"none"`, $w_{cls}$.
-        validate: Also check values: finite inputs, labels wherever they are, no logits that are probabilities in every
-            row. Makes the host wait for the device.
+        validate: Also check values: finite, labels wherever they are, logits no probabilities. Makes the host wait.
 
     Returns:
-        The loss, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider. With no row kept: 0, connected to
-        the graph.
+        The loss, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider. With no row kept 0, with a graph.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -524,11 +507,8 @@ def hard_sample_fusion_loss(
 
     Example:
         >>> import torch
-        >>> hard_sample_fusion_loss(
-        ...     student_scores=torch.tensor([0.0]),
-        ...     fused_scores=torch.tensor([1.0]),
-        ...     targets=torch.tensor([2.0]),
-        ... )
+        >>> student, fused, targets = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> hard_sample_fusion_loss(student_scores=student, fused_scores=fused, targets=targets)
         tensor(0.7616)
 
     References:
@@ -543,73 +523,52 @@ def hard_sample_fusion_loss(
         check_bool("detach_teacher", detach_teacher)
         check_int("ignore_index", ignore_index)
         check_validate(validate)
-        scores = _complete_part(
-            ("student_scores", student_scores),
-            ("fused_scores", fused_scores),
-            ("targets", targets),
-            shape=("N",),
-            truth_needed=hard_attention,
+        labels, mask = check_fusion(
+            (student_scores, fused_scores, targets),
+            (student_logits, fused_logits, labels),
+            mask,
+            hard_attention=hard_attention,
+            ignore_index=ignore_index,
+            validate=validate,
         )
-        logits = _complete_part(
-            ("student_logits", student_logits),
-            ("fused_logits", fused_logits),
-            ("labels", labels),
-            shape=("N", "C"),
-            truth_needed=hard_attention,
-        )
-        labels, mask = _check_fusion(scores, logits, targets, labels, mask, ignore_index, validate)
-        if validate:
-            _validate_fusion(scores, logits, targets, mask)
 
-    tensors = [*(scores or ()), *(logits or ()), *(() if targets is None else (targets,))]
-    dtype = sum_dtype(*tensors)
+    dtype = sum_dtype(student_scores, student_logits, fused_scores, fused_logits, targets)
     with full_precision(mask):
-        # Rows with a weight of their own, rows that wait for w_cls, and what w_cls is the mean of.
-        weighted = torch.zeros(len(mask), dtype=dtype, device=mask.device)
-        waiting = distances = torch.zeros_like(weighted)
+        # Rows with a weight of their own, rows that wait for w_cls, and what w_cls is the mean of, over which rows.
+        weighted = waiting = distance = torch.zeros(len(mask), dtype=dtype, device=mask.device)
         labelled = torch.zeros_like(mask)
-        if scores is not None:
-            student, fused = (_keep_rows(part.to(dtype), mask) for part in scores)
-            part = _absolute_error(fused.detach() if detach_teacher else fused, student)
+        if student_scores is not None and fused_scores is not None:
+            student, fused = (keep_rows(scores.to(dtype), mask) for scores in (student_scores, fused_scores))
+            weighted = ((fused.detach() if detach_teacher else fused) - student).abs()
             if hard_attention and targets is not None:
-                part = _hard_sample_weight(fused, _keep_rows(targets.to(dtype), mask)) * part
-            weighted = weighted + part
-        if logits is not None:
-            student, fused = (_keep_rows(part.to(dtype), mask) for part in logits)
-            part = _soft_cross_entropy(
-                fused.detach() if detach_teacher else fused, student, teacher_learns=not detach_teacher
-            )
-            part = torch.where(mask, part, 0.0)
+                weighted = (keep_rows(targets.to(dtype), mask) - fused).detach().abs().tanh() * weighted
+        if student_logits is not None and fused_logits is not None:
+            student, fused = (keep_rows(logits.to(dtype), mask) for logits in (student_logits, fused_logits))
+            teacher = fused.detach() if detach_teacher else fused
+            rows = torch.where(mask, _soft_cross_entropy(teacher, student, teacher_learns=not detach_teacher), 0.0)
             if not hard_attention or labels is None:
-                weighted = weighted + part
+                weighted = weighted + rows
             else:
                 labelled = mask & (labels >= 0)
-                distances = torch.where(labelled, _class_distance(fused, labels, class_weight), 0).to(dtype)
+                steps = (labels - fused.detach().argmax(dim=1)).abs()
+                distance = torch.where(labelled, steps > 0 if class_weight == "error_rate" else steps, 0).to(dtype)
+                waiting = rows
                 if class_weight == "per_sample":
-                    weighted, waiting = weighted + distances * part, torch.where(labelled, 0.0, part)
-                else:
-                    waiting = part
-        if reduction != "none":
-            weighted, waiting = weighted.sum(), waiting.sum()
-        signature = "" if ranks is None else _fusion_signature(scores, logits, hard_attention, class_weight, reduction)
-        numbers = (distances.sum(), labelled.sum(), mask.sum())
+                    weighted, waiting = weighted + distance * rows, torch.where(labelled, 0.0, rows)
+        signature = ""
+        if ranks is not None:
+            parts = [] if student_scores is None else ["scores"]
+            parts += [] if student_logits is None else [f"logits of {student_logits.shape[1]} classes"]
+            choices = f"{hard_attention=}, {class_weight=}, {reduction=}"
+            signature = f"HardSampleFusionLoss of {' and '.join(parts)}, {choices}"
+        sums = [distance.sum(), labelled.sum(), mask.sum()]
         if reduction == "none":
-            distance, count, _ = sum_over_ranks(ranks, signature, *numbers)
+            distance, count, kept = sum_over_ranks(ranks, signature, *sums)
         else:
-            weighted, waiting, distance, count, kept = sum_over_ranks(ranks, signature, weighted, waiting, *numbers)
-        total = weighted + distance / count.clamp(min=1) * waiting
-        return total / kept.clamp(min=1) if reduction == "mean" else total
-
-
-def _hard_sample_weight(fused_scores: Tensor, targets: Tensor) -> Tensor:
-    r"""$w_{reg}^i = \tanh|y^i - \hat y_f^i|$, Eq. 14, shape `(N,)`."""
-    return (targets - fused_scores).detach().abs().tanh()
-
-
-def _class_distance(fused_logits: Tensor, labels: Tensor, class_weight: ClassWeight) -> Tensor:
-    r"""$|p^i - \arg\max\hat p_f^i|$, whose mean is $w_{cls}$ in Eq. 14, or whether it is not 0; int64, shape `(N,)`."""
-    distance = (labels - fused_logits.detach().argmax(dim=1)).abs()
-    return (distance > 0).long() if class_weight == "error_rate" else distance
+            sums += [weighted.sum(), waiting.sum()]
+            distance, count, kept, weighted, waiting = sum_over_ranks(ranks, signature, *sums)
+        loss = weighted + distance / count.clamp(min=1) * waiting
+        return loss / kept.clamp(min=1) if reduction == "mean" else loss
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -646,8 +605,8 @@ def mean_rows(values: Tensor, *, mask: Tensor | None = None, group: Group = None
     ranks = find_ranks(group)
     with errors_shared_by_sum(ranks, values):
         check_floating("values", values, shape=("N",))
-        mask = _row_mask(mask, values, like="values")
-    kept = _keep_rows(values.to(sum_dtype(values)), mask)
+        mask = row_mask(mask, ("values", values))
+    kept = keep_rows(values.to(sum_dtype(values)), mask)
     total, count = sum_over_ranks(ranks, "mean_rows", kept.sum(), mask.sum())
     return total / count.clamp(min=1)
 
@@ -728,133 +687,6 @@ def straight_through(average: Tensor, online: Tensor) -> Tensor:
         >>> online.grad
         tensor([1., 1.])
     """
-    if not isinstance(average, Tensor):
-        wrong_type("average", "a floating tensor", describe(average))
-    check_floating("average", average, shape=tuple(average.shape))
-    check_floating("online", online, shape=tuple(average.shape))
-    check_device("online", online, average.device, like="average")
+    check_floating("average", average)
+    check_floating("online", online, shape=average.shape, like=("average", average))
     return average.detach() + (online - online.detach())
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Helpers
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _check_has_classes(name: str, logits: Tensor) -> None:
-    """At least one column: the softmax of nothing is nothing."""
-    if logits.shape[1] == 0:
-        wrong_value(name, "at least one class", f"shape {tuple(logits.shape)}")
-
-
-def _row_mask(mask: Tensor | None, like_tensor: Tensor, *, like: str) -> Tensor:
-    """The checked mask, or one that keeps every row."""
-    rows = like_tensor.shape[0]
-    if mask is None:
-        return torch.ones(rows, dtype=torch.bool, device=like_tensor.device)
-    check_mask("mask", mask, shape=(rows,))
-    check_device("mask", mask, like_tensor.device, like=like)
-    return mask
-
-
-def _keep_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Zeros in masked rows, before any arithmetic: a NaN there must reach neither the value nor a gradient."""
-    return torch.where(mask if values.ndim == 1 else mask[:, None], values, 0.0)
-
-
-def _complete_part(
-    student: tuple[str, Tensor | None],
-    fused: tuple[str, Tensor | None],
-    truth: tuple[str, Tensor | None],
-    *,
-    shape: tuple[str, ...],
-    truth_needed: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """Student and fused output of one part of the fusion loss, or None where the part is not given."""
-    (student_name, student_value), (fused_name, fused_value), (truth_name, truth_value) = (
-        student,
-        fused,
-        truth,
-    )
-    if student_value is None and fused_value is None:
-        return None
-    if student_value is None or fused_value is None:
-        missing = student_name if student_value is None else fused_name
-        present = fused_name if student_value is None else student_name
-        wrong_value(missing, f"a tensor beside {present}", "None")
-    check_floating(student_name, student_value, shape=shape)
-    check_floating(fused_name, fused_value, shape=tuple(student_value.shape))
-    check_device(fused_name, fused_value, student_value.device, like=student_name)
-    if truth_needed and truth_value is None:
-        wrong_value(truth_name, f"a tensor beside {student_name} with hard_attention", "None")
-    return student_value, fused_value
-
-
-def _check_fusion(
-    scores: tuple[Tensor, Tensor] | None,
-    logits: tuple[Tensor, Tensor] | None,
-    targets: Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    validate: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """What belongs to the parts of the fusion loss; returns the labels as int64 and the mask of the rows that count."""
-    given = scores if scores is not None else logits
-    if given is None:
-        wrong_value("student_scores", "scores, logits or both (student and fused)", "neither part")
-    first = given[0]
-    rows = first.shape[0]
-    like = "student_scores" if scores is not None else "student_logits"
-    if logits is not None:
-        check_shape("student_logits", logits[0], (rows, logits[0].shape[1]))
-        _check_has_classes("student_logits", logits[0])
-        check_device("student_logits", logits[0], first.device, like=like)
-    if targets is not None:
-        check_floating("targets", targets, shape=(rows,))
-        check_device("targets", targets, first.device, like=like)
-    mask = _row_mask(mask, first, like=like)
-    if labels is not None:
-        check_labels("labels", labels, shape=(rows,))
-        check_device("labels", labels, first.device, like=like)
-        labels = labels.to(torch.int64)
-        classes = math.inf if logits is None else logits[0].shape[1]
-        check_classes("labels", labels, absent=ignore_index, classes=classes, keep=mask, validate=validate)
-        mask = mask & (labels != ignore_index)
-    return labels, mask
-
-
-def _fusion_signature(
-    scores: tuple[Tensor, Tensor] | None,
-    logits: tuple[Tensor, Tensor] | None,
-    hard_attention: bool,
-    class_weight: ClassWeight,
-    reduction: Reduction,
-) -> str:
-    """What has to be the same on all ranks, in words."""
-    parts = [] if scores is None else ["scores"]
-    parts += [] if logits is None else [f"logits of {logits[0].shape[1]} classes"]
-    return f"HardSampleFusionLoss of {' and '.join(parts)}, {hard_attention=}, {class_weight=}, {reduction=}"
-
-
-def _teacher_logits(logits: Tensor) -> Tensor:
-    """The logits of a teacher as far as they must be finite: minus infinity, probability 0, is legal."""
-    return logits.detach().clamp(min=0.0)
-
-
-def _validate_fusion(
-    scores: tuple[Tensor, Tensor] | None,
-    logits: tuple[Tensor, Tensor] | None,
-    targets: Tensor | None,
-    mask: Tensor,
-) -> None:
-    """Value checks of the fusion loss."""
-    for name, pair in (("scores", scores), ("logits", logits)):
-        if pair is not None:
-            check_finite(f"student_{name}", pair[0], mask)
-            check_finite(f"fused_{name}", _teacher_logits(pair[1]) if name == "logits" else pair[1], mask)
-            if name == "logits":
-                check_logits("student_logits", pair[0], mask)
-                check_logits("fused_logits", pair[1], mask)
-    if targets is not None:
-        check_finite("targets", targets, mask)

@@ -11,7 +11,6 @@ from momentum_distill._checks import (
     check_bool,
     check_choice,
     check_classes,
-    check_device,
     check_finite,
     check_floating,
     check_int,
@@ -25,7 +24,7 @@ from momentum_distill._checks import (
 from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
 from momentum_distill._contrast.problem import Part, Prepare, Problem, present_rows
 from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks
-from momentum_distill._rows import sum_dtype
+from momentum_distill._precision import sum_dtype
 
 Parts: TypeAlias = Tensor | Sequence[Tensor]
 Normalize: TypeAlias = Literal["query"] | bool
@@ -85,7 +84,7 @@ def read_problem(
                     momentum_query, momentum_parts, query_labels, labels, normalize, ignore_index, "momentum_"
                 )
 
-    dtype = sum_dtype(query, *parts, *momentum_parts, *(() if momentum_query is None else (momentum_query,)))
+    dtype = sum_dtype(query, *parts, *momentum_parts, momentum_query)
     prepare_keys = Prepare(dtype, normalize is True)
     return Problem(
         query,
@@ -133,32 +132,28 @@ def _check_features(
     """The tensors of the contrastive loss; returns keys, their labels and the momentum keys as tuples of parts."""
     check_floating("query", query, shape=("N", "d"))
     rows, width = query.shape
-    check_labels("query_labels", query_labels, shape=(rows,))
-    check_device("query_labels", query_labels, query.device, like="query")
+    like = ("query", query)
+    check_labels("query_labels", query_labels, shape=(rows,), like=like)
     keys, key_labels = _parts("keys", keys), _parts("key_labels", key_labels)
     for name, part in _named("keys", keys):
-        check_floating(name, part, shape=("Q", width))
-        check_device(name, part, query.device, like="query")
+        check_floating(name, part, shape=("Q", width), like=like)
     if exclude_self and keys[0].shape[0] != rows:
         wrong_value(_named("keys", keys)[0][0], f"{rows} rows as query, with exclude_self=True", f"{keys[0].shape[0]}")
     if len(key_labels) != len(keys):
         wrong_value("key_labels", f"as many parts as keys ({len(keys)})", f"{len(key_labels)}")
     for (name, part), key_part in zip(_named("key_labels", key_labels), keys, strict=True):
-        check_labels(name, part, shape=(key_part.shape[0],))
-        check_device(name, part, query.device, like="query")
+        check_labels(name, part, shape=(key_part.shape[0],), like=like)
     if (momentum_query is None) != (momentum_keys is None):
         missing = "momentum_query" if momentum_query is None else "momentum_keys"
         wrong_value(missing, "both momentum inputs or neither", "None beside the other")
     if momentum_query is None or momentum_keys is None:
         return keys, key_labels, ()
-    check_floating("momentum_query", momentum_query, shape=(rows, width))
-    check_device("momentum_query", momentum_query, query.device, like="query")
+    check_floating("momentum_query", momentum_query, shape=(rows, width), like=like)
     momentum_keys = _parts("momentum_keys", momentum_keys)
     if len(momentum_keys) != len(keys):
         wrong_value("momentum_keys", f"as many parts as keys ({len(keys)})", f"{len(momentum_keys)}")
     for (name, part), key_part in zip(_named("momentum_keys", momentum_keys), keys, strict=True):
-        check_floating(name, part, shape=tuple(key_part.shape))
-        check_device(name, part, query.device, like="query")
+        check_floating(name, part, shape=key_part.shape, like=like)
     return keys, key_labels, momentum_keys
 
 
