@@ -54,10 +54,18 @@ def may_ask(tensor: Tensor) -> bool:
 def bounds(tensor: Tensor) -> tuple[float, float]:
     """The smallest and the largest of at least one number; NaN if there is one. Waits for the device."""
     if tensor.numel() <= FEW and not tensor.is_floating_point():
-        values: list[int] = tensor.tolist()  # type: ignore[assignment] # as fast as an operation
+        values = tensor.tolist()  # as fast as an operation
         return min(values), max(values)
     low, high = tensor.aminmax()
-    return low.tolist(), high.tolist()  # type: ignore[return-value] # of no dimensions, no lists
+    return low.item(), high.item()
+
+
+def within(tensor: Tensor, low: float, high: float) -> bool:
+    """Whether every number is in [low, high], which NaN is not. Waits for the device."""
+    if tensor.numel() <= FEW:
+        return all(low <= number <= high for number in tensor.flatten().tolist())
+    least, most = tensor.aminmax()
+    return bool(low <= least.item() and most.item() <= high)
 
 
 def describe(value: object) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import bounds, may_ask
+from momentum_distill._checks import may_ask, within
 
 
 def shortest(raw: Tensor) -> float:
@@ -34,8 +34,5 @@ def row_lengths(rows: Tensor, eps: float) -> Tensor:
 
 def are_ordinary(lengths: Tensor, eps: float, width: int) -> bool:
     """Whether all rows of these lengths have a direction, and their squares did not overflow. Waits for the device."""
-    if not lengths.numel():
-        return False
-    low, high = bounds(lengths)
     # The largest magnitude is at least the length over the root of the width.
-    return low >= eps * width**0.5 > 0 and high < 1e15
+    return width > 0 and within(lengths, eps * width**0.5, 1e15)

@@ -22,15 +22,11 @@ from momentum_distill._checks import (
     wrong_value,
 )
 from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
-from momentum_distill._contrast.problem import Part, Prepare, Problem, present_rows
+from momentum_distill._contrast.problem import Choices, Problem, problem_of
 from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks
-from momentum_distill._precision import sum_dtype
 
 Parts: TypeAlias = Tensor | Sequence[Tensor]
 Normalize: TypeAlias = Literal["query"] | bool
-
-EXACT = 2**24
-"""Whole numbers up to this are float32."""
 
 
 def read_problem(
@@ -84,33 +80,22 @@ def read_problem(
                     momentum_query, momentum_parts, query_labels, labels, normalize, ignore_index, "momentum_"
                 )
 
-    dtype = sum_dtype(query, *parts, *momentum_parts, momentum_query)
-    prepare_keys = Prepare(dtype, normalize is True)
-    return Problem(
+    choices = Choices(positives, reduction, bool(normalize), normalize is True, ignore_index, exclude_self)
+    momentum_temperature = temperature if momentum_temperature is None else momentum_temperature
+    return problem_of(
         query,
-        [
-            Part(
-                part,
-                momentum_parts[index] if momentum_parts else None,
-                labels[index],
-                present_rows(labels[index], seen_keys[index], ignore_index),
-                prepare_keys,
-                own=exclude_self and index == 0,
-            )
-            for index, part in enumerate(parts)
-        ],
+        parts,
         query_labels,
-        present_rows(query_labels, seen, ignore_index),
-        seen is not None and seen[0] >= 0,
-        all(pair is not None and pair[0] >= -EXACT and pair[1] <= EXACT for pair in (seen, *seen_keys)),
+        labels,
         momentum_query,
+        momentum_parts,
         temperature,
-        temperature if momentum_temperature is None else momentum_temperature,
-        0.0 if momentum_query is None else alpha,
-        Prepare(dtype, bool(normalize)),
-        positives,
-        reduction,
+        momentum_temperature,
+        alpha,
+        choices,
         ranks,
+        seen,
+        seen_keys,
     )
 
 

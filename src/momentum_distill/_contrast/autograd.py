@@ -1,12 +1,13 @@
 """The door to the engine: a loss whose gradient autograd finds ready."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from momentum_distill._checks import in_transform
-from momentum_distill._contrast import engine
+from momentum_distill._contrast import engine, operator
 from momentum_distill._contrast.formulas import Number, Terms
 from momentum_distill._contrast.problem import Problem
 from momentum_distill._precision import full_precision
@@ -14,13 +15,16 @@ from momentum_distill._precision import full_precision
 
 def contrast(problem: Problem, *, only_total: bool) -> Terms:
     """The terms of the loss, connected to autograd; with `only_total` the others need no gradient."""
+    inputs = _inputs(problem)
     with full_precision(problem.query):
         if in_transform():  # which sees into no autograd.Function
             return engine.by_autograd(problem)
-        learned = [x if isinstance(x, Tensor) else None for x in (problem.alpha, problem.temperature)]
-        keys = [part.online for part in problem.keys]
+        if torch.compiler.is_compiling():
+            learns = torch.is_grad_enabled()
+            wanted = [learns and x is not None and x.requires_grad for x in inputs]
+            return Terms(*_Compiled.apply(problem, wanted, only_total, *inputs))
         call = _Call(problem, torch.is_grad_enabled())
-        total, supervised, distill = _Contrast.apply(call, *learned, problem.query, *keys)
+        total, supervised, distill = _Contrast.apply(call, *inputs)
         return Terms(total, supervised, distill, *call.counts)
 
 
@@ -74,7 +78,45 @@ class _Contrast(torch.autograd.Function):
                 _check_versions(call.versions)
                 shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream))
                 grads, scale = engine.Solved(problem).gradients(shares, wanted[3:]), None
-            return None, *_delivered(ctx, grads, scale, upstream[0], wanted)
+            return None, *_delivered(problem, ctx.difference, grads, scale, upstream[0], wanted)
+
+
+class _Compiled(torch.autograd.Function):
+    """All terms, by the operators: what a compiler traces, which sees no values and has to be told what is kept.
+
+    Where the gradient of the total is all that is asked for, the forward pass makes it; else all is made once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        problem: Problem,
+        wanted: list[bool],  # of what follows, which is for a gradient to be
+        only_total: bool,
+        *_: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ready = only_total and not (problem.reduction == "none" and any(wanted[3:]))
+        given = operator.arguments(problem)
+        found = torch.ops.momentum_distill.contrast(*given, [ready and any(wanted), *wanted[3:]])
+        total, supervised, distill, rows, rows_with_positive, *grads = found
+        ctx.mark_non_differentiable(*((supervised, distill) if only_total else ()), rows, rows_with_positive)
+        ctx.ready, ctx.wanted, ctx.problem, ctx.given = ready, wanted, problem, given
+        ctx.save_for_backward(distill - supervised if wanted[0] else None, *grads)
+        return total, supervised, distill, rows, rows_with_positive
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        problem, wanted = ctx.problem, ctx.wanted
+        difference, *grads = ctx.saved_tensors
+        scale = upstream[0]
+        if not ctx.ready:
+            shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream[:3]))
+            grads = torch.ops.momentum_distill.contrast_gradients(*ctx.given, [True, *wanted[3:]], *shares)
+            scale = None
+        query, temperature, *keys = grads
+        parts = iter(keys)
+        gradients = engine.Gradients(query, temperature, [next(parts) if want else None for want in wanted[3:]])
+        return None, None, None, *_delivered(problem, difference, gradients, scale, upstream[0], wanted)
 
 
 def _shares(problem: Problem, total: Number, supervised: Number, distill: Number) -> tuple[Number, Number]:
@@ -88,27 +130,33 @@ def _shares(problem: Problem, total: Number, supervised: Number, distill: Number
 
 
 def _delivered(
-    ctx: Any,  # noqa: ANN401
+    problem: Problem,
+    difference: Tensor | None,
     grads: engine.Gradients,
     scale: Tensor | None,
     grad_total: Tensor | None,
-    wanted: tuple[bool, ...],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients, times `scale` where it is to come, in the dtypes of what they are for."""
-    problem = ctx.call.problem
-    found: list[Tensor | None] = [None, None, None]
-    if wanted[0] and grad_total is not None:
-        found[0] = (grad_total * ctx.difference).sum().to(problem.alpha.dtype)
     by_row = scale[:, None] if scale is not None and scale.ndim else scale
-    if wanted[1]:
-        found[1] = (
-            (grads.temperature if by_row is None else grads.temperature * by_row).sum().to(problem.temperature.dtype)
-        )
-    if wanted[2]:
-        found[2] = (grads.query if by_row is None else grads.query * by_row).to(problem.query.dtype)
-    for part, grad in zip(problem.keys, grads.keys, strict=True):
-        found.append(None if grad is None else (grad if scale is None else grad * scale).to(part.online.dtype))
-    return found
+
+    def scaled(grad: Tensor) -> Tensor:
+        return grad if by_row is None else grad * by_row
+
+    found = [
+        None if difference is None or grad_total is None else (grad_total * difference).sum(),
+        scaled(grads.temperature).sum() if wanted[1] else None,
+        scaled(grads.query) if wanted[2] else None,
+        *(None if grad is None else scaled(grad) for grad in grads.keys),
+    ]
+    inputs = zip(_inputs(problem), found, strict=True)
+    return [None if x is None or grad is None else grad.to(x.dtype) for x, grad in inputs]
+
+
+def _inputs(problem: Problem) -> list[Tensor | None]:
+    """What a gradient may be for: alpha and temperature if they are tensors, query, parts of the keys."""
+    learned = [x if isinstance(x, Tensor) else None for x in (problem.alpha, problem.temperature)]
+    return [*learned, problem.query, *(part.online for part in problem.keys)]
 
 
 def _second(problem: Problem, upstream: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> list[Tensor | None]:
@@ -119,10 +167,9 @@ def _second(problem: Problem, upstream: tuple[Tensor | None, ...], wanted: tuple
         for term, grad in zip(terms[:3], upstream, strict=True)
         if grad is not None and term.requires_grad  # the KL term does not without momentum inputs
     ]
-    inputs = [problem.alpha, problem.temperature, problem.query, *(part.online for part in problem.keys)]
     grads = torch.autograd.grad(
         [term for term, _ in pairs],
-        [x for x, want in zip(inputs, wanted, strict=True) if want and isinstance(x, Tensor)],
+        [x for x, want in zip(_inputs(problem), wanted, strict=True) if want and x is not None],
         [grad for _, grad in pairs],
         create_graph=True,
         allow_unused=True,

@@ -54,6 +54,7 @@ class Queries:
         self.absent = negated(problem.present)
         self.temperature = _known(problem.temperature)
         raw, other = problem.query, problem.momentum_query
+        self.momentum: Tensor | None = None
         together = other is not None and other.dtype == raw.dtype
         if other is not None and together and problem.momentum_temperature is problem.temperature:
             both, divisor = self._divided(torch.cat([raw, other]), self.temperature, twice=True)
@@ -61,7 +62,6 @@ class Queries:
             self.divisor = divisor[: raw.shape[0]] if isinstance(divisor, Tensor) and divisor.ndim else divisor
             return
         self.online, self.divisor = self._divided(raw, self.temperature)
-        self.momentum = None
         if other is not None:
             self.momentum = self._divided(other, _known(problem.momentum_temperature))[0]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import bounds, may_ask
+from momentum_distill._checks import may_ask, within
 from momentum_distill._contrast.formulas import Number, Sums, Weights, by_softmax, column
 from momentum_distill._contrast.problem import Prepare, Problem, negated
 from momentum_distill._rows import are_ordinary, normalize_rows, shortest
@@ -22,7 +22,7 @@ class Way:
         log_v, self.v = self._softmax(self.keys.logits(queries))
         pairs = _pairs(problem, self.hidden)
         count = pairs.sum(dim=1)
-        everyone = may_ask(count) and bounds(count)[0] > 0
+        everyone = may_ask(count) and within(count, 1, torch.inf)
         kl = self.u = None
         if momentum is not None:
             raw = [part.momentum for part in problem.keys if part.momentum is not None]

@@ -1,6 +1,7 @@
 """What one contrastive loss is computed from."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast.formulas import Positives, Reduction
 from momentum_distill._group import Ranks
+from momentum_distill._precision import sum_dtype
 from momentum_distill._rows import row_lengths, shortest
 
 
@@ -49,6 +51,24 @@ class Part(NamedTuple):
     own: bool  # key i is row i of the batch, which does not see it: `exclude_self`
 
 
+EXACT = 2**24
+"""Whole numbers up to this are float32."""
+
+Bounds: TypeAlias = tuple[float, float] | None
+"""The smallest and the largest label, where somebody looked."""
+
+
+class Choices(NamedTuple):
+    """What a loss is, but for its tensors."""
+
+    positives: Positives
+    reduction: Reduction
+    normalize: bool  # the rows of the queries
+    normalize_keys: bool
+    ignore_index: int
+    exclude_self: bool
+
+
 class Problem(NamedTuple):
     """All that a contrastive loss is computed from. Tensors as they were given, and with their graph."""
 
@@ -63,9 +83,18 @@ class Problem(NamedTuple):
     momentum_temperature: float | Tensor
     alpha: float | Tensor
     prepare: Prepare  # of the queries
-    positives: Positives
-    reduction: Reduction
+    choices: Choices
     ranks: Ranks | None
+
+    @property
+    def positives(self) -> Positives:
+        """Where the sum over the positive keys stands."""
+        return self.choices.positives
+
+    @property
+    def reduction(self) -> Reduction:
+        """How rows become one loss."""
+        return self.choices.reduction
 
     @property
     def same_keys(self) -> bool:
@@ -94,8 +123,54 @@ class Problem(NamedTuple):
         )
 
 
-def present_rows(labels: Tensor, seen: tuple[float, float] | None, ignore_index: int) -> Tensor | None:
-    """Which labels (N,) are not `ignore_index`, or None if none is; `seen` are the bounds of them, where known."""
+def problem_of(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    labels: Tensor,
+    key_labels: Sequence[Tensor],
+    momentum_query: Tensor | None,
+    momentum_keys: Sequence[Tensor],  # none, or as many as `keys`
+    temperature: float | Tensor,
+    momentum_temperature: float | Tensor,
+    alpha: float | Tensor,
+    choices: Choices,
+    ranks: Ranks | None,
+    seen: Bounds,
+    seen_keys: Sequence[Bounds],
+) -> Problem:
+    """From checked arguments and int64 labels."""
+    dtype = sum_dtype(query, *keys, *momentum_keys, momentum_query)
+    prepare_keys, absent = Prepare(dtype, choices.normalize_keys), choices.ignore_index
+    parts = [
+        Part(
+            part,
+            momentum_keys[index] if momentum_keys else None,
+            key_labels[index],
+            _present(key_labels[index], seen_keys[index], absent),
+            prepare_keys,
+            own=choices.exclude_self and index == 0,
+        )
+        for index, part in enumerate(keys)
+    ]
+    return Problem(
+        query,
+        parts,
+        labels,
+        _present(labels, seen, absent),
+        seen is not None and seen[0] >= 0,
+        all(pair is not None and pair[0] >= -EXACT and pair[1] <= EXACT for pair in (seen, *seen_keys)),
+        momentum_query,
+        temperature,
+        momentum_temperature,
+        0.0 if momentum_query is None else alpha,
+        Prepare(dtype, choices.normalize),
+        choices,
+        ranks,
+    )
+
+
+def _present(labels: Tensor, seen: Bounds, ignore_index: int) -> Tensor | None:
+    """Which labels (N,) are not `ignore_index`, or None if none is."""
     if seen is not None and seen[0] > ignore_index:
         return None
     present = labels != ignore_index

@@ -1,0 +1,166 @@
+"""The engine as an operator of PyTorch: `torch.compile` takes it whole, and makes no N×Q matrix of it.
+
+Two operators, for autograd.Function to connect: `contrast` gives the terms and the gradient of their total, and
+`contrast_gradients` that of any sum of the terms' rows. Defined by `define` and `impl`, which start in a tenth of
+the time of `custom_op`. They have no derivative of their own, so a second one is an error.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from momentum_distill._checks import bounds, may_ask
+from momentum_distill._contrast import engine
+from momentum_distill._contrast.formulas import Positives, Reduction
+from momentum_distill._contrast.problem import Bounds, Choices, Problem, problem_of
+from momentum_distill._group import find_ranks
+from momentum_distill._precision import full_precision, sum_dtype
+
+ARGUMENTS = (
+    "Tensor query, Tensor[] keys, Tensor query_labels, Tensor[] key_labels, Tensor? momentum_query, "
+    "Tensor[] momentum_keys, bool same_keys, Tensor temperature, Tensor? momentum_temperature, Tensor alpha, "
+    "str positives, str reduction, bool normalize, bool normalize_keys, int ignore_index, bool exclude_self, "
+    "str group, bool[] wanted"
+)
+torch.library.define("momentum_distill::contrast", f"({ARGUMENTS}) -> Tensor[]")
+torch.library.define(
+    "momentum_distill::contrast_gradients", f"({ARGUMENTS}, Tensor grad_supervised, Tensor grad_distill) -> Tensor[]"
+)
+
+
+def arguments(problem: Problem) -> tuple[Any, ...]:
+    """Those of both operators but the last, `wanted`: whether gradients are to be made at all, and for each part."""
+
+    def tensor(value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach()
+        # A product: what is multiplied stays a variable to a compiler, what a tensor is filled with becomes a constant.
+        return problem.query.new_ones((), dtype=problem.prepare.dtype) * value
+
+    same = problem.same_keys
+    momentum = [] if same else [part.momentum.detach() for part in problem.keys if part.momentum is not None]
+    own_temperature = problem.momentum_temperature is not problem.temperature
+    return (
+        problem.query.detach(),
+        [part.online.detach() for part in problem.keys],
+        problem.labels,
+        [part.labels for part in problem.keys],
+        None if problem.momentum_query is None else problem.momentum_query.detach(),
+        momentum,
+        same,
+        tensor(problem.temperature),
+        tensor(problem.momentum_temperature) if own_temperature else None,
+        tensor(problem.alpha),
+        *problem.choices,
+        "" if problem.ranks is None else problem.ranks.group.group_name,
+    )
+
+
+def _problem(
+    query: Tensor,
+    keys: list[Tensor],
+    labels: Tensor,
+    key_labels: list[Tensor],
+    momentum_query: Tensor | None,
+    momentum_keys: list[Tensor],
+    same_keys: bool,
+    temperature: Tensor,
+    momentum_temperature: Tensor | None,
+    alpha: Tensor,
+    positives: str,
+    reduction: str,
+    normalize: bool,
+    normalize_keys: bool,
+    ignore_index: int,
+    exclude_self: bool,
+    group: str,
+) -> Problem:
+    """What the arguments stand for, once there are numbers."""
+    ranks = None
+    if group:
+        from torch.distributed import distributed_c10d as c10d
+
+        ranks = find_ranks(c10d._resolve_process_group(group))  # type: ignore[attr-defined, arg-type] # by its name
+
+    def look(labels: Tensor) -> Bounds:
+        return bounds(labels) if labels.numel() and may_ask(labels) else None
+
+    return problem_of(
+        query,
+        keys,
+        labels,
+        key_labels,
+        momentum_query,
+        keys if same_keys else momentum_keys,
+        temperature,
+        temperature if momentum_temperature is None else momentum_temperature,
+        alpha,
+        Choices(
+            cast(Positives, positives),
+            cast(Reduction, reduction),
+            normalize,
+            normalize_keys,
+            ignore_index,
+            exclude_self,
+        ),
+        ranks,
+        look(labels),
+        [look(part) for part in key_labels],
+    )
+
+
+def _contrast(*values: Any) -> list[Tensor]:  # noqa: ANN401
+    """Total, supervised, KL term, rows, rows with a positive; gradients for query, temperature by row, and parts."""
+    *inputs, wanted = values
+    with full_precision(inputs[0]):
+        problem = _problem(*inputs)
+        solved = engine.Solved(problem)
+        found = list(solved.terms.tensors())
+        if not wanted[0]:
+            return found
+        alpha = 0.0 if problem.momentum_query is None else problem.alpha
+        return found + _listed(solved.gradients((1 - alpha, alpha), wanted[1:]))
+
+
+def _contrast_gradients(*values: Any) -> list[Tensor]:  # noqa: ANN401
+    """Gradients for query, temperature by row, and parts, of the sum of rows or terms with these gradients."""
+    *inputs, wanted, grad_supervised, grad_distill = values
+    with full_precision(inputs[0]):
+        upstream = (grad_supervised, grad_distill)
+        return _listed(engine.Solved(_problem(*inputs)).gradients(upstream, wanted[1:]))
+
+
+def _listed(found: engine.Gradients) -> list[Tensor]:
+    return [found.query, found.temperature, *(grad for grad in found.keys if grad is not None)]
+
+
+def _fake_contrast(*values: Any) -> list[Tensor]:  # noqa: ANN401
+    query, reduction, wanted = values[0], values[11], values[-1]
+    wide = query.new_empty((), dtype=_dtype(values))
+    term = (query.shape[0],) if reduction == "none" else ()
+    counts = [query.new_empty((), dtype=torch.int64) for _ in range(2)]
+    terms = [wide.new_empty(term) for _ in range(3)]
+    return [*terms, *counts, *(_fake_contrast_gradients(*values, None, None) if wanted[0] else [])]
+
+
+def _fake_contrast_gradients(*values: Any) -> list[Tensor]:  # noqa: ANN401
+    query, keys, wanted, dtype = values[0], values[1], values[-3], _dtype(values)
+    grads = [query.new_empty(query.shape, dtype=dtype), query.new_empty((query.shape[0], 1), dtype=dtype)]
+    return grads + [
+        part.new_empty(part.shape, dtype=dtype) for part, want in zip(keys, wanted[1:], strict=True) if want
+    ]
+
+
+def _dtype(values: Sequence[Any]) -> torch.dtype:
+    query, keys, momentum_query, momentum_keys = values[0], values[1], values[4], values[5]
+    return sum_dtype(query, *keys, momentum_query, *momentum_keys)
+
+
+for _name, _impl, _fake in (
+    ("contrast", _contrast, _fake_contrast),
+    ("contrast_gradients", _contrast_gradients, _fake_contrast_gradients),
+):
+    torch.library.impl(f"momentum_distill::{_name}", "CompositeExplicitAutograd", _impl)
+    torch.library.register_fake(f"momentum_distill::{_name}", _fake)
