@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 import momentum_distill as md
 from loss_cases import POSITIVES, REDUCTIONS, numbers_alone, supcon_case
 from momentum_distill import functional as F
+from momentum_distill._contrast import arguments
 from momentum_distill._group import Ranks
 
 # Of forward-mode derivatives, and of the compiler.
@@ -230,7 +231,8 @@ def test_what_a_transform_cannot_do_is_said_in_one_sentence(monkeypatch):
         with pytest.raises(ValueError, match=r"^validate: expected False inside a transform of torch.func"):
             vmap(lambda x, call=call: call(x, validate=True))(torch.zeros(4, 2, 3))
         with monkeypatch.context() as patch:
-            patch.setattr(F, "find_ranks", lambda _: Ranks(None, 2, 0))
+            for module in (F, arguments):
+                patch.setattr(module, "find_ranks", lambda _: Ranks(None, 2, 0))
             with pytest.raises(ValueError, match=r"^group: expected None inside a transform .*, got one of 2 proc"):
                 grad(call)(student)
         assert grad(call)(student).isfinite().all(), name

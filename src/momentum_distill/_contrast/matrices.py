@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import may_ask, within
-from momentum_distill._contrast.formulas import Number, Sums, Weights, by_softmax, column
+from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column
 from momentum_distill._contrast.problem import Prepare, Problem, negated
 from momentum_distill._rows import are_ordinary, normalize_rows, shortest
 
@@ -19,7 +19,7 @@ class Way:
         self.problem, self.queries = problem, queries
         self.hidden = hidden_keys(problem)  # (Q,) or (N, Q)
         self.keys = _Keys(problem, [part.online for part in problem.keys])
-        log_v, self.v = self._softmax(self.keys.logits(queries))
+        self.log_v = self._log_softmax(self.keys.logits(queries))
         pairs = _pairs(problem, self.hidden)
         count = pairs.sum(dim=1)
         everyone = may_ask(count) and within(count, 1, torch.inf)
@@ -27,32 +27,35 @@ class Way:
         if momentum is not None:
             raw = [part.momentum for part in problem.keys if part.momentum is not None]
             keys = self.keys if problem.same_keys else _Keys(problem, raw)
-            log_u, self.u = self._softmax(keys.logits(momentum))
-            kl = log_u.sub_(log_v).mul_(self.u).sum(dim=1)
+            logits = keys.logits(momentum)
+            log_u = self._log_softmax(logits)
+            self.u = logits.softmax(dim=1) if self.hidden is None else log_u.exp().masked_fill_(self.hidden, 0.0)
+            kl = log_u.sub_(self.log_v).mul_(self.u).sum(dim=1)
         if by_softmax(problem.positives):
-            positive_log = _logsumexp(log_v, pairs > 0)
-            log_v.sub_(positive_log[:, None]).masked_fill_(pairs == 0, -torch.inf)
-            self.p = log_v.exp_()
+            positive_log = _logsumexp(self.log_v, pairs > 0)
+            self.p = torch.where(pairs > 0, self.log_v - positive_log[:, None], -torch.inf).exp_()
         else:
             self.p = pairs.div_(count[:, None] if everyone else count.clamp(min=1)[:, None])
-            positive_log = log_v.mul_(self.p).sum(dim=1)
+            positive_log = torch.linalg.vecdot(self.log_v, self.p)
         self.sums = Sums(count, positive_log, kl, everyone)
 
-    def _softmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The softmax (N, Q) and its logarithm, 0 where a key is hidden."""
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        """0 where a key is hidden."""
         if self.hidden is None:
-            return logits.log_softmax(dim=1), logits.softmax(dim=1)
-        logits.masked_fill_(self.hidden, -torch.inf)
-        log, share = logits.log_softmax(dim=1), logits.softmax(dim=1)
-        return log.masked_fill_(self.hidden, 0.0), share.masked_fill_(self.hidden, 0.0)
+            return logits.log_softmax(dim=1)
+        return logits.masked_fill_(self.hidden, -torch.inf).log_softmax(dim=1).masked_fill_(self.hidden, 0.0)
 
     def backward(self, weights: Weights, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """Gradients for the queries (N, d) and for the raw keys of the parts that want one. Once only."""
-        v = column(weights.v)  # of rows, it may be a batch of them: torch.func.vmap
-        grad = self.v * v if isinstance(v, Tensor) else self.v.mul_(v)  # for the logits, (N, Q)
-        _subtract(grad, self.p, weights.p)
+        p, u = column(weights.p), column(weights.u)
+        # In place, but for weights of rows, of which there may be a batch: torch.func.vmap.
+        targets = self.p * -p if isinstance(p, Tensor) else self.p.mul_(-p)
         if self.u is not None:
-            _subtract(grad, self.u, weights.u)
+            targets = targets - self.u * u if isinstance(u, Tensor) else targets.sub_(self.u, alpha=u)
+        # That of log V, for the logits: V times what a row's targets sum to, less the targets.
+        grad = torch._log_softmax_backward_data(targets, self.log_v, 1, targets.dtype)
+        if self.hidden is not None:
+            grad = grad.masked_fill_(self.hidden, 0.0)
         grad_keys = self.keys.backward(grad, self.queries, wanted)
         return self.keys.weighted(grad), grad_keys
 
@@ -105,14 +108,6 @@ def _pairs(problem: Problem, hidden: Tensor | None) -> Tensor:
     if not problem.labelled:
         pairs.masked_fill_((labels < 0)[:, None], 0.0)
     return pairs if hidden is None else pairs.masked_fill_(hidden, 0.0)
-
-
-def _subtract(total: Tensor, matrix: Tensor, weight: Number) -> None:
-    """The matrix, times a weight of each row or of all, in place."""
-    if isinstance(weight, Tensor):
-        total.addcmul_(matrix, weight[:, None] if weight.ndim else weight, value=-1)
-    else:
-        total.sub_(matrix, alpha=weight)
 
 
 def by_autograd(problem: Problem) -> Sums:
