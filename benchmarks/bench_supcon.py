@@ -3,9 +3,14 @@
     python benchmarks/bench_supcon.py            (N, Q) up to (128, 8192), a few minutes
     python benchmarks/bench_supcon.py --full     up to (512, 262144), and Q up to a million: an hour, 8 GiB
 
-The bound is four matrix products, tile by tile: both score matrices (online and momentum), and both weighted sums of
-keys, which is all that a loss with its query gradient needs of the keys. Each contender's loss and gradient are
-compared with the formula in float64, where it computes the same.
+The bound is the time of the multiplications alone at the full rate of the machine: four products (both score matrices,
+online and momentum, and both weighted sums of keys), which is all that a loss with its query gradient needs of the
+keys. The rate of a CPU is that of one large `torch.mm`, timed in the same rounds; that of a GPU is the peak of its
+tensor cores by the data sheet. Each contender's loss and gradient are compared with the formula in float64, where it
+computes the same.
+
+The cases named "module" have what a training has: raw keys, so that both sides are normalised, and a learned
+temperature, whose gradient is taken too.
 """
 
 import functools
@@ -15,19 +20,32 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import Case, Contender, Options, Run, import_part, parse_options, run_cases, write_results
+from common import (
+    Case,
+    Contender,
+    Options,
+    Run,
+    device_name,
+    import_part,
+    parse_options,
+    peak_rate,
+    run_cases,
+    write_results,
+)
+from momentum_distill import SupConDistillLoss
 from momentum_distill.functional import supcon_distill_loss
 
 TEMPERATURE, ALPHA, CLASSES, DIM = 0.07, 0.4, 3, 128
-TILE = {"cpu": 2048, "cuda": 65536}  # keys in a tile of the bound
+SQUARE = {"cpu": 512, "cuda": 8192}  # of the product that gives the rate; on one core larger ones were 5 % slower
 
 SIZES = {
     "quick": [(4, 32)],
     "small": [(16, 64), (64, 1024), (128, 8192)],
     "full": [(16, 64), (64, 1024), (128, 8192), (256, 65536), (512, 262144)],
 }
+TWO_DIRECTIONS = {"quick": [(4, 32)], "small": [(64, 1024)], "full": [(64, 1024), (256, 65536)]}
 SCALING_KEYS = {
     "quick": [32, 64],
     "small": [2**10, 2**12, 2**14, 2**16],
@@ -37,7 +55,7 @@ SCALING_ROWS = {"quick": [4, 8], "small": [16, 64, 256], "full": [16, 64, 256, 1
 
 
 class Side(NamedTuple):
-    """The inputs of one direction. Keys are unit rows, as a queue keeps them; queries are not."""
+    """The inputs of one direction. Keys are unit rows, as a queue keeps them, unless raw; queries are not."""
 
     query: Tensor  # (N, d)
     keys: Tensor  # (Q, d)
@@ -48,7 +66,7 @@ class Side(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def make_sides(rows: int, keys: int, directions: int, device: str, dtype: str) -> list[Side]:
+def make_sides(rows: int, keys: int, directions: int, device: str, dtype: str, raw: bool = False) -> list[Side]:
     """Random inputs, the same for every contender; nobody writes into them."""
     generator = torch.Generator().manual_seed(rows + keys)
     kind = getattr(torch, dtype)
@@ -64,16 +82,19 @@ def make_sides(rows: int, keys: int, directions: int, device: str, dtype: str) -
         labels = torch.randint(CLASSES, (rows + keys,), generator=generator).to(device)
         momentum_query = (query + 0.5 * torch.randn(rows, DIM, generator=generator)).to(device, kind)
         query = query.to(device, kind).requires_grad_()
+        if raw:
+            lengths = (0.5 + torch.rand(keys, 1, generator=generator)).to(device, kind)
+            online, behind = online * lengths, behind * lengths
         sides.append(Side(query, online, labels[:rows], labels[rows:], momentum_query, behind))
     return sides
 
 
-def forward_and_backward(loss: Any, sides: list[Side]) -> Run:
-    """A run that returns the mean loss of the directions and the gradients of the queries."""
+def forward_and_backward(loss: Any, sides: list[Side], learned: Sequence[Tensor] = ()) -> Run:
+    """A run that returns the mean loss of the directions and the gradients of the queries and of what is learned."""
 
     def run() -> tuple[Tensor, tuple[Tensor, ...]]:
         value = sum(loss(side) for side in sides) / len(sides)
-        return value.detach(), torch.autograd.grad(value, [side.query for side in sides])
+        return value.detach(), torch.autograd.grad(value, [*(side.query for side in sides), *learned])
 
     return run
 
@@ -81,27 +102,22 @@ def forward_and_backward(loss: Any, sides: list[Side]) -> Run:
 # -------------------------------------------------------------------------------------------------- contenders
 
 
-def build_bound(**parameters: Any) -> Run:
-    sides = make_sides(**parameters)
-    rows, tile = parameters["rows"], TILE[parameters["device"]]
-    scores = sides[0].keys.new_empty(rows, min(tile, parameters["keys"]))
-    momentum_scores = torch.empty_like(scores)
-    sums = scores.new_zeros(rows, DIM)
-    momentum_sums = torch.zeros_like(sums)
+def build_bound(*, device: str, dtype: str, **_: Any) -> Run:
+    """One product of the size at which the machine is fastest."""
+    left, right = torch.ones(2, SQUARE[device], SQUARE[device], device=device, dtype=getattr(torch, dtype))
+    product = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=product)
 
-    @torch.no_grad()
-    def run() -> None:
-        for side in sides:
-            for start in range(0, parameters["keys"], tile):
-                keys = side.keys[start : start + tile]
-                momentum_keys = side.momentum_keys[start : start + tile]
-                part, momentum_part = scores[:, : len(keys)], momentum_scores[:, : len(keys)]
-                torch.mm(side.query, keys.T, out=part)
-                torch.mm(side.momentum_query, momentum_keys.T, out=momentum_part)
-                sums.addmm_(part, keys)
-                momentum_sums.addmm_(momentum_part, keys)
 
-    return run
+def reckon_bound(seconds: float, *, device: str, dtype: str, **parameters: Any) -> float:
+    """Of the four products of a case, at the peak of the device or the rate of the product that took `seconds`."""
+    peak = None if device == "cpu" else peak_rate(device_name(device), dtype)
+    return flops(**parameters) / (peak or 2 * SQUARE[device] ** 3 / seconds)
+
+
+def flops(*, rows: int, keys: int, directions: int, **_: Any) -> int:
+    """Of the four products: two for each multiplication, which comes with an addition."""
+    return 4 * 2 * rows * keys * DIM * directions
 
 
 def ours_loss(side: Side, *, momentum: bool = True) -> Tensor:
@@ -122,11 +138,23 @@ def build_ours(*, momentum: bool, **parameters: Any) -> Run:
     return forward_and_backward(functools.partial(ours_loss, momentum=momentum), make_sides(**parameters))
 
 
-def dense_loss(side: Side) -> Tensor:
+def build_module(*, compiled: bool = False, **parameters: Any) -> Run:
+    torch._dynamo.reset()
+    module = SupConDistillLoss(temperature=TEMPERATURE, alpha=ALPHA, group=None).to(parameters["device"])
+    loss = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
+
+    def of(side: Side) -> Tensor:
+        momentum_inputs = {"momentum_query": side.momentum_query, "momentum_keys": side.momentum_keys}
+        return loss(side.query, side.keys, side.labels, side.key_labels, **momentum_inputs)
+
+    return forward_and_backward(of, make_sides(**parameters), list(module.parameters()))
+
+
+def dense_loss(side: Side, temperature: float | Tensor = TEMPERATURE) -> Tensor:
     """The formula as ALBEF's retrieval model has it: N×Q logits, targets and log-softmax."""
-    logits = (F.normalize(side.query, dim=1) @ side.keys.T).float() / TEMPERATURE
+    logits = (F.normalize(side.query, dim=1) @ side.keys.T).float() / temperature
     with torch.no_grad():
-        seen = (F.normalize(side.momentum_query, dim=1) @ side.momentum_keys.T).float() / TEMPERATURE
+        seen = (F.normalize(side.momentum_query, dim=1) @ side.momentum_keys.T).float() / temperature
         positive = (side.labels[:, None] == side.key_labels).float()
         targets = ALPHA * F.softmax(seen, dim=1) + (1 - ALPHA) * positive / positive.sum(dim=1, keepdim=True)
     return -(F.log_softmax(logits, dim=1) * targets).sum(dim=1).mean()
@@ -139,6 +167,26 @@ def build_dense(**parameters: Any) -> Run:
 def build_compiled(**parameters: Any) -> Run:
     torch._dynamo.reset()
     return forward_and_backward(torch.compile(dense_loss, fullgraph=True, dynamic=False), make_sides(**parameters))
+
+
+class DenseModule(nn.Module):
+    """The same with raw keys and a learned temperature, which is kept in the range of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_ratio = nn.Parameter(torch.zeros(()))
+
+    def forward(self, side: Side) -> Tensor:
+        temperature = (TEMPERATURE * self.log_ratio.exp()).clamp(0.01, 10.0)
+        keys, momentum_keys = (F.normalize(keys, dim=1) for keys in (side.keys, side.momentum_keys))
+        return dense_loss(side._replace(keys=keys, momentum_keys=momentum_keys), temperature)
+
+
+def build_dense_module(*, compiled: bool = False, **parameters: Any) -> Run:
+    torch._dynamo.reset()
+    module = DenseModule().to(parameters["device"])
+    loss = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
+    return forward_and_backward(loss, make_sides(**parameters), list(module.parameters()))
 
 
 def build_pml(**parameters: Any) -> Run:
@@ -196,7 +244,7 @@ def build_ours_captured(**parameters: Any) -> Run:
     return replay
 
 
-BOUND = Contender("four matrix products, tiled", build_bound, role="bound")
+BOUND = Contender("four products at the full rate", build_bound, role="bound", reckon=reckon_bound)
 OURS = Contender("momentum-distill", functools.partial(build_ours, momentum=True), role="ours")
 OURS_SUPERVISED = Contender(
     "momentum-distill, no momentum targets",
@@ -208,6 +256,10 @@ OURS_COMPILED = Contender("momentum-distill, under torch.compile", build_ours_co
 OURS_CAPTURED = Contender("momentum-distill, in a CUDA graph", build_ours_captured, role="ours")
 DENSE = Contender("dense formula (ALBEF), eager", build_dense, role="reference")
 COMPILED = Contender("dense formula (ALBEF), torch.compile", build_compiled, role="reference")
+MODULE = Contender(OURS.name, build_module, role="ours")
+MODULE_COMPILED = Contender(OURS_COMPILED.name, functools.partial(build_module, compiled=True), role="ours")
+DENSE_MODULE = Contender(DENSE.name, build_dense_module, role="reference")
+DENSE_MODULE_COMPILED = Contender(COMPILED.name, functools.partial(build_dense_module, compiled=True), role="reference")
 PML = Contender(
     "pytorch-metric-learning SupConLoss",
     build_pml,
@@ -225,6 +277,7 @@ LIGHTLY = Contender(
 )
 
 EVERYONE = (BOUND, OURS, OURS_SUPERVISED, DENSE, COMPILED, PML, PML_MEMORY, LIGHTLY)
+AS_MODULE = (BOUND, MODULE, MODULE_COMPILED, DENSE_MODULE, DENSE_MODULE_COMPILED)
 IN_SCALING = (BOUND, OURS, DENSE, COMPILED, PML, LIGHTLY)
 
 
@@ -241,10 +294,11 @@ def check_agreement(contender: Contender, parameters: dict[str, Any], value: obj
         momentum = contender not in (OURS_SUPERVISED, PML)
         expected, cross_entropy, expected_gradients = exact(momentum, *sorted(parameters.items()))
         # The dense formula leaves out the entropy of the momentum targets, which has no gradient.
-        expected = cross_entropy if contender in (DENSE, COMPILED) else expected
+        expected = cross_entropy if contender.role == "reference" else expected
         row["loss_error"] = abs(float(loss) - expected) / abs(expected)
         differences = [
-            (mine.double() - theirs).norm() for mine, theirs in zip(gradients, expected_gradients, strict=True)
+            (mine.double() - theirs.to(mine.device)).norm()
+            for mine, theirs in zip(gradients, expected_gradients, strict=True)
         ]
         row["gradient_error"] = float(sum(differences) / sum(theirs.norm() for theirs in expected_gradients))
     return row
@@ -252,19 +306,27 @@ def check_agreement(contender: Contender, parameters: dict[str, Any], value: obj
 
 @functools.lru_cache(maxsize=2)
 def exact(momentum: bool, *parameters: tuple[str, Any]) -> tuple[float, float, list[Tensor]]:
-    """Loss with KL, loss with cross-entropy, and gradients in float64, some rows at a time."""
-    sides = make_sides(**dict(parameters))
+    """Loss with KL, loss with cross-entropy, and gradients in float64, some rows at a time.
+
+    With raw keys the last gradient is that of the logarithm of the temperature.
+    """
+    sides, raw = make_sides(**dict(parameters)), dict(parameters).get("raw", False)
     with_kl = with_cross_entropy = 0.0
     gradients = []
+    of_log_temperature = torch.zeros((), dtype=torch.double)
     for side in sides:
         rows = len(side.query)
         parts = []
         at_a_time = max(1, 2**22 // len(side.keys))
         keys, momentum_keys = side.keys.double(), side.momentum_keys.double()
+        if raw:
+            keys, momentum_keys = F.normalize(keys, dim=1), F.normalize(momentum_keys, dim=1)
         for start in range(0, rows, at_a_time):
             some = slice(start, start + at_a_time)
             query = side.query[some].detach().double().requires_grad_()
-            log_probs = F.log_softmax(F.normalize(query, dim=1) @ keys.T / TEMPERATURE, dim=1)
+            log_ratio = torch.zeros((), dtype=torch.double, device=query.device, requires_grad=True)
+            logits = F.normalize(query, dim=1) @ keys.T / TEMPERATURE
+            log_probs = F.log_softmax(logits / log_ratio.exp(), dim=1)
             positive = (side.labels[some, None] == side.key_labels).double()
             loss = -(log_probs * positive).sum(dim=1) / positive.sum(dim=1)
             entropy = torch.zeros(())
@@ -274,11 +336,13 @@ def exact(momentum: bool, *parameters: tuple[str, Any]) -> tuple[float, float, l
                 entropy = -(targets * F.log_softmax(seen, dim=1)).sum()
                 loss = (1 - ALPHA) * loss - ALPHA * (targets * log_probs).sum(dim=1)
             loss = loss.sum() / rows / len(sides)
-            parts.append(torch.autograd.grad(loss, query)[0])
+            grads = torch.autograd.grad(loss, [query, log_ratio])
+            parts.append(grads[0])
+            of_log_temperature += grads[1].cpu()
             with_cross_entropy += float(loss.detach())
             with_kl += float(loss.detach()) - ALPHA * float(entropy) / rows / len(sides)
         gradients.append(torch.cat(parts))
-    return with_kl, with_cross_entropy, gradients
+    return with_kl, with_cross_entropy, [*gradients, *([of_log_temperature] if raw else [])]
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -287,17 +351,27 @@ def exact(momentum: bool, *parameters: tuple[str, Any]) -> tuple[float, float, l
 def make_cases(options: Options) -> list[Case]:
     kind = options.rest.dtype
     named = "" if kind == "float32" else f", {kind}"
-    everyone = (*EVERYONE, OURS_COMPILED, OURS_CAPTURED) if options.device == "cuda" else EVERYONE
+    captured = (OURS_CAPTURED,) if options.device == "cuda" else ()
     common = {"device": options.device, "dtype": kind}
-    sizes = [(rows, keys, directions) for directions in (1, 2) for rows, keys in SIZES[options.size]]
+    sizes = [(rows, keys, 1) for rows, keys in SIZES[options.size]]
+    sizes += [(rows, keys, 2) for rows, keys in TWO_DIRECTIONS[options.size]]
     cases = [
         Case(
             f"loss, N={rows}, Q={keys}, {directions} direction{'s' if directions > 1 else ''}{named}",
-            everyone,
+            (*EVERYONE, *((OURS_COMPILED, *captured) if directions == 1 else captured)),
             {"rows": rows, "keys": keys, "directions": directions, **common},
             check_agreement,
         )
         for rows, keys, directions in sizes
+    ]
+    cases += [
+        Case(
+            f"module, raw keys, N={rows}, Q={keys}{named}",
+            AS_MODULE,
+            {"rows": rows, "keys": keys, "directions": 1, **common, "raw": True},
+            check_agreement,
+        )
+        for rows, keys in SIZES[options.size][:4]
     ]
     few, many = (4, 32) if options.size == "quick" else (64, 8192)
     scaling = [("keys", few, keys) for keys in SCALING_KEYS[options.size]]

@@ -5,8 +5,8 @@
   call. On the CPU with one thread it is the time that the processor gives to the process, which is what the wall clock
   shows where nothing else runs, and stays the same where something does; else it is the wall clock, on CUDA with the
   device waited for inside the timed region. First calls are not timed.
-- Bound: the least that the same work can cost on this machine, timed in the same rounds. `ratio_to_bound` is the median
-  over the rounds of the ratio within a round.
+- Bound: the least that the same work can cost on this machine, timed in the same rounds, or reckoned from what is.
+  `ratio_to_bound` is the median over the rounds of the ratio within a round.
 - Memory: what a call needs beyond its inputs at the worst moment. CPU: peak resident set, in a process of its own, of a
   second call after freed memory went back to the system; CUDA: `torch.cuda.max_memory_allocated`.
 - One thread and fixed seeds unless asked otherwise. A library that is not installed is skipped by name.
@@ -55,6 +55,13 @@ MAX_ROUNDS = 100
 MIB = 2**20
 FEW_BYTES = 64 * 1024  # allocations above this go back to the system when freed
 
+TENSOR_CORES = {  # dense FLOP/s of the makers' data sheets: in bfloat16 and float16, in TF32
+    "NVIDIA H200": (989e12, 495e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 495e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 156e12),
+    "NVIDIA A100-SXM4-40GB": (312e12, 156e12),
+}
+
 Run = Callable[[], object]
 
 
@@ -67,7 +74,7 @@ class Contender:
     role: str = "rival"  # "ours", "bound", "reference" (a few lines of torch) or "rival" (a library)
     computes: str = ""  # where it does not compute the same as the others
     needs: str | None = None  # the package to import
-    scale: Callable[..., float] | None = None  # bound only: the bound is `scale(**parameters)` times what `build` runs
+    reckon: Callable[..., float] | None = None  # bound only: its seconds, `reckon(seconds of the run, **parameters)`
 
 
 @dataclass(frozen=True)
@@ -156,11 +163,13 @@ def run_case(case: Case, options: Options) -> tuple[list[dict[str, Any]], list[d
         try:
             if contender.needs is not None and importlib.util.find_spec(contender.needs) is None:
                 raise ModuleNotFoundError("not installed")
-            if options.device == "cpu":
+            if contender.reckon is not None:
+                memory[contender.name] = None  # that of other work
+            elif options.device == "cpu":
                 memory[contender.name] = cpu_peak_extra_mib(contender.build, case.parameters, options.threads)
             run = contender.build(**case.parameters)
             values[contender.name] = run()
-            if options.device != "cpu":
+            if options.device != "cpu" and contender.reckon is None:
                 memory[contender.name] = cuda_peak_extra_mib(run)
             runs[contender.name] = run
         except Exception as error:
@@ -173,8 +182,10 @@ def run_case(case: Case, options: Options) -> tuple[list[dict[str, Any]], list[d
     bounds = [c for c in chosen if c.role == "bound"]
     floor: list[float] | None = None
     if bounds:
-        scale = bounds[0].scale(**case.parameters) if bounds[0].scale is not None else 1.0
-        floor = times[bounds[0].name] = [scale * seconds for seconds in times[bounds[0].name]]
+        bound = bounds[0]
+        floor = times[bound.name]
+        if bound.reckon is not None:
+            floor = times[bound.name] = [bound.reckon(seconds, **case.parameters) for seconds in floor]
 
     rows = []
     for contender in chosen:
@@ -187,7 +198,7 @@ def run_case(case: Case, options: Options) -> tuple[list[dict[str, Any]], list[d
             "role": contender.role,
             "computes": contender.computes,
             **summary(times[contender.name], floor),
-            "peak_extra_mib": memory[contender.name] if contender.scale is None else None,
+            "peak_extra_mib": memory[contender.name],
         }
         if case.check is not None:
             row |= case.check(contender, case.parameters, values[contender.name])
@@ -390,7 +401,7 @@ def metadata(block: str, options: Options) -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {name: _version(name) for name in ("momentum-distill", *RIVALS)},
-        "device": _device_name(options.device),
+        "device": device_name(options.device),
         "threads": options.threads,
         "clock": clock_name(options.device, options.threads),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -415,7 +426,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -423,6 +434,12 @@ def _device_name(device: str) -> str:
         if match is not None:
             return match[1]
     return platform.processor() or platform.machine()
+
+
+def peak_rate(device_name: str, dtype: str) -> float | None:
+    """FLOP/s of the tensor cores, float32 as three products of TF32; None where the data sheet is not at hand."""
+    half, tf32 = TENSOR_CORES.get(device_name, (None, None))
+    return half if half is None or dtype != "float32" else tf32 / 3
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:

@@ -1,7 +1,10 @@
 """The benchmarks run at tiny sizes and leave what they promise. Times are never asserted."""
 
+import argparse
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,71 @@ def test_ours_and_the_dense_formula_agree_with_float64(results):
         assert row["gradient_error"] < 1e-5
 
 
+def test_the_module_is_measured_with_raw_keys_and_the_gradient_of_its_temperature(results):
+    content = json.loads((results / "supcon-cpu-quick.json").read_text(encoding="utf-8"))
+    rows = [row for row in content["results"] if row["case"].startswith("module")]
+    assert {row["contender"] for row in rows} == {
+        "four products at the full rate",
+        "momentum-distill",
+        "momentum-distill, under torch.compile",
+        "dense formula (ALBEF), eager",
+    }
+    (side,) = bench_supcon.make_sides(**rows[0]["parameters"])
+    assert not torch.allclose(side.keys.norm(dim=1), torch.ones(()), atol=0.1)
+    _, (of_query, of_temperature) = bench_supcon.build_module(**rows[0]["parameters"])()
+    assert of_query.shape == side.query.shape
+    assert of_temperature.shape == ()
+    assert of_temperature != 0
+
+
+def test_the_bound_of_the_loss_is_its_multiplications_at_the_full_rate(monkeypatch):
+    case = {"rows": 512, "keys": 262144, "directions": 1}
+    assert bench_supcon.flops(**case) == 4 * 2 * 512 * 262144 * 128
+    monkeypatch.setattr(bench_supcon, "device_name", lambda _: "NVIDIA H200")
+    half = bench_supcon.reckon_bound(1.0, **case, device="cuda", dtype="bfloat16")
+    assert half == pytest.approx(0.139e-3, rel=1e-3)  # whatever the timed product took
+    assert bench_supcon.reckon_bound(1.0, **case, device="cuda", dtype="float32") == pytest.approx(6 * half, rel=1e-2)
+    monkeypatch.setattr(bench_supcon, "device_name", lambda _: "a new one")
+    square = 2 * 8192**3
+    unknown = bench_supcon.reckon_bound(square / 500e12, **case, device="cuda", dtype="bfloat16")
+    assert unknown == pytest.approx(half * 989 / 500)
+    on_cpu = bench_supcon.reckon_bound(2 * 512**3 / 100e9, **case, device="cpu", dtype="float32")
+    assert on_cpu == pytest.approx(bench_supcon.flops(**case) / 100e9)
+
+
+@pytest.mark.parametrize(
+    ("device", "rate"), [("NVIDIA H200", 989e12), ("a cpu", 8 * 256 * 1024 * 128 / 2e-3)], ids=["gpu", "cpu"]
+)
+def test_an_older_run_gets_the_bound_of_today(device, rate):
+    def row(contender, role, keys, seconds):
+        parameters = {"rows": 256, "keys": keys, "directions": 1, "device": "x", "dtype": "bfloat16"}
+        numbers = {"median_s": seconds, "best_s": seconds, "iqr_s": 0.1, "ratio_to_bound": 9.0, "peak_extra_mib": 1.0}
+        return {"contender": contender, "role": role, "parameters": parameters, **numbers}
+
+    rows = [row("tiled", "bound", 64, 1e-3), row("tiled", "bound", 1024, 2e-3), row("ours", "ours", 1024, 0.3)]
+    run = {"metadata": {"block": "supcon", "device": device}, "results": rows}
+    report.renew_bound(run)
+    bound = 8 * 256 * 1024 * 128 / rate
+    assert rows[1]["median_s"] == pytest.approx(bound)
+    assert rows[1]["contender"] == bench_supcon.BOUND.name
+    assert rows[2]["ratio_to_bound"] == pytest.approx(0.3 / bound)
+    once = json.dumps(run)
+    report.renew_bound(run)
+    assert json.dumps(run) == once
+
+
+def test_every_row_of_the_short_table_is_measured():
+    scripts = {"supcon": bench_supcon, "supcon_bfloat16": bench_supcon, "ema": bench_ema, "queue": bench_queue}
+    scripts["step"] = bench_step
+    for block, promises in itertools.groupby(report.PROMISES, key=lambda promise: promise.block):
+        device = "cuda" if block == "supcon_bfloat16" else "cpu"  # the other blocks have the same cases on both
+        rest = argparse.Namespace(dtype="bfloat16" if device == "cuda" else "float32", text_encoder="features")
+        options = common.Options("full", device, 1, Path(), [], rest=rest)
+        cases = {case.name: case for case in scripts[block].make_cases(options)}
+        for promise in promises:
+            assert promise.ours in {contender.name for contender in cases[promise.case].contenders}
+
+
 def test_inference_has_the_same_parameters_with_and_without_distillation(results):
     content = json.loads((results / "step-cpu-quick.json").read_text(encoding="utf-8"))
     rows = [row for row in content["results"] if row["case"].startswith("inference")]
@@ -84,26 +152,41 @@ def test_inference_has_the_same_parameters_with_and_without_distillation(results
     assert rows[0]["model_parameters"] == rows[1]["model_parameters"]
 
 
-def test_the_report_writes_table_and_chart_between_the_marks(results, tmp_path):
-    page = tmp_path / "performance.md"
-    page.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nend\n", encoding="utf-8")
+def test_the_report_writes_tables_and_chart_between_the_marks(results, tmp_path, monkeypatch):
+    pages = tmp_path / "performance.md", tmp_path / report.FIGURES
+    for page in pages:
+        page.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nend\n", encoding="utf-8")
+    ours = report.Promise("loss", "supcon", "cpu", "loss, N=4, Q=32, 1 direction")
+    memory = ours._replace(what="memory", field="peak_extra_mib")
+    absent = ours._replace(what="absent", case="no such case")
+    monkeypatch.setattr(report, "PROMISES", (ours, memory, absent))
     for _ in range(2):  # the second time replaces what the first wrote
-        assert report.main(["--results", str(results), "--page", str(page)]) == 0
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("# Title\n")
-    assert text.endswith("\nend\n")
-    assert "old" not in text
-    assert text.count("## All figures") == 1
+        assert report.main(["--results", str(results), "--page", str(pages[0])]) == 0
+    few, all_figures = (page.read_text(encoding="utf-8") for page in pages)
+    for text in few, all_figures:
+        assert text.startswith("# Title\n")
+        assert text.endswith("\nend\n")
+        assert "old" not in text
+    assert re.search(
+        r"^\| loss \| CPU \| [\d.]+ ms \| dense formula \(ALBEF\), eager: [\d.]+ ms \| .*(faster|slower).* \| .* % \|$",
+        few,
+        flags=re.MULTILINE,
+    )
+    assert "| memory | CPU | 1.0 MiB | dense formula (ALBEF), eager: 1.0 MiB | **1.00x less** |  |" in few
+    assert "absent" not in few
+    assert all_figures.count("## All figures") == 1
     for contender in ("momentum-distill", "dense formula (ALBEF), eager", "MoCo / ALBEF pattern", "queue *"):
-        assert f"| {contender}" in text or f"**{contender}**" in text
+        assert f"| {contender}" in all_figures or f"**{contender}**" in all_figures
     assert (tmp_path / "images" / "performance.png").stat().st_size > 10_000
 
 
-def test_the_report_of_the_results_that_are_kept_is_what_the_page_says(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    assert report.main(["--page", str(page)]) == 0
-    assert page.read_text(encoding="utf-8") == report.PAGE.read_text(encoding="utf-8")
+def test_the_report_of_the_results_that_are_kept_is_what_the_pages_say(tmp_path):
+    pages = report.PAGE, report.PAGE.with_name(report.FIGURES)
+    for page in pages:
+        (tmp_path / page.name).write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    assert report.main(["--page", str(tmp_path / report.PAGE.name)]) == 0
+    for page in pages:
+        assert (tmp_path / page.name).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
 def test_the_report_wants_marks_and_results(results, tmp_path):
