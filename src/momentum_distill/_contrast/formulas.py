@@ -8,7 +8,6 @@ $$\frac{\partial\mathcal L}{\partial s_{ij}} = v_i V_{ij} - p_i P_{ij} - u_i U_{
 with $P_{ij} = [c_j = c_i] / K_i$ or, inside the logarithm, the softmax over the positive keys.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -20,6 +19,8 @@ from momentum_distill._precision import blend
 Positives: TypeAlias = Literal["outside", "inside", "inside_per_positive"]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Number: TypeAlias = float | Tensor  # a tensor of shape () or, of every row, (N,)
+
+Counts: TypeAlias = tuple[int | Tensor, int | Tensor]
 
 POSITIVES = ("outside", "inside", "inside_per_positive")
 
@@ -127,7 +128,7 @@ def _total(supervised: Tensor, distill: Tensor, alpha: Number | None) -> Tensor:
 
 
 def row_gradients(
-    rows: Rows, reduction: Reduction, ranks: Ranks | None, counts: Sequence[int | Tensor], upstream: Sequence[Number]
+    rows: Rows, reduction: Reduction, ranks: Ranks | None, counts: Counts, upstream: tuple[Number, Number]
 ) -> tuple[Number, Number]:
     """Gradients of both terms of each row, from those `upstream` of the reduced ones and the `counts` of `Terms`."""
     grad_supervised, grad_distill = upstream
