@@ -49,9 +49,8 @@ class Weights(NamedTuple):
 
 def supervised_rows(sums: Sums, positives: Positives) -> Tensor:
     r"""$\mathcal S_i$ of `supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
-    if positives == "inside_per_positive":
-        return -sums.positive_log / sums.positive_count.clamp(min=1)
-    return -sums.positive_log
+    supervised = -sums.positive_log
+    return supervised / sums.positive_count.clamp(min=1) if positives == "inside_per_positive" else supervised
 
 
 def distill_rows(sums: Sums) -> Tensor:
@@ -61,9 +60,7 @@ def distill_rows(sums: Sums) -> Tensor:
 
 def weights(grad_supervised: Number, grad_distill: Number, positive_count: Tensor, positives: Positives) -> Weights:
     r"""From the gradients of $\mathcal S_i$, 0 in a row without a positive key, and of $\mathrm{KL}_i$."""
-    p = grad_supervised
-    if positives == "inside_per_positive":
-        p = p / positive_count.clamp(min=1)
+    p = grad_supervised / positive_count.clamp(min=1) if positives == "inside_per_positive" else grad_supervised
     return Weights(p + grad_distill, p, grad_distill)
 
 
