@@ -29,7 +29,7 @@ class Prepare(NamedTuple):
         return rows / lengths, lengths
 
     def backward(self, rows: Tensor, lengths: Tensor | None, grad: Tensor) -> Tensor:
-        r"""$(g - \bar x\,(\bar x^\top g)) / \lVert x\rVert$ for the gradient $g$ of unit rows, which is written over."""
+        r"""$(g - \bar x\,(\bar x^\top g)) / \lVert x\rVert$ for that of unit rows, $g$, which is written over."""
         if lengths is None:
             return grad
         return grad.addcmul_(rows, (rows * grad).sum(dim=1, keepdim=True), value=-1).div_(lengths)
