@@ -31,7 +31,7 @@ def by_softmax(positives: Positives) -> bool:
 
 
 class Sums(NamedTuple):
-    """What the terms of each row are made from, each (N,)."""
+    """What the terms of each row are made from, each (N,), in the dtype to sum in."""
 
     positive_count: Tensor  # K_i
     positive_log: Tensor  # sum_j P_ij log V_ij or, inside the logarithm, log sum_j V_ij over the positive keys; or 0
