@@ -73,14 +73,14 @@ class Queries:
 
     def _divided(self, raw: Tensor, temperature: Number, *, twice: bool = False) -> tuple[Tensor, Number]:
         """Rows (N, d), or `twice` as many, and what the raw ones were divided by: a number, or (N, 1)."""
-        rows = raw.to(self.problem.prepare.dtype)
         if self.absent is not None:
-            rows = rows.masked_fill((self.absent.repeat(2) if twice else self.absent)[:, None], 0.0)
+            raw = raw.masked_fill((self.absent.repeat(2) if twice else self.absent)[:, None], 0.0)
+        if self.kernel and self.problem.prepare.normalize:
+            unit, lengths = fused.normalize(raw, shortest(raw))
+            return unit.div_(temperature), lengths.mul_(temperature)
+        rows = raw.to(self.problem.prepare.dtype)
         if not self.problem.prepare.normalize:
             return rows / temperature, temperature
-        if self.kernel:
-            unit, lengths = fused.normalize(rows, shortest(raw))
-            return unit.div_(temperature), lengths.mul_(temperature)
         divisor = row_lengths(rows, shortest(raw)) * temperature
         return rows / divisor, divisor
 
