@@ -459,8 +459,8 @@ def compiled(case: LossCase) -> dict[str, tuple[float, float]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own, about what it does itself
                 loss = loss_fn(given)
-            grads = torch.autograd.grad(loss, [query, temperature, alpha], allow_unused=True)
-            answers.append([loss.detach(), *(grad for grad in grads if grad is not None)])
+            grads = torch.autograd.grad(loss, [query, temperature, alpha], allow_unused=True, materialize_grads=True)
+            answers.append([loss.detach(), *grads])
         far = max(float((a - b).abs().max()) for a, b in zip(*answers, strict=True))
         found[name] = float(answers[1][0]), far
     return found

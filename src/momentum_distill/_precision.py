@@ -42,8 +42,11 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 def blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
     """(1 - alpha) first + alpha second, in the dtype of `first`."""
-    # A tensor in that dtype, in which 1 - alpha loses nothing.
-    return torch.lerp(first, second, alpha.to(first.dtype) if isinstance(alpha, Tensor) else alpha)
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(first.dtype)  # in which 1 - alpha loses nothing
+    elif not torch.compiler.is_compiling():  # which would make a constant of the number
+        return torch.lerp(first, second, alpha)
+    return (1 - alpha) * first + alpha * second
 
 
 class WideModule(nn.Module):

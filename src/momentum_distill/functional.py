@@ -257,24 +257,10 @@ def supcon_distill_loss(
         MTMD, Eq. 8, 9, 11, 22 and 23. Eq. 9 and 11 average two directions: call once for each. The sum over the
         positives stands outside the logarithm by default, as in SupCon (Khosla et al., 2020): `docs/paper_map.md`.
     """
-    problem = read_problem(
-        query,
-        keys,
-        query_labels,
-        key_labels,
-        temperature=temperature,
-        momentum_query=momentum_query,
-        momentum_keys=momentum_keys,
-        momentum_temperature=momentum_temperature,
-        alpha=alpha,
-        positives=positives,
-        reduction=reduction,
-        normalize=normalize,
-        ignore_index=ignore_index,
-        exclude_self=exclude_self,
-        group=group,
-        validate=validate,
-    )
+    tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
+    numbers = (temperature, momentum_temperature, alpha)
+    choices = (positives, reduction, normalize, ignore_index, exclude_self, group, validate)
+    problem = read_problem(*(*tensors, *numbers, *choices))
     return contrast(problem, only_total=True).total
 
 
@@ -310,24 +296,10 @@ def supcon_distill_terms(
         >>> int(terms.rows), int(terms.rows_with_positive)
         (3, 2)
     """
-    problem = read_problem(
-        query,
-        keys,
-        query_labels,
-        key_labels,
-        temperature=temperature,
-        momentum_query=momentum_query,
-        momentum_keys=momentum_keys,
-        momentum_temperature=momentum_temperature,
-        alpha=alpha,
-        positives=positives,
-        reduction=reduction,
-        normalize=normalize,
-        ignore_index=ignore_index,
-        exclude_self=exclude_self,
-        group=group,
-        validate=validate,
-    )
+    tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
+    numbers = (temperature, momentum_temperature, alpha)
+    choices = (positives, reduction, normalize, ignore_index, exclude_self, group, validate)
+    problem = read_problem(*(*tensors, *numbers, *choices))
     return SupConTerms(*contrast(problem, only_total=False).tensors())
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from momentum_distill._checks import in_transform
 from momentum_distill._contrast import engine, operator
-from momentum_distill._contrast.formulas import Number, Terms
+from momentum_distill._contrast.formulas import Counts, Number, Terms
 from momentum_distill._contrast.problem import Problem
 from momentum_distill._precision import full_precision
 
@@ -34,7 +34,7 @@ class _Call:
     def __init__(self, problem: Problem, needs_grad: bool) -> None:
         self.problem = problem
         self.needs_grad = needs_grad
-        self.counts: tuple[int | Tensor, int | Tensor] = (0, 0)
+        self.counts: Counts = (0, 0)
         self.gradients: engine.Gradients | None = None
         self.versions = [(tensor, _version(tensor)) for tensor in problem.tensors()]
 
@@ -54,12 +54,12 @@ class _Contrast(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         problem, wanted = call.problem, ctx.needs_input_grad[1:]
         solved = engine.Solved(problem)
-        terms = solved.terms
+        terms = solved.terms()
         ctx.set_materialize_grads(False)
         ctx.call, call.counts = call, terms[3:]
         # Row by row, gradients for the keys are not known before the backward pass.
         if call.needs_grad and any(wanted) and not (problem.reduction == "none" and any(wanted[3:])):
-            call.gradients = solved.gradients(_shares(problem, 1.0, 0.0, 0.0), wanted[3:])
+            call.gradients = solved.gradients(call.counts, _shares(problem, 1.0, 0.0, 0.0), wanted[3:])
         ctx.difference = terms.distill - terms.supervised if wanted[0] else None
         return terms[:3]
 
@@ -77,7 +77,7 @@ class _Contrast(torch.autograd.Function):
             if grads is None or any(grad is not None for grad in upstream[1:]):
                 _check_versions(call.versions)
                 shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream))
-                grads, scale = engine.Solved(problem).gradients(shares, wanted[3:]), None
+                grads, scale = engine.Solved(problem).gradients(call.counts, shares, wanted[3:]), None
             return None, *_delivered(problem, ctx.difference, grads, scale, upstream[0], wanted)
 
 
@@ -101,17 +101,18 @@ class _Compiled(torch.autograd.Function):
         total, supervised, distill, rows, rows_with_positive, *grads = found
         ctx.mark_non_differentiable(*((supervised, distill) if only_total else ()), rows, rows_with_positive)
         ctx.ready, ctx.wanted, ctx.problem, ctx.given = ready, wanted, problem, given
-        ctx.save_for_backward(distill - supervised if wanted[0] else None, *grads)
+        ctx.save_for_backward(distill - supervised if wanted[0] else None, rows, rows_with_positive, *grads)
         return total, supervised, distill, rows, rows_with_positive
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         problem, wanted = ctx.problem, ctx.wanted
-        difference, *grads = ctx.saved_tensors
+        difference, rows, rows_with_positive, *grads = ctx.saved_tensors
         scale = upstream[0]
         if not ctx.ready:
             shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream[:3]))
-            grads = torch.ops.momentum_distill.contrast_gradients(*ctx.given, [True, *wanted[3:]], *shares)
+            counts = (rows, rows_with_positive)
+            grads = torch.ops.momentum_distill.contrast_gradients(*ctx.given, [True, *wanted[3:]], *counts, *shares)
             scale = None
         query, temperature, *keys = grads
         parts = iter(keys)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast import fused, matrices, tiles
-from momentum_distill._contrast.formulas import Number, Rows, Terms, reduce_rows, row_gradients, weights
+from momentum_distill._contrast.formulas import Counts, Number, Rows, Terms, reduce_rows, row_gradients, weights
 from momentum_distill._contrast.problem import Problem, negated
 from momentum_distill._rows import row_lengths, shortest
 
@@ -35,12 +35,18 @@ class Solved:
         way = matrices.Way if is_small(problem) and not kernel else tiles.Way
         self.way = way(problem, self.queries.online, self.queries.momentum)
         self.rows = Rows.of(self.way.sums, problem.positives, problem.present)
-        self.terms = _reduced(problem, self.rows)
 
-    def gradients(self, upstream: tuple[Number, Number], wanted: Sequence[bool]) -> Gradients:
-        """From those `upstream` of the supervised and the KL term, for the query and the parts of the keys `wanted`."""
+    def terms(self) -> Terms:
+        """The loss; the one collective, where there are ranks."""
+        return _reduced(self.problem, self.rows)
+
+    def gradients(self, counts: Counts, upstream: tuple[Number, Number], wanted: Sequence[bool]) -> Gradients:
+        """From those `upstream` of the supervised and the KL term, for the query and the parts of the keys `wanted`.
+
+        `counts` are the rows, and the rows with a positive, of `Terms`.
+        """
         problem = self.problem
-        by_row = row_gradients(self.rows, problem.reduction, problem.ranks, self.terms[3:], upstream)
+        by_row = row_gradients(self.rows, problem.reduction, problem.ranks, counts, upstream)
         pull = weights(*by_row, self.way.sums.positive_count, problem.positives)
         grad, grad_keys = self.way.backward(pull, wanted)
         return Gradients(*self.queries.backward(grad), grad_keys)
@@ -67,14 +73,14 @@ class Queries:
 
     def _divided(self, raw: Tensor, temperature: Number, *, twice: bool = False) -> tuple[Tensor, Number]:
         """Rows (N, d), or `twice` as many, and what the raw ones were divided by: a number, or (N, 1)."""
-        rows = raw.to(self.problem.prepare.dtype)
         if self.absent is not None:
-            rows = rows.masked_fill((self.absent.repeat(2) if twice else self.absent)[:, None], 0.0)
+            raw = raw.masked_fill((self.absent.repeat(2) if twice else self.absent)[:, None], 0.0)
+        if self.kernel and self.problem.prepare.normalize:
+            unit, lengths = fused.normalize(raw, shortest(raw))
+            return unit.div_(temperature), lengths.mul_(temperature)
+        rows = raw.to(self.problem.prepare.dtype)
         if not self.problem.prepare.normalize:
             return rows / temperature, temperature
-        if self.kernel:
-            unit, lengths = fused.normalize(rows, shortest(raw))
-            return unit.div_(temperature), lengths.mul_(temperature)
         divisor = row_lengths(rows, shortest(raw)) * temperature
         return rows / divisor, divisor
 

@@ -8,7 +8,6 @@ $$\frac{\partial\mathcal L}{\partial s_{ij}} = v_i V_{ij} - p_i P_{ij} - u_i U_{
 with $P_{ij} = [c_j = c_i] / K_i$ or, inside the logarithm, the softmax over the positive keys.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -21,6 +20,8 @@ Positives: TypeAlias = Literal["outside", "inside", "inside_per_positive"]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Number: TypeAlias = float | Tensor  # a tensor of shape () or, of every row, (N,)
 
+Counts: TypeAlias = tuple[int | Tensor, int | Tensor]
+
 POSITIVES = ("outside", "inside", "inside_per_positive")
 
 
@@ -30,7 +31,7 @@ def by_softmax(positives: Positives) -> bool:
 
 
 class Sums(NamedTuple):
-    """What the terms of each row are made from, each (N,)."""
+    """What the terms of each row are made from, each (N,), in the dtype to sum in."""
 
     positive_count: Tensor  # K_i
     positive_log: Tensor  # sum_j P_ij log V_ij or, inside the logarithm, log sum_j V_ij over the positive keys; or 0
@@ -48,9 +49,8 @@ class Weights(NamedTuple):
 
 def supervised_rows(sums: Sums, positives: Positives) -> Tensor:
     r"""$\mathcal S_i$ of `supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
-    if positives == "inside_per_positive":
-        return -sums.positive_log / sums.positive_count.clamp(min=1)
-    return -sums.positive_log
+    supervised = -sums.positive_log
+    return supervised / sums.positive_count.clamp(min=1) if positives == "inside_per_positive" else supervised
 
 
 def distill_rows(sums: Sums) -> Tensor:
@@ -60,9 +60,7 @@ def distill_rows(sums: Sums) -> Tensor:
 
 def weights(grad_supervised: Number, grad_distill: Number, positive_count: Tensor, positives: Positives) -> Weights:
     r"""From the gradients of $\mathcal S_i$, 0 in a row without a positive key, and of $\mathrm{KL}_i$."""
-    p = grad_supervised
-    if positives == "inside_per_positive":
-        p = p / positive_count.clamp(min=1)
+    p = grad_supervised / positive_count.clamp(min=1) if positives == "inside_per_positive" else grad_supervised
     return Weights(p + grad_distill, p, grad_distill)
 
 
@@ -127,7 +125,7 @@ def _total(supervised: Tensor, distill: Tensor, alpha: Number | None) -> Tensor:
 
 
 def row_gradients(
-    rows: Rows, reduction: Reduction, ranks: Ranks | None, counts: Sequence[int | Tensor], upstream: Sequence[Number]
+    rows: Rows, reduction: Reduction, ranks: Ranks | None, counts: Counts, upstream: tuple[Number, Number]
 ) -> tuple[Number, Number]:
     """Gradients of both terms of each row, from those `upstream` of the reduced ones and the `counts` of `Terms`."""
     grad_supervised, grad_distill = upstream

@@ -26,7 +26,8 @@ ARGUMENTS = (
 )
 torch.library.define("momentum_distill::contrast", f"({ARGUMENTS}) -> Tensor[]")
 torch.library.define(
-    "momentum_distill::contrast_gradients", f"({ARGUMENTS}, Tensor grad_supervised, Tensor grad_distill) -> Tensor[]"
+    "momentum_distill::contrast_gradients",
+    f"({ARGUMENTS}, Tensor rows, Tensor rows_with_positive, Tensor grad_supervised, Tensor grad_distill) -> Tensor[]",
 )
 
 
@@ -117,19 +118,21 @@ def _contrast(*values: Any) -> list[Tensor]:  # noqa: ANN401
     with full_precision(inputs[0]):
         problem = _problem(*inputs)
         solved = engine.Solved(problem)
-        found = list(solved.terms.tensors())
+        terms = solved.terms()
+        found = list(terms.tensors())
         if not wanted[0]:
             return found
         alpha = 0.0 if problem.momentum_query is None else problem.alpha
-        return found + _listed(solved.gradients((1 - alpha, alpha), wanted[1:]))
+        return found + _listed(solved.gradients(terms[3:], (1 - alpha, alpha), wanted[1:]))
 
 
 def _contrast_gradients(*values: Any) -> list[Tensor]:  # noqa: ANN401
     """Gradients for query, temperature by row, and parts, of the sum of rows or terms with these gradients."""
-    *inputs, wanted, grad_supervised, grad_distill = values
+    *inputs, wanted, rows, rows_with_positive, grad_supervised, grad_distill = values
     with full_precision(inputs[0]):
         upstream = (grad_supervised, grad_distill)
-        return _listed(engine.Solved(_problem(*inputs)).gradients(upstream, wanted[1:]))
+        solved = engine.Solved(_problem(*inputs))
+        return _listed(solved.gradients((rows, rows_with_positive), upstream, wanted[1:]))
 
 
 def _listed(found: engine.Gradients) -> list[Tensor]:
@@ -142,11 +145,11 @@ def _fake_contrast(*values: Any) -> list[Tensor]:  # noqa: ANN401
     term = (query.shape[0],) if reduction == "none" else ()
     counts = [query.new_empty((), dtype=torch.int64) for _ in range(2)]
     terms = [wide.new_empty(term) for _ in range(3)]
-    return [*terms, *counts, *(_fake_contrast_gradients(*values, None, None) if wanted[0] else [])]
+    return [*terms, *counts, *(_fake_contrast_gradients(*values, None, None, None, None) if wanted[0] else [])]
 
 
 def _fake_contrast_gradients(*values: Any) -> list[Tensor]:  # noqa: ANN401
-    query, keys, wanted, dtype = values[0], values[1], values[-3], _dtype(values)
+    query, keys, wanted, dtype = values[0], values[1], values[-5], _dtype(values)
     grads = [query.new_empty(query.shape, dtype=dtype), query.new_empty((query.shape[0], 1), dtype=dtype)]
     return grads + [
         part.new_empty(part.shape, dtype=dtype) for part, want in zip(keys, wanted[1:], strict=True) if want

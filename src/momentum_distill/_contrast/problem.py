@@ -28,16 +28,11 @@ class Prepare(NamedTuple):
         lengths = row_lengths(rows, shortest(raw))
         return rows / lengths, lengths
 
-    def backward(self, rows: Tensor, lengths: Tensor | None, grad: Tensor, along: Tensor | None = None) -> Tensor:
-        r"""$(g - \bar x\,(\bar x^\top g)) / \lVert x\rVert$ for the gradient $g$ of unit rows $\bar x$.
-
-        `along` is $\bar x^\top g$, (B, 1), where it is known. May write into `grad`.
-        """
+    def backward(self, rows: Tensor, lengths: Tensor | None, grad: Tensor) -> Tensor:
+        r"""$(g - \bar x\,(\bar x^\top g)) / \lVert x\rVert$ for that of unit rows, $g$, which is written over."""
         if lengths is None:
             return grad
-        if along is None:
-            along = (rows * grad).sum(dim=1, keepdim=True)
-        return grad.addcmul_(rows, along, value=-1).div_(lengths)
+        return grad.addcmul_(rows, (rows * grad).sum(dim=1, keepdim=True), value=-1).div_(lengths)
 
 
 class Part(NamedTuple):

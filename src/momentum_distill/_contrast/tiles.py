@@ -56,10 +56,11 @@ class Way:
         else:
             positive_log = found.lse.off((self.queries * found.positive_mean_key).sum(dim=1))
         positive_log = torch.where(found.positive_count > 0, positive_log, found.lse.value() * 0)
+        count = found.positive_count.to(positive_log.dtype)  # whose root, or half, is no whole number
         if self.momentum is None:
-            return Sums(found.positive_count, positive_log, None)
+            return Sums(count, positive_log, None)
         log_v = found.lse.off((self.queries * found.momentum_mean_key).sum(dim=1))
-        return Sums(found.positive_count, positive_log, found.momentum_lse.off(found.momentum_mean_logit) - log_v)
+        return Sums(count, positive_log, found.momentum_lse.off(found.momentum_mean_logit) - log_v)
 
     def backward(self, weights: Weights, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """Gradients for the queries (N, d) and for the raw keys of the parts that want one."""
