@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import momentum_distill as md
+from momentum_distill import _checks, _queue
 
 DIMS = {"t": 4, "a": 3, "a_momentum": 3}
 
@@ -626,7 +627,7 @@ def test_pointer_and_fill_are_not_lost_on_reload(way, filled, kwargs, tmp_path):
 def test_everything_that_changes_is_saved_and_of_fixed_shape(kwargs):
     queue = make_queue(**kwargs)
     shapes = {k: (v.shape, v.dtype) for k, v in queue.state_dict().items()}
-    derived = {k: b.clone() for k, b in queue.named_buffers() if k not in shapes}
+    derived = {k: queue.get_buffer(k).clone() for k in ("share", "first_slot")}
     for n in (0, 1, 5, 20):
         queue.enqueue(*batch(n))
         assert {k: (v.shape, v.dtype) for k, v in queue.state_dict().items()} == shapes
@@ -755,8 +756,8 @@ def test_compiled_step_equals_eager_and_does_not_recompile_from_the_third_step_o
     assert len(queues[1]) > 5
 
 
-WRITES = {"index_copy_": 3, "copy_": 1}
-"""The operations that write into a bank, and which argument of them is the source."""
+WRITES = {"index_copy_": 3, "copy_": 1, "_foreach_copy_": 1}
+"""The operations that write into a bank, and which argument of them is the source, or the sources."""
 
 
 class Results(TorchDispatchMode):
@@ -770,7 +771,9 @@ class Results(TorchDispatchMode):
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
         if name in WRITES:
-            self.seen.append((name, args[WRITES[name]].numel()))
+            source = args[WRITES[name]]
+            sources = source if isinstance(source, (list, tuple)) else [source]
+            self.seen.append((name, sum(x.numel() for x in sources)))
         elif not name.endswith("_") and not func.is_view and isinstance(result, torch.Tensor):
             self.seen.append((name, result.numel()))
         elif not func.is_view:
@@ -793,8 +796,25 @@ def test_a_step_writes_as_much_in_a_large_queue_as_in_a_small_one(kwargs):
         seen.append(results.seen)
     small, large = seen
     assert small == large
-    assert sum(name in WRITES for name, _ in small) == 2 * (len(DIMS) + 1)
+    widths = set(DIMS.values())  # streams of a width are written together
+    assert sum(name in WRITES for name, _ in small) <= 2 * (len(widths) + 1) + len(widths)  # one masked row is scaled
     assert max(elements or 0 for _, elements in small) <= 4 * sum(DIMS.values())
+
+
+@pytest.mark.parametrize(("normalize", "most"), [(True, 20), (False, 10)])
+def test_a_step_on_an_accelerator_starts_few_operations_and_waits_for_none(normalize, most, monkeypatch):
+    """Counted on the CPU, where nothing may be asked: five streams of one width, 64 rows, as most use it."""
+    monkeypatch.setattr(_checks, "may_ask", lambda _: False)
+    monkeypatch.setattr(_queue, "may_ask", lambda _: False)
+    queue = md.ClassQueue(1024, dict.fromkeys("abcde", 8), normalize=normalize)
+    labels, features = torch.zeros(64, dtype=torch.int64), {stream: torch.randn(64, 8) for stream in "abcde"}
+    with Results() as results:
+        queue.enqueue(labels, features)
+        for stream in "abcde":
+            queue.read(stream, padded=True)
+    started = [name for name, _ in results.seen]
+    assert not {"_local_scalar_dense", "nonzero"} & set(started), "the host waits"
+    assert len(started) <= most, started
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"normalize": False}, {"dtype": torch.float16}], ids=str)
@@ -803,7 +823,7 @@ def test_slices_write_what_an_index_writes(kwargs, monkeypatch):
     runs, unasked = make_queue(10, **kwargs), make_queue(10, **kwargs)
     monkeypatch.setattr(unasked, "_run", lambda _: None)
     asked, seen = runs._run, []
-    monkeypatch.setattr(runs, "_run", lambda labels: seen.append(asked(labels)) or seen[-1])
+    monkeypatch.setattr(runs, "_run", lambda rows: seen.append(asked(rows)) or seen[-1])
     for seed, n in enumerate((4, 4, 4, 8, 10, 25, 8, 0, 1)):
         labels, features = batch(n, seed)
         labels[::3] = -2
@@ -813,8 +833,9 @@ def test_slices_write_what_an_index_writes(kwargs, monkeypatch):
         for queue in (runs, unasked):
             queue.enqueue(labels.to(torch.int32), features, valid=valid)
         assert_same_state(clone_state(runs), clone_state(unasked))
-    # One wraps around, one ends at the end, one fills the ring, one is too large, one has a row that is not stored.
-    assert seen == [slice(0, 4), slice(4, 8), None, slice(2, 10), slice(0, 10), None, None, slice(2, 3)]
+    # One wraps around, one ends at the end, one fills the ring, one is too large. One has a row that is not stored,
+    # which is known without asking.
+    assert seen == [slice(0, 4), slice(4, 8), None, slice(2, 10), slice(0, 10), None, slice(2, 3)]
 
 
 @pytest.fixture
