@@ -33,6 +33,8 @@ class Plan:
             name in shares and shares[name].is_current(shared) for name, shared in pairing.shared.items()
         )
         self._shared = [(shared.new, Share(shared.old, shared.new)) for shared in pairing.shared.values()]
+        modules = pairing.online.root.modules()
+        self._online = [ref(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         self._sharded = [ref(module) for module in pairing.sharded]
         self._contents = _Contents(pairing.average.root, pairing.online.root)
         parameters, buffers, own_buffers = (
@@ -55,6 +57,10 @@ class Plan:
         """Let the modules of FSDP2 hold their shards again."""
         if self._sharded:
             reshard([alive for module in self._sharded if (alive := module()) is not None])
+
+    def online_modules(self) -> list[nn.Module]:
+        """Those of Python, as long as the plan is current."""
+        return [alive for module in self._online if (alive := module()) is not None]
 
     def is_current(self) -> bool:
         """Whether both module trees still hold the very tensors and submodules this plan was made from, as they were.
