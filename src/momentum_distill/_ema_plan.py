@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import chain, starmap
-from operator import attrgetter, call, eq, getitem, is_
+from operator import attrgetter, call, getitem, is_
 from typing import Any
-from weakref import ref
+from weakref import proxy, ref
 
 import torch
 from torch import Tensor, nn
@@ -160,44 +160,41 @@ class _Contents:
 
     def __init__(self, average: nn.Module, online: nn.Module) -> None:
         modules = [*average.modules(), *online.modules()]
-        held = [entries for module in modules for entries in (module._parameters, module._buffers)]
-        self._empty = [entries for entries in [*held, *(module._modules for module in modules)] if not entries]
-        self._filled = [entries for entries in held if entries]
-        self._before = [dict(entries) for entries in self._filled]
+        tensors = [entries for module in modules for entries in (module._parameters, module._buffers)]
+        submodules = [module._modules for module in modules]
+        own_submodules = [module._modules for module in average.modules()]
+        self._empty = [entries for entries in tensors + submodules if not entries]
         # Dictionaries compare their values by identity first, in half the time of a loop over them, then by `==`. For
         # two tensors that is an error, which is answer enough, unless they hold a single number: it may be equal.
+        self._filled = [entries for entries in tensors + own_submodules if entries]
+        self._before = [dict(entries) for entries in self._filled]
         single = [
             (entries, name, tensor)
-            for entries in self._filled
+            for entries in tensors
             for name, tensor in entries.items()
             if tensor is not None and tensor.numel() == 1
         ]
         self._singles = [entries for entries, _, _ in single]
         self._names = [name for _, name, _ in single]
         self._tensors = [tensor for _, _, tensor in single]
-        self._average_children = [
-            (module._modules, dict(module._modules)) for module in average.modules() if module._modules
-        ]
         # The online modules are held weakly: the dictionary of a submodule may lead back to the whole model.
         parents = [module for module in online.modules() if module._modules]
-        children = [child for module in parents for child in module._modules.values()]
-        self._gone: list[object] = []
-        self._online_parents = [ref(module) for module in parents]
-        self._online_children = [type(None) if child is None else ref(child, self._gone.append) for child in children]
+        self._parents = [ref(module) for module in parents]
+        self._children = [
+            {name: child if child is None else proxy(child) for name, child in module._modules.items()}
+            for module in parents
+        ]
 
     def are_unchanged(self) -> bool:
         """Whether every module holds the very tensors and submodules it held."""
         try:
-            submodules = map(dict.values, map(_submodules, map(call, self._online_parents)))
             return (
-                not self._gone
-                and not any(self._empty)
+                not any(self._empty)
                 and all(map(is_, map(getitem, self._singles, self._names), self._tensors))
                 and self._filled == self._before
-                and all(starmap(eq, self._average_children))
-                and list(chain.from_iterable(submodules)) == list(map(call, self._online_children))
+                and list(map(_submodules, map(call, self._parents))) == self._children
             )
-        except (AttributeError, KeyError, RuntimeError, TypeError):
+        except (AttributeError, KeyError, ReferenceError, RuntimeError, TypeError):
             return False
 
 
