@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import is_
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
@@ -33,8 +32,6 @@ from momentum_distill._watch import UpdateWatch
 Decay: TypeAlias = float | Callable[[int], float]
 
 BUFFERS = ("copy", "ema", "frozen")
-MODES = ("eval", "train")
-HOOKS = ("drop", "keep")
 
 
 class EMAWrapper(WideModule):
@@ -123,8 +120,8 @@ class EMAWrapper(WideModule):
         if not callable(decay):
             check_number("decay", decay, low=0.0, high=1.0)
         buffers = _checked_buffers(buffers, model)
-        check_choice("mode", mode, MODES)
-        check_choice("hooks", hooks, HOOKS)
+        check_choice("mode", mode, ("eval", "train"))
+        check_choice("hooks", hooks, ("drop", "keep"))
         if dtype is not None:
             if not isinstance(dtype, torch.dtype):
                 wrong_type("dtype", "a torch.dtype or None", describe(dtype))
@@ -299,11 +296,11 @@ class EMAWrapper(WideModule):
             with torch.no_grad():
                 pairs = self._lend(model, plan)
                 movable = _movable([online for _, online in pairs])
-                sources = [average for (average, _), moves in zip(pairs, movable, strict=True) if moves]
                 targets = [online for (_, online), moves in zip(pairs, movable, strict=True) if moves]
                 others = [pair for pair, moves in zip(pairs, movable, strict=True) if not moves]
                 values = [torch.empty_like(online) for online in targets]
                 if values:
+                    sources = [average for (average, _), moves in zip(pairs, movable, strict=True) if moves]
                     torch._foreach_copy_(values, sources)
                 apart, own = [online.detach() for online in targets], [online.clone() for _, online in others]
                 moved, copied = targets, [online for _, online in others]
@@ -464,36 +461,26 @@ class _Registry:
     def __init__(self, module: nn.Module, *, lends: bool) -> None:
         self.module = module
         self.attributes = vars(module).copy() if lends else {}
-        self.parameters, self.buffers = module._parameters.copy(), module._buffers.copy()
+        self.parameters: dict[str, Any] = module._parameters.copy()
+        self.buffers: dict[str, Any] = module._buffers.copy()
         self.passing = module._non_persistent_buffers_set.copy()
 
     def restore(self) -> None:
         """Let the module hold the tensors of then, in the order of then."""
         module = self.module
-        if not _are_same(module._parameters, self.parameters):
-            for name, parameter in self.parameters.items():
-                if module._parameters.get(name) is not parameter:
-                    setattr(module, name, parameter)  # so that an RNN, which keeps a list of them, hears of it
-            _refill(module._parameters, self.parameters)
-        if not _are_same(module._buffers, self.buffers):
-            _refill(module._buffers, self.buffers)
+        for name, parameter in self.parameters.items():
+            if module._parameters.get(name) is not parameter:
+                setattr(module, name, parameter)  # so that an RNN, which keeps a list of them, hears of it
+        own: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for now, before in zip(own, (self.parameters, self.buffers), strict=True):
+            if now or before:
+                now.clear()
+                now.update(before)
         if module._non_persistent_buffers_set != self.passing:
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(self.passing)
         for name in self.attributes.keys() - vars(module).keys():
             vars(module)[name] = self.attributes[name]
-
-
-def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """The very same tensors by the same names in the same order."""
-    if not now and not before:
-        return True
-    return list(now) == list(before) and all(map(is_, now.values(), before.values()))
-
-
-def _refill(entries: dict[str, Any], before: dict[str, Any]) -> None:
-    entries.clear()
-    entries.update(before)
 
 
 def _movable(tensors: list[Tensor]) -> list[bool]:

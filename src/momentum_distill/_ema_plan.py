@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, starmap
-from operator import attrgetter, call, getitem, is_
+from operator import attrgetter, call
 from typing import Any
 from weakref import proxy, ref
 
@@ -29,14 +29,14 @@ class Plan:
         self.written = pairing.written
         self.lends = bool(pairing.lent)
         self.shares = shares
-        self.behind = bool(pairing.unlike) or not all(
-            name in shares and shares[name].is_current(shared) for name, shared in pairing.shared.items()
-        )
-        self._shared = [(shared.new, Share(shared.old, shared.new)) for shared in pairing.shared.values()]
-        modules = pairing.online.root.modules()
-        self._online = [ref(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        shared = pairing.shared.items()
+        taken = [name in shares and shares[name].is_current(old, new) for name, (old, new, _) in shared]
+        self.behind = bool(pairing.unlike) or not all(taken)
+        self._shared = [(old, new, Share(old, new)) for _, (old, new, _) in shared]
+        online = pairing.online.root
+        self._online = [ref(module) for module in online.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self._sharded = [ref(module) for module in pairing.sharded]
-        self._contents = _Contents(pairing.average.root, pairing.online.root)
+        self._contents = _Contents(pairing.average.root, online)
         parameters, buffers, own_buffers = (
             list({id(tensor): tensor for slot in slots.values() if (tensor := slot.tensor) is not None}.values())
             for slots in (pairing.online.parameters, pairing.online.buffers, pairing.average.buffers)
@@ -73,7 +73,7 @@ class Plan:
         return (
             self._contents.are_unchanged()
             and self._find_layout() == self._layout
-            and (not self._shared or all(share.is_state_of(online) for online, share in self._shared))
+            and all(share.is_current(average, online) for average, online, share in self._shared)
         )
 
     def _find_layout(self) -> list[object]:
@@ -103,18 +103,7 @@ class _Group:
             # A step of gradient descent on half the squared distance, at the rate `1 - decay`: the same operations on
             # the same numbers, in a kernel that saves a third of the time where tensors are small. With several threads
             # it would start all of them for each tensor.
-            torch._fused_sgd_(
-                self.average,
-                self.online,
-                [],
-                lr=1 - decay,
-                weight_decay=1.0,
-                maximize=True,
-                momentum=0.0,
-                dampening=0.0,
-                nesterov=False,
-                is_first_step=False,
-            )
+            _descend(self.average, self.online, [], lr=1 - decay)
         elif not self.converts or decay in (0, 1):
             lerp_(self.average, self.online, decay)
         elif not is_plain(self.average[0]):  # of shards no other shards can be cut
@@ -135,24 +124,27 @@ class _Group:
 
         A part at a time: the conversion needs no more memory than the largest tensor or SCRATCH elements.
         """
-        parts: list[list[int]] = []
+        parts: list[tuple[list[Tensor], list[Tensor]]] = []
         left = 0
-        for index, tensor in enumerate(self.average):
-            if not parts or tensor.numel() > left:
-                parts.append([])
+        for average, online in zip(self.average, self.online, strict=True):
+            if not parts or average.numel() > left:
+                parts.append(([], []))
                 left = SCRATCH
-            parts[-1].append(index)
-            left -= tensor.numel()
-        sizes = [[self.average[index].numel() for index in part] for part in parts]
+            parts[-1][0].append(average)
+            parts[-1][1].append(online)
+            left -= average.numel()
+        sizes = [[tensor.numel() for tensor in averages] for averages, _ in parts]
         memory = self.average[0].new_empty(max(map(sum, sizes)))
-        result = []
-        for part, numbers in zip(parts, sizes, strict=True):
-            average = [self.average[index] for index in part]
-            pieces = torch.split(memory[: sum(numbers)], numbers)
-            scratch = [piece.view_as(tensor) for piece, tensor in zip(pieces, average, strict=True)]
-            result.append((average, [self.online[index] for index in part], scratch))
-        return result
+        pieces = [torch.split(memory[: sum(numbers)], numbers) for numbers in sizes]
+        return [
+            (averages, onlines, [piece.view_as(average) for piece, average in zip(split, averages, strict=True)])
+            for (averages, onlines), split in zip(parts, pieces, strict=True)
+        ]
 
+
+_descend = partial(
+    torch._fused_sgd_, weight_decay=1.0, maximize=True, momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False
+)
 
 SCRATCH = 2**22
 """Elements converted at a time where the online model has another dtype or device than the average."""
@@ -191,15 +183,12 @@ class _Contents:
         # two tensors that is an error, which is answer enough, unless they hold a single number: it may be equal.
         self._filled = [entries for entries in tensors + own_submodules if entries]
         self._before = [dict(entries) for entries in self._filled]
-        single = [
+        self._singles = [
             (entries, name, tensor)
             for entries in tensors
             for name, tensor in entries.items()
             if tensor is not None and tensor.numel() == 1
         ]
-        self._singles = [entries for entries, _, _ in single]
-        self._names = [name for _, name, _ in single]
-        self._tensors = [tensor for _, _, tensor in single]
         # The online modules are held weakly: the dictionary of a submodule may lead back to the whole model.
         parents = [module for module in online.modules() if module._modules]
         self._parents = [ref(module) for module in parents]
@@ -213,7 +202,7 @@ class _Contents:
         try:
             return (
                 not any(self._empty)
-                and all(map(is_, map(getitem, self._singles, self._names), self._tensors))
+                and all(entries[name] is tensor for entries, name, tensor in self._singles)
                 and self._filled == self._before
                 and list(map(_submodules, map(call, self._parents))) == self._children
             )

@@ -216,8 +216,9 @@ class ClassQueue(WideModule):
             marks = torch.stack([labels if mask is None else torch.where(mask, labels, EMPTY) for mask in masks])
             features = dict(features) | {s: torch.where(mask[:, None], features[s], 0.0) for s, mask in valid.items()}
         banks = [(self._buffer(bank), [features[s] for s in streams]) for bank, streams in self._banks.items()]
-        run = self._run(len(labels)) if whole else None
-        if run is not None:
+        start = int(self._buffer("count")) % self.size if whole else self.size
+        if start + len(labels) <= self.size:  # the usual batch on the CPU: slices write it in half the time of an index
+            run = slice(start, start + len(labels))
             for bank, rows in banks:
                 self._write(bank[:, run], rows)
             self._buffer("labels")[:, run] = marks
@@ -258,16 +259,8 @@ class ClassQueue(WideModule):
         """
         require_in_sync(find_ranks(self.group), self.state_dict(), what="ClassQueue")
 
-    def _run(self, rows: int) -> slice | None:
-        """The slots of a batch on the CPU that is stored whole, or None where they are not in one piece.
-
-        That is the usual batch, and slices write it in half the time that an index takes.
-        """
-        start = int(self._buffer("count")) % self.size
-        return slice(start, start + rows) if start + rows <= self.size else None
-
     def _write(self, slots: Tensor, rows: list[Tensor]) -> None:
-        """Write rows of streams of one width to their slots, (streams, N, width); with no copy between where possible."""
+        """Write rows of streams of one width to their slots, (streams, N, width), if possible with no copy between."""
         if self.normalize and (is_16_bit(slots.dtype) or any(x.dtype != slots.dtype for x in rows)):
             slots.copy_(self._stack(rows))
             return
@@ -358,16 +351,12 @@ class ClassQueue(WideModule):
         keys, labels = self._keys(stream, self.size), self._buffer("labels")[self._rows[stream]][: self.size]
         if padded:
             return keys, labels
-        order = self._oldest_first()
-        order = order[labels[order] != EMPTY]
-        return keys[order], labels[order]
-
-    def _oldest_first(self) -> Tensor:
-        """All slots, ring by ring, the one written next at the front of its ring."""
-        slots = torch.arange(self.size, device=self.labels.device)
+        slots = torch.arange(self.size, device=labels.device)
         ring = torch.searchsorted(self.first_slot, slots, right=True) - 1
         start, share = self.first_slot[ring], self.share[ring]
-        return start + (slots - start + self.count[ring]) % share
+        order = start + (slots - start + self.count[ring]) % share  # of a ring, the slot written next comes first
+        order = order[labels[order] != EMPTY]
+        return keys[order], labels[order]
 
     def __len__(self) -> int:
         """How many slots are filled. Makes the host wait for the device."""
@@ -494,13 +483,13 @@ def _load_keys(
             wrong_value("state_dict", f"shape {tuple(buffer.shape)} for {prefix + name!r}", f"{tuple(tensor.shape)}")
     missing_keys += [prefix + name for name in own if prefix + name not in state_dict]
     came = {name: state_dict.pop(prefix + name, buffer) for name, buffer in own.items()}
-    for bank, streams in queue._banks.items():
-        keys = torch.stack([came[f"keys_{stream}"] for stream in streams])
-        if local_metadata.get("assign_to_params_buffers", False):
-            setattr(queue, bank, keys.to(queue.dtype))
-        else:
-            with torch.no_grad():
-                queue.get_buffer(bank).copy_(keys)
+    if local_metadata.get("assign_to_params_buffers", False):
+        for bank, streams in queue._banks.items():
+            setattr(queue, bank, torch.stack([came[f"keys_{stream}"] for stream in streams]).to(queue.dtype))
+        return
+    with torch.no_grad():
+        for name, buffer in own.items():
+            buffer.copy_(came[name])
 
 
 def _saved_streams(extra: Tensor) -> list[str]:
