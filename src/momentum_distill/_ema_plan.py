@@ -66,9 +66,10 @@ class Plan:
     def is_current(self) -> bool:
         """Whether both module trees still hold the very tensors and submodules this plan was made from, as they were.
 
-        `tensor.data = ...`, which `model.to()` does too, leaves the tensor the same object: it shows in the address and
-        the number of elements, which take less time to ask for than shape, dtype and device. Buffers are resized in
-        place as well, those of the average by its own forward pass.
+        `tensor.data = ...`, which `model.to()` does too, leaves the tensor the same object. It shows in the address and
+        the number of elements, which take less time to ask for than dtype and device; where there are several
+        dimensions, the shape and the order in memory are asked for instead. Buffers are resized in place as well, those
+        of the average by its own forward pass.
         """
         return (
             self._contents.are_unchanged()
