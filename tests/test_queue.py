@@ -648,6 +648,20 @@ def test_a_checkpoint_of_another_dtype_does_not_recast_the_memory(assign):
     torch.testing.assert_close(queue.read("t")[0][4:], unit(batch(2, seed=1)[1]["t"]))
 
 
+def test_a_state_may_be_parts_of_other_tensors_in_any_layout():
+    source, queue = make_queue(), make_queue()
+    source.enqueue(*batch(4), valid={"a": torch.tensor([True, False, True, True])})
+    state = dict(source.state_dict())
+    for name in ("labels", "keys_t", "keys_a", "keys_a_momentum"):
+        room = torch.full((state[name].shape[1] + 1, state[name].shape[0] + 1), 7, dtype=state[name].dtype)
+        room[1:, 1:] = state[name].T
+        state[name] = room[1:, 1:].T
+    queue.load_state_dict(state, assign=True)
+    for stream in DIMS:
+        for one, two in zip(queue.read(stream), source.read(stream), strict=True):
+            assert torch.equal(one, two)
+
+
 OTHERS = {
     "more slots": (md.ClassQueue(7, DIMS), r"shape \(3, 7\) for '(queue\.)?labels', got \(3, 8\)"),
     "more rings": (make_queue(balanced=True, num_classes=2), r"shape \(1,\) for '(queue\.)?count', got \(2,\)"),

@@ -309,8 +309,8 @@ class ClassQueue(WideModule):
     def _keys(self, stream: str, slots: int) -> Tensor:
         """The first slots of a stream: (slots, width). There are `size`, and one that is never read.
 
-        Like `bank[place][:slots]`, in one view instead of two, each of which takes as long as a small operation. A bank
-        is never a part of another tensor.
+        Like `bank[place][:slots]`, in one view instead of two, each of which takes as long as a small operation. Banks,
+        and labels, are never a part of another tensor.
         """
         (bank, place), width = self._places[stream], self.dims[stream]
         return self._buffer(bank).as_strided((slots, width), (width, 1), place * (self.size + 1) * width)
@@ -348,7 +348,8 @@ class ClassQueue(WideModule):
         if stream not in self.dims:
             wrong_value("stream", f"one of {sorted(self.dims)}", describe(stream))
         check_bool("padded", padded)
-        keys, labels = self._keys(stream, self.size), self._buffer("labels")[self._rows[stream]][: self.size]
+        keys = self._keys(stream, self.size)
+        labels = self._buffer("labels").as_strided((self.size,), (1,), self._rows[stream] * (self.size + 1))
         if padded:
             return keys, labels
         slots = torch.arange(self.size, device=labels.device)
@@ -486,6 +487,8 @@ def _load_keys(
     if local_metadata.get("assign_to_params_buffers", False):
         for bank, streams in queue._banks.items():
             setattr(queue, bank, torch.stack([came[f"keys_{stream}"] for stream in streams]).to(queue.dtype))
+        if isinstance(labels := state_dict.get(f"{prefix}labels"), Tensor):
+            state_dict[f"{prefix}labels"] = labels.clone(memory_format=torch.contiguous_format)
         return
     with torch.no_grad():
         for name, buffer in own.items():
