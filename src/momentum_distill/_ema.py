@@ -471,16 +471,16 @@ class _Registry:
         for name, parameter in self.parameters.items():
             if module._parameters.get(name) is not parameter:
                 setattr(module, name, parameter)  # so that an RNN, which keeps a list of them, hears of it
-        own: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for now, before in zip(own, (self.parameters, self.buffers), strict=True):
+        pairs: Any = ((module._parameters, self.parameters), (module._buffers, self.buffers))
+        for now, before in pairs:
             if now or before:
                 now.clear()
                 now.update(before)
         if module._non_persistent_buffers_set != self.passing:
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(self.passing)
-        for name in self.attributes.keys() - vars(module).keys():
-            vars(module)[name] = self.attributes[name]
+        if self.attributes:
+            vars(module).update({name: self.attributes[name] for name in self.attributes.keys() - vars(module).keys()})
 
 
 def _movable(tensors: list[Tensor]) -> list[bool]:
