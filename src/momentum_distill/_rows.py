@@ -23,7 +23,7 @@ def normalize_rows(x: Tensor, eps: float) -> Tensor:
 
 
 def row_lengths(rows: Tensor, eps: float) -> Tensor:
-    """Euclidean lengths (..., B, 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
+    """Euclidean lengths (..., 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     if may_ask(lengths) and are_ordinary(lengths, eps, rows.shape[-1]):
         return lengths
