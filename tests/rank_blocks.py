@@ -171,7 +171,7 @@ def change_one_queue(where: str) -> tuple[str, str]:
     queue.enqueue(*own_rows(2, 0))
     queue.check_in_sync()
     if rank_and_world()[0] == 1:
-        queue.get_buffer(where).view(-1)[0] += 1
+        queue.state_dict()[where].view(-1)[0] += 1
     return raised(queue.check_in_sync)
 
 
@@ -483,7 +483,7 @@ def compiled_rows() -> tuple[bool, bool, bool, bool]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as above, and at graph breaks
             value = run(x, queue)
-        answers.append((value.detach(), *torch.autograd.grad(value, x), queue.labels, queue.keys_x))
+        answers.append((value.detach(), *torch.autograd.grad(value, x), queue.labels, queue.state_dict()["keys_x"]))
         queue.check_in_sync()
     return tuple(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*answers, strict=True))
 

@@ -1159,8 +1159,51 @@ def test_a_later_update_makes_no_tensor(dtype, buffers):
     ema.update(model)
     with Operations() as operations:
         ema.update(model)
-    assert set(operations.names) == {"_foreach_copy_", "_foreach_lerp_"}
+    assert set(operations.names) <= {"_foreach_copy_", "_foreach_lerp_", "_fused_sgd_"}
     assert len(operations.names) <= 4  # a few for all tensors, not a few for each
+
+
+def test_one_thread_and_several_give_the_same_bits_whatever_the_layout(monkeypatch):
+    """With one thread another kernel averages what lies in memory without gaps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last), nn.Linear(4, 4))
+    model = nn.ModuleList([model, copy.deepcopy(model).double()])
+    averages = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        generator = torch.Generator().manual_seed(0)
+        fill(model, 1.0)
+        ema = md.EMAWrapper(model)
+        for decay in (0.995, 0.3, 0.5, 0.9):
+            for parameter in model.parameters():
+                nn.init.uniform_(parameter, -1, 1, generator=generator)
+            with Operations() as operations:
+                ema.update(model, decay=decay)
+            assert ("_fused_sgd_" in operations.names) == (threads == 1 and decay > 0.5)
+        averages.append(clone_state(ema.module))
+    assert_same_state(*averages)
+
+
+def test_data_turned_in_place_under_the_same_parameter_is_followed(monkeypatch):
+    """The same address, shape and number of elements."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    model = nn.Linear(2, 2, bias=False)
+    ema = md.EMAWrapper(model, decay=0.5)
+    ema.update(model)
+    ema.module.weight.zero_()
+    nn.init.eye_(model.weight).data[0, 1] = 4.0
+    model.weight.data = model.weight.data.T
+    ema.update(model)
+    assert ema.module.weight.tolist() == [[0.5, 0.0], [2.0, 0.5]]
+
+
+def test_data_of_another_shape_and_as_many_elements_is_refused():
+    model = nn.Linear(3, 2, bias=False)
+    ema = md.EMAWrapper(model)
+    ema.update(model)
+    model.weight.data = model.weight.data.view(3, 2)
+    with pytest.raises(ValueError, match=r"^model: expected shape \(2, 3\) for 'weight', got \(3, 2\)$"):
+        ema.update(model)
 
 
 def test_a_16_bit_model_needs_memory_for_its_largest_tensors_only(monkeypatch):

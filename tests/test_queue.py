@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import momentum_distill as md
+from momentum_distill import _checks, _queue
 
 DIMS = {"t": 4, "a": 3, "a_momentum": 3}
 
@@ -626,7 +627,7 @@ def test_pointer_and_fill_are_not_lost_on_reload(way, filled, kwargs, tmp_path):
 def test_everything_that_changes_is_saved_and_of_fixed_shape(kwargs):
     queue = make_queue(**kwargs)
     shapes = {k: (v.shape, v.dtype) for k, v in queue.state_dict().items()}
-    derived = {k: b.clone() for k, b in queue.named_buffers() if k not in shapes}
+    derived = {k: queue.get_buffer(k).clone() for k in ("share", "first_slot")}
     for n in (0, 1, 5, 20):
         queue.enqueue(*batch(n))
         assert {k: (v.shape, v.dtype) for k, v in queue.state_dict().items()} == shapes
@@ -645,6 +646,20 @@ def test_a_checkpoint_of_another_dtype_does_not_recast_the_memory(assign):
     torch.testing.assert_close(queue.read("t")[0], source.read("t")[0], rtol=0, atol=2**-8)
     queue.enqueue(*batch(2, seed=1))
     torch.testing.assert_close(queue.read("t")[0][4:], unit(batch(2, seed=1)[1]["t"]))
+
+
+def test_a_state_may_be_parts_of_other_tensors_in_any_layout():
+    source, queue = make_queue(), make_queue()
+    source.enqueue(*batch(4), valid={"a": torch.tensor([True, False, True, True])})
+    state = dict(source.state_dict())
+    for name in ("labels", "keys_t", "keys_a", "keys_a_momentum"):
+        room = torch.full((state[name].shape[1] + 1, state[name].shape[0] + 1), 7, dtype=state[name].dtype)
+        room[1:, 1:] = state[name].T
+        state[name] = room[1:, 1:].T
+    queue.load_state_dict(state, assign=True)
+    for stream in DIMS:
+        for one, two in zip(queue.read(stream), source.read(stream), strict=True):
+            assert torch.equal(one, two)
 
 
 OTHERS = {
@@ -755,8 +770,8 @@ def test_compiled_step_equals_eager_and_does_not_recompile_from_the_third_step_o
     assert len(queues[1]) > 5
 
 
-WRITES = {"index_copy_": 3, "copy_": 1}
-"""The operations that write into a bank, and which argument of them is the source."""
+WRITES = {"index_copy_": 3, "copy_": 1, "_foreach_copy_": 1}
+"""The operations that write into a bank, and which argument of them is the source, or the sources."""
 
 
 class Results(TorchDispatchMode):
@@ -770,7 +785,9 @@ class Results(TorchDispatchMode):
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
         if name in WRITES:
-            self.seen.append((name, args[WRITES[name]].numel()))
+            source = args[WRITES[name]]
+            sources = source if isinstance(source, (list, tuple)) else [source]
+            self.seen.append((name, sum(x.numel() for x in sources)))
         elif not name.endswith("_") and not func.is_view and isinstance(result, torch.Tensor):
             self.seen.append((name, result.numel()))
         elif not func.is_view:
@@ -793,28 +810,47 @@ def test_a_step_writes_as_much_in_a_large_queue_as_in_a_small_one(kwargs):
         seen.append(results.seen)
     small, large = seen
     assert small == large
-    assert sum(name in WRITES for name, _ in small) == 2 * (len(DIMS) + 1)
+    widths = set(DIMS.values())  # streams of a width are written together
+    assert sum(name in WRITES for name, _ in small) <= 2 * (len(widths) + 1) + len(widths)  # one masked row is scaled
     assert max(elements or 0 for _, elements in small) <= 4 * sum(DIMS.values())
+
+
+@pytest.mark.parametrize(("normalize", "most"), [(True, 20), (False, 10)])
+def test_a_step_on_an_accelerator_starts_few_operations_and_waits_for_none(normalize, most, monkeypatch):
+    """Counted on the CPU, where nothing may be asked: five streams of one width, 64 rows, as most use it."""
+    monkeypatch.setattr(_checks, "may_ask", lambda _: False)
+    monkeypatch.setattr(_queue, "may_ask", lambda _: False)
+    queue = md.ClassQueue(1024, dict.fromkeys("abcde", 8), normalize=normalize)
+    labels, features = torch.zeros(64, dtype=torch.int64), {stream: torch.randn(64, 8) for stream in "abcde"}
+    with Results() as results:
+        queue.enqueue(labels, features)
+        for stream in "abcde":
+            queue.read(stream, padded=True)
+    started = [name for name, _ in results.seen]
+    assert not {"_local_scalar_dense", "nonzero"} & set(started), "the host waits"
+    assert len(started) <= most, started
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"normalize": False}, {"dtype": torch.float16}], ids=str)
 def test_slices_write_what_an_index_writes(kwargs, monkeypatch):
     """Batches that fit in one piece are written by slices where one may ask, all others by index."""
-    runs, unasked = make_queue(10, **kwargs), make_queue(10, **kwargs)
-    monkeypatch.setattr(unasked, "_run", lambda _: None)
-    asked, seen = runs._run, []
-    monkeypatch.setattr(runs, "_run", lambda labels: seen.append(asked(labels)) or seen[-1])
+    asked, unasked, sliced = make_queue(10, **kwargs), make_queue(10, **kwargs), []
+    monkeypatch.setattr(unasked, "_check", lambda *_: False)
     for seed, n in enumerate((4, 4, 4, 8, 10, 25, 8, 0, 1)):
         labels, features = batch(n, seed)
         labels[::3] = -2
         if seed == 6:
             labels[2] = -1
         valid = {"a": torch.arange(n) % 2 == 0} if seed % 2 else None
-        for queue in (runs, unasked):
-            queue.enqueue(labels.to(torch.int32), features, valid=valid)
-        assert_same_state(clone_state(runs), clone_state(unasked))
-    # One wraps around, one ends at the end, one fills the ring, one is too large, one has a row that is not stored.
-    assert seen == [slice(0, 4), slice(4, 8), None, slice(2, 10), slice(0, 10), None, None, slice(2, 3)]
+        for queue in (asked, unasked):
+            with Results() as results:
+                queue.enqueue(labels.to(torch.int32), features, valid=valid)
+            sliced.append("index_copy_" not in dict(results.seen))
+        assert_same_state(clone_state(asked), clone_state(unasked))
+    # One wraps around, one ends at the end, one fills the ring, one is too large, one has a row that is not stored. One
+    # is empty, and written by neither.
+    assert sliced[::2] == [True, True, False, True, True, False, False, True, True]
+    assert sliced[1::2] == [False, False, False, False, False, False, False, True, False]
 
 
 @pytest.fixture

@@ -32,8 +32,6 @@ from momentum_distill._watch import UpdateWatch
 Decay: TypeAlias = float | Callable[[int], float]
 
 BUFFERS = ("copy", "ema", "frozen")
-MODES = ("eval", "train")
-HOOKS = ("drop", "keep")
 
 
 class EMAWrapper(WideModule):
@@ -122,8 +120,8 @@ class EMAWrapper(WideModule):
         if not callable(decay):
             check_number("decay", decay, low=0.0, high=1.0)
         buffers = _checked_buffers(buffers, model)
-        check_choice("mode", mode, MODES)
-        check_choice("hooks", hooks, HOOKS)
+        check_choice("mode", mode, ("eval", "train"))
+        check_choice("hooks", hooks, ("drop", "keep"))
         if dtype is not None:
             if not isinstance(dtype, torch.dtype):
                 wrong_type("dtype", "a torch.dtype or None", describe(dtype))
@@ -291,26 +289,33 @@ class EMAWrapper(WideModule):
         if self._swapped:
             raise RuntimeError("swap: expected a call outside swap(), got one inside it")
         plan = self._match(model)
-        entries = _entries(model, lends=plan.lends)
-        own: tuple[list[Tensor], list[Tensor], list[bool]] = [], [], []
+        registries = [_Registry(module, lends=plan.lends) for module in plan.online_modules()]
+        moved, copied, apart, own = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
         self._swapped = True
         try:
             with torch.no_grad():
                 pairs = self._lend(model, plan)
-                tensors = [online for _, online in pairs]
-                movable = _movable(tensors)
-                values = [
-                    torch.empty_like(online).copy_(average) if moves else average
-                    for (average, online), moves in zip(pairs, movable, strict=True)
-                ]
-                kept = [t.detach() if moves else t.clone() for t, moves in zip(tensors, movable, strict=True)]
-            own = tensors, kept, movable
-            _assign(tensors, values, movable)
+                movable = _movable([online for _, online in pairs])
+                targets = [online for (_, online), moves in zip(pairs, movable, strict=True) if moves]
+                others = [pair for pair, moves in zip(pairs, movable, strict=True) if not moves]
+                values = [torch.empty_like(online) for online in targets]
+                if values:
+                    sources = [average for (average, _), moves in zip(pairs, movable, strict=True) if moves]
+                    torch._foreach_copy_(values, sources)
+                apart, own = [online.detach() for online in targets], [online.clone() for _, online in others]
+                moved, copied = targets, [online for _, online in others]
+                _move(moved, values)
+                for average, online in others:
+                    online.copy_(average)
             yield
         finally:
             plan.reshard()
-            _assign(*own)
-            _restore(entries)
+            _move(moved, apart)
+            with torch.no_grad():
+                for online, value in zip(copied, own, strict=True):
+                    online.copy_(value)
+            for registry in registries:
+                registry.restore()
             self._swapped = False
 
     def check_in_sync(self, *, group: Group = "auto") -> None:
@@ -447,67 +452,53 @@ def _local_parts(tensor: Any) -> list[Tensor]:  # noqa: ANN401 - a Tensor, or a 
     return [part for part in parts(tensor) if is_plain(part)] or [tensor.to_dense()]
 
 
-Entries: TypeAlias = list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any], set[str]]]
+class _Registry:
+    """What a module holds by which names, and which of its buffers are not saved.
 
-
-def _entries(model: nn.Module, *, lends: bool) -> Entries:
-    """What the modules hold by which names, and which of their buffers are not saved.
-
-    Their plain attributes as well if the model is lent buffers, for one may stand in the place of an attribute.
+    Its plain attributes too where the model is lent buffers, for one may stand in the place of an attribute.
     """
-    return [
-        (
-            module,
-            vars(module).copy() if lends else {},
-            module._parameters.copy(),
-            module._buffers.copy(),
-            module._non_persistent_buffers_set.copy(),
-        )
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)  # which holds no others than it has
-    ]
 
+    def __init__(self, module: nn.Module, *, lends: bool) -> None:
+        self.module = module
+        self.attributes = vars(module).copy() if lends else {}
+        self.parameters: dict[str, Any] = module._parameters.copy()
+        self.buffers: dict[str, Any] = module._buffers.copy()
+        self.passing = module._non_persistent_buffers_set.copy()
 
-def _restore(entries: Entries) -> None:
-    """Let the modules hold the tensors of then, in the order of then."""
-    for module, attributes, parameters, buffers, passing in entries:
-        for name, parameter in parameters.items():
+    def restore(self) -> None:
+        """Let the module hold the tensors of then, in the order of then."""
+        module = self.module
+        for name, parameter in self.parameters.items():
             if module._parameters.get(name) is not parameter:
                 setattr(module, name, parameter)  # so that an RNN, which keeps a list of them, hears of it
-        for now, before in ((module._parameters, parameters), (module._buffers, buffers)):
+        pairs: Any = ((module._parameters, self.parameters), (module._buffers, self.buffers))
+        for now, before in pairs:
             if now or before:
                 now.clear()
                 now.update(before)
-        if module._non_persistent_buffers_set != passing:
+        if module._non_persistent_buffers_set != self.passing:
             module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(passing)
-        for name in attributes.keys() - vars(module).keys():
-            vars(module)[name] = attributes[name]
+            module._non_persistent_buffers_set.update(self.passing)
+        if self.attributes:
+            vars(module).update({name: self.attributes[name] for name in self.attributes.keys() - vars(module).keys()})
 
 
 def _movable(tensors: list[Tensor]) -> list[bool]:
     """Which tensors can be given another storage: plain ones on CPU, each alone in its own."""
-    plain = [is_plain(tensor) and tensor.device.type == "cpu" for tensor in tensors]
-    storages = [tensor.untyped_storage() if moves else None for tensor, moves in zip(tensors, plain, strict=True)]
-    users = Counter(storage.data_ptr() for storage in storages if storage is not None)
+    storages = [tensor.untyped_storage() if is_plain(tensor) and tensor.is_cpu else None for tensor in tensors]
+    places = [None if storage is None else storage.data_ptr() for storage in storages]
+    users = Counter(places)
     return [
-        storage is not None
-        and users[storage.data_ptr()] == 1
-        and storage.nbytes() == tensor.nbytes
-        and not storage.is_shared()
-        for tensor, storage in zip(tensors, storages, strict=True)
+        storage is not None and users[place] == 1 and storage.nbytes() == tensor.nbytes and not storage.is_shared()
+        for tensor, storage, place in zip(tensors, storages, places, strict=True)
     ]
 
 
-@torch.no_grad()
-def _assign(tensors: list[Tensor], values: list[Tensor], movable: list[bool]) -> None:
-    """Give each tensor its value, by storage where it is movable, else by copying."""
-    for tensor, value, moves in zip(tensors, values, movable, strict=True):
-        if moves:
-            tensor.data = value
-            torch.autograd.graph.increment_version(tensor)  # a graph made before or inside must not go on with it
-        else:
-            tensor.copy_(value)
+def _move(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Give each tensor the storage of its value."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data = value
+    torch.autograd.graph.increment_version(tensors)  # a graph made before or inside must not go on with them
 
 
 def _recast_input(value: Any, *, dtype: torch.dtype | None) -> Any:  # noqa: ANN401 - a leaf of any pytree

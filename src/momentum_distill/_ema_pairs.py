@@ -94,12 +94,6 @@ def _unwrapped(root: nn.Module) -> list[tuple[str, nn.Module, bool]]:
     return found
 
 
-def _split(name: str) -> tuple[str, str]:
-    """The path of a module, and the name that it knows a tensor by."""
-    path, dot, key = name.rpartition(".")
-    return path + dot, key
-
-
 def _seen_from(path: str, depth: int) -> str:
     """The path, seen from below `depth` submodules called `module`."""
     while depth and path.startswith("module."):
@@ -176,7 +170,7 @@ class Pairing:
             old, new = mine and mine.tensor, theirs and theirs.tensor
             treatment = self._treatment(name)
             if mine is None or theirs is None or old is None or new is None:
-                path, _ = _split(name)
+                path = name[: name.rfind(".") + 1]
                 followed = path in self.average.modules and path in self.online.modules  # modules are each side's own
                 if followed and (mine is None or theirs is None or old is not new):
                     self.lent.append(name)
@@ -233,7 +227,7 @@ class Pairing:
         result = {}
         for name, shared in self.shared.items():
             share = shares.get(name)
-            if share is None or not share.is_current(shared):
+            if share is None or not share.is_current(shared.old, shared.new):
                 alias = _alias(shared.new, *kind(shared.old, shared.new))
                 for mine, _ in shared.places:
                     mine.put(alias)
@@ -266,9 +260,9 @@ def _take_over(
     """Give `target` buffers of its own like those of `source`, or none where that has none."""
     made: dict[int, Tensor] = {}
     for name in names:
-        path, key = _split(name)
+        path, dot, key = name.rpartition(".")
         mine, theirs = target.buffers.get(name), source.buffers.get(name)
-        owner = target.modules[path] if mine is None else mine.owner
+        owner = target.modules[path + dot] if mine is None else mine.owner
         if theirs is None:
             owner._buffers.pop(key, None)
             owner._non_persistent_buffers_set.discard(key)
@@ -302,13 +296,9 @@ class Share:
         self._parts = parts(online)  # held, for what is gone could lend its address to something new
         self._state = _state(online)
 
-    def is_current(self, shared: Shared) -> bool:
+    def is_current(self, average: Tensor, online: Tensor) -> bool:
         """Whether the average still holds it, and nobody has replaced or written to what it came from."""
-        return self.tensor is shared.old and self.is_state_of(shared.new)
-
-    def is_state_of(self, online: Tensor) -> bool:
-        """Whether the online tensor is as it was."""
-        return _state(online) == self._state
+        return self.tensor is average and _state(online) == self._state
 
 
 def parts(tensor: Tensor) -> list[Tensor]:
@@ -318,15 +308,11 @@ def parts(tensor: Tensor) -> list[Tensor]:
 
 
 def _state(tensor: Tensor) -> list[tuple[int, ...]]:
-    return [
-        (
-            id(part),
-            0 if part.is_inference() else part._version,
-            part.data_ptr() if is_plain(part) else 0,
-            part.requires_grad,
-        )
-        for part in parts(tensor)
-    ]
+    def state(part: Tensor) -> tuple[int, ...]:
+        version = 0 if part.is_inference() else part._version
+        return id(part), version, part.data_ptr() if is_plain(part) else 0, part.requires_grad
+
+    return [state(part) for part in parts(tensor)]
 
 
 def _alias(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -381,17 +367,13 @@ def works(operation: Literal["average", "copy"], old: Tensor, new: Tensor) -> bo
 
 def refuse_to_average(name: str, tensor: Tensor) -> NoReturn:
     """Say which tensor has no average."""
-    wrong_type(
-        "model",
-        "tensors that can be averaged or that require no gradient",
-        f"{name!r} of type {type(tensor).__name__}",
-    )
+    got = f"{name!r} of type {type(tensor).__name__}"
+    wrong_type("model", "tensors that can be averaged or that require no gradient", got)
 
 
 def _fits(target: Tensor, source: Tensor) -> bool:
     """Whether a buffer can take the values of another where it is."""
-    own = target is not source and not target.is_inference() and not _overlaps(target)
-    return own and _alike(target, source)
+    return target is not source and not target.is_inference() and not _overlaps(target) and _alike(target, source)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -406,17 +388,15 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _same_kind(one: Tensor, other: Tensor) -> bool:
     """Both floating, both complex, or of the same dtype: an average has its own precision."""
-    floating, complex_ = one.is_floating_point(), one.is_complex()
-    if floating or complex_:
-        return (floating, complex_) == (other.is_floating_point(), other.is_complex())
+    if is_averageable(one):
+        return is_averageable(other) and one.is_complex() == other.is_complex()
     return one.dtype == other.dtype
 
 
 def _overlaps(tensor: Tensor) -> bool:
     """Whether several elements lie in one place, as after `expand`, so that nothing can be written there."""
-    return is_plain(tensor) and any(
-        size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    layout = zip(tensor.shape, tensor.stride(), strict=True) if is_plain(tensor) else ()
+    return any(size > 1 and step == 0 for size, step in layout)
 
 
 def _check_initialised(name: str, module: nn.Module) -> None:

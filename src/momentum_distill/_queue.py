@@ -35,7 +35,7 @@ from momentum_distill._group import (
     gather,
     require_in_sync,
 )
-from momentum_distill._precision import WideModule
+from momentum_distill._precision import WideModule, is_16_bit
 from momentum_distill._rows import normalize_rows, row_lengths, shortest
 
 EMPTY = -1
@@ -132,8 +132,7 @@ class ClassQueue(WideModule):
         self.group = group
         self.validate = validate
 
-        self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_restore_dtype)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_load_keys)  # type: ignore[no-untyped-call]
 
         # A ring per class (one ring in all unless balanced): where it starts, how long it is, how many samples it was
         # ever given. The next slot is `first_slot + count % share`, on the device: no host knows how many rows of a
@@ -146,8 +145,16 @@ class ClassQueue(WideModule):
         # Slot `size` is where rows go that are not stored: always zeros and -1, never read. With it every write has a
         # fixed shape. Row s of `labels` belongs to stream s: a stream that misses a sample has -1 there.
         self.register_buffer("labels", torch.full((len(dims), size + 1), EMPTY, dtype=torch.int64, device=device))
+        # Streams of a width share a bank, (streams, size + 1, width), which is written at once. In a state each has its
+        # own keys: see `_save_to_state_dict` and `_load_keys`.
+        self._banks: dict[str, list[str]] = {}
         for stream, width in dims.items():
-            self.register_buffer(_buffer_name(stream), torch.zeros(size + 1, width, dtype=dtype, device=device))
+            self._banks.setdefault(f"bank_{width}", []).append(stream)
+        self._rows = {stream: row for row, stream in enumerate(dims)}
+        self._places = {stream: (bank, i) for bank, streams in self._banks.items() for i, stream in enumerate(streams)}
+        for bank, streams in self._banks.items():
+            shape = len(streams), size + 1, dims[streams[0]]
+            self.register_buffer(bank, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -195,35 +202,34 @@ class ClassQueue(WideModule):
         ranks = find_ranks(self.group)
         valid = {} if valid is None else valid
         with errors_shared_by_gather(ranks, self._buffer("labels")):
-            self._check(labels, features, valid)
+            whole = self._check(labels, features, valid)
         if ranks is not None:
             labels, features, valid = self._gather(ranks, labels, features, valid)
+            whole = False  # nobody has looked at the labels of the others
         if labels.shape[0] == 0:
             return
 
         labels = marks = labels.to(torch.int64)  # marks: (N,), or (streams, N) where a stream misses a sample
-        rows = [features[stream] for stream in self.dims]
-        if valid:
+        if valid:  # an invalid row may hold anything, NaN for one
             masks = [valid.get(stream) for stream in self.dims]
             marks = torch.stack([labels if mask is None else torch.where(mask, labels, EMPTY) for mask in masks])
-            pairs = zip(rows, masks, strict=True)  # an invalid row may hold anything, NaN for one
-            rows = [row if mask is None else torch.where(mask[:, None], row, 0.0) for row, mask in pairs]
-        if self.normalize:
-            rows = _unit_rows(rows)
-        banks = [self._buffer(_buffer_name(stream)) for stream in self.dims]
-        run = self._run(labels)
-        if run is not None:
-            for bank, new in zip(banks, rows, strict=True):
-                bank[run] = new
+            features = dict(features) | {s: torch.where(mask[:, None], features[s], 0.0) for s, mask in valid.items()}
+        banks = [(self._buffer(bank), [features[s] for s in streams]) for bank, streams in self._banks.items()]
+        start = int(self._buffer("count")) % self.size if whole else self.size
+        if start + len(labels) <= self.size:  # the usual batch on the CPU: slices write it in half the time of an index
+            run = slice(start, start + len(labels))
+            for bank, rows in banks:
+                self._write(bank[:, run], rows)
             self._buffer("labels")[:, run] = marks
             self._buffer("count").add_(len(labels))
             return
-        slots, stored, given = self._slots(labels)
-        for bank, new in zip(banks, rows, strict=True):
-            bank.index_copy_(0, slots, new.to(bank.dtype))
-        torch._foreach_zero_([bank[self.size] for bank in banks])
-        self.labels.index_copy_(1, slots, torch.where(stored, marks, EMPTY).expand(len(banks), -1))
-        self.count.add_(given)
+        slots, stored, count = self._slots(labels)
+        for bank, rows in banks:
+            bank.index_copy_(1, slots, self._stack(rows).to(bank.dtype))
+        torch._foreach_zero_([bank[:, self.size] for bank, _ in banks])
+        marks = marks if stored is None else torch.where(stored, marks, EMPTY)
+        self.labels.index_copy_(1, slots, marks.expand(len(self.dims), -1))
+        self.count.copy_(count)
 
     def _gather(
         self, ranks: Ranks, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]
@@ -250,45 +256,63 @@ class ClassQueue(WideModule):
         Example:
             >>> ClassQueue(4, {"text": 2}).check_in_sync()  # one process: nothing to compare with
         """
-        require_in_sync(find_ranks(self.group), dict(self.named_buffers()), what="ClassQueue")
+        require_in_sync(find_ranks(self.group), self.state_dict(), what="ClassQueue")
 
-    def _run(self, labels: Tensor) -> slice | None:
-        """The slots of a batch that is stored whole and in one piece, or None where it is not, or one may not ask.
+    def _write(self, slots: Tensor, rows: list[Tensor]) -> None:
+        """Write rows of streams of one width to their slots, (streams, N, width), if possible with no copy between."""
+        if self.normalize and (is_16_bit(slots.dtype) or any(x.dtype != slots.dtype for x in rows)):
+            slots.copy_(self._stack(rows))
+            return
+        torch._foreach_copy_(slots.unbind(), rows)
+        if self.normalize and (unit := _unit_rows(slots, shortest(slots))) is not slots:
+            slots.copy_(unit)
 
-        That is the usual batch, and slices write it on the CPU in half the time that an index takes.
+    def _stack(self, rows: list[Tensor]) -> Tensor:
+        """Rows of streams of one width as they are stored, (streams, N, width)."""
+        if not self.normalize:
+            return torch.stack(rows)
+        if any(x.dtype != rows[0].dtype for x in rows):  # what counts as zero depends on the dtype
+            return torch.cat([self._stack([x]) for x in rows])
+        wide = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
+        return _unit_rows(torch.stack(rows).to(wide), shortest(rows[0]))
+
+    def _slots(self, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Where each row goes (N,), which rows are stored (N,), and the count of each ring afterwards (groups,).
+
+        None for which are stored if that is all that have another label than -1.
         """
-        if self.balanced or not may_ask(labels) or EMPTY in labels.tolist():
-            return None
-        start = int(self._buffer("count")) % self.size
-        stop = start + len(labels)
-        return slice(start, stop) if stop <= self.size else None
-
-    def _slots(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each row goes (N,), which rows are stored (N,), and how many each ring is given (groups,)."""
         if not self.balanced:
-            given = labels != EMPTY
-            order = given.cumsum(dim=0)  # the how-manieth of the batch, from 1
-            total = order[-1:]
-            # Of more rows than a ring holds, the newest stay.
-            stored = given if len(labels) <= self.size else given & (order > total - self.size)
-            slots = (order + (self.count - 1)) % self.size
+            stored = labels != EMPTY
+            counts = torch.cat([self.count, stored]).cumsum(dim=0)  # before each row, and after the last
+            slots, count = counts[:-1] % self.size, counts[-1:]
+            if len(labels) <= self.size:
+                return torch.where(stored, slots, self.share), None, count
+            stored = stored & (counts[1:] > count - self.size)  # of more rows than a ring holds, the newest stay
         else:
             given = labels >= 0
             ring = labels.clamp(min=0)
             member = given[:, None] & (ring[:, None] == torch.arange(len(self.share), device=labels.device))
-            order = member.cumsum(dim=0)
+            order = member.cumsum(dim=0)  # the how-manieth of the batch, from 1
             total = order[-1]
-            order = order.gather(1, ring[:, None])[:, 0]
-            share = self.share[ring]
+            order, share, count = order.gather(1, ring[:, None])[:, 0], self.share[ring], self.count + total
             stored = given & (order > total[ring] - share)
             slots = self.first_slot[ring] + (self.count[ring] + order - 1) % share
-        return torch.where(stored, slots, self.size), stored, total
+        return torch.where(stored, slots, self.size), stored, count
 
     def _buffer(self, name: str) -> Tensor:
         """A buffer, without the detour of attribute access, which takes as long as a small operation."""
         buffer = self._buffers[name]
         assert buffer is not None
         return buffer
+
+    def _keys(self, stream: str, slots: int) -> Tensor:
+        """The first slots of a stream: (slots, width). There are `size`, and one that is never read.
+
+        Like `bank[place][:slots]`, in one view instead of two, each of which takes as long as a small operation. Banks,
+        and labels, are never a part of another tensor.
+        """
+        (bank, place), width = self._places[stream], self.dims[stream]
+        return self._buffer(bank).as_strided((slots, width), (width, 1), place * (self.size + 1) * width)
 
     def read(self, stream: str, *, padded: bool = False) -> tuple[Tensor, Tensor]:
         """Keys and labels of one stream.
@@ -323,20 +347,16 @@ class ClassQueue(WideModule):
         if stream not in self.dims:
             wrong_value("stream", f"one of {sorted(self.dims)}", describe(stream))
         check_bool("padded", padded)
-        keys = self._buffer(_buffer_name(stream))[: self.size]
-        labels = self._buffer("labels")[self.streams.index(stream)][: self.size]
+        keys = self._keys(stream, self.size)
+        labels = self._buffer("labels").as_strided((self.size,), (1,), self._rows[stream] * (self.size + 1))
         if padded:
             return keys, labels
-        order = self._oldest_first()
-        order = order[labels[order] != EMPTY]
-        return keys[order], labels[order]
-
-    def _oldest_first(self) -> Tensor:
-        """All slots, ring by ring, the one written next at the front of its ring."""
-        slots = torch.arange(self.size, device=self.labels.device)
+        slots = torch.arange(self.size, device=labels.device)
         ring = torch.searchsorted(self.first_slot, slots, right=True) - 1
         start, share = self.first_slot[ring], self.share[ring]
-        return start + (slots - start + self.count[ring]) % share
+        order = start + (slots - start + self.count[ring]) % share  # of a ring, the slot written next comes first
+        order = order[labels[order] != EMPTY]
+        return keys[order], labels[order]
 
     def __len__(self) -> int:
         """How many slots are filled. Makes the host wait for the device."""
@@ -355,8 +375,16 @@ class ClassQueue(WideModule):
         """
         self.count.zero_()
         self.labels.fill_(EMPTY)
+        for bank in self._banks:
+            self._buffer(bank).zero_()
+
+    @override
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        extra = destination.pop(f"{prefix}_extra_state")
         for stream in self.dims:
-            self._buffer(_buffer_name(stream)).zero_()
+            destination[f"{prefix}keys_{stream}"] = self._keys(stream, self.size + 1)
+        destination[f"{prefix}_extra_state"] = extra
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -369,13 +397,22 @@ class ClassQueue(WideModule):
         if saved != list(self.streams):
             self.labels = self.labels[[saved.index(stream) for stream in self.streams]]
 
-    def _check(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
-        """Names, shapes, dtypes, devices and labels of a batch, and with `validate` its values."""
+    def _check(self, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> bool:
+        """Names, shapes, dtypes, devices and labels of a batch, and with `validate` its values.
+
+        Returns whether the batch is known to be stored whole: where one may look, in a queue that is not balanced.
+        """
         device = self._buffer("labels").device
         check_labels("labels", labels, shape=("N",))
         check_device("labels", labels, device, like="the queue")
-        wide, classes = labels.to(torch.int64), math.inf if self.num_classes is None else self.num_classes
-        check_classes("labels", wide, absent=EMPTY, classes=classes, validate=self.validate)
+        whole, free = False, may_ask(labels)
+        if labels.shape[0] and (self.validate or free):
+            low, high = (bound.item() for bound in labels.aminmax())
+            classes = math.inf if self.num_classes is None else self.num_classes
+            if low < 0 or high >= classes:  # these are rare: which rows, and whether they are wrong
+                wide = labels.to(torch.int64)
+                check_classes("labels", wide, absent=EMPTY, classes=classes, validate=self.validate)
+            whole = free and not self.balanced and (low >= 0 or EMPTY not in labels.tolist())
         if not isinstance(features, Mapping):
             wrong_type("features", "a mapping from stream to tensor", describe(features))
         check_names("features", features, self.dims)
@@ -392,8 +429,9 @@ class ClassQueue(WideModule):
             check_floating(name, features[stream], shape=(rows, width))
             check_device(name, features[stream], device, like="the queue")
             if self.validate:
-                kept = wide != EMPTY
+                kept = labels != EMPTY
                 check_finite(name, features[stream], kept & valid[stream] if stream in valid else kept)
+        return whole
 
     def _settings(self) -> str:
         """What has to be the same on all ranks, in words."""
@@ -407,50 +445,49 @@ class ClassQueue(WideModule):
         return f"{self._settings()}, group={describe_group(self.group)}"
 
 
-def _unit_rows(rows: list[Tensor]) -> list[Tensor]:
-    """L2-normalised rows of each stream; streams of one width and dtype together, in fewer and larger operations."""
-    unit = list(rows)
-    alike: dict[tuple[int, torch.dtype], list[int]] = {}
-    for place, x in enumerate(rows):
-        alike.setdefault((x.shape[1], x.dtype), []).append(place)
-    for places in alike.values():
-        raw = torch.cat([rows[place] for place in places])
-        eps, wide = shortest(raw), torch.float64 if raw.dtype == torch.float64 else torch.float32
-        stacked = raw.to(wide)
-        # Where one may ask whether squares would overflow or vanish, most rows need no scaling against it. In place,
-        # for this is a copy, which is still in the cache.
-        stacked = stacked.div_(row_lengths(stacked, eps)) if may_ask(stacked) else normalize_rows(stacked, eps)
-        for place, part in zip(places, stacked.chunk(len(places)), strict=True):
-            unit[place] = part
-    return unit
+def _unit_rows(rows: Tensor, eps: float) -> Tensor:
+    """The rows of a stack of matrices, L2-normalised; in place where one may ask how long they are."""
+    return rows.div_(row_lengths(rows, eps)) if may_ask(rows) else normalize_rows(rows, eps)
 
 
-def _check_state(queue: ClassQueue, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """Refuse a state of other streams or sizes before anything of it is copied."""
+def _load_keys(
+    queue: ClassQueue,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    *_: object,
+) -> None:
+    """Before `load_state_dict`: refuse a state of other streams or sizes, and put the keys of each stream in its place.
+
+    With `assign=True` a bank is made of the keys that come, in the dtype of the queue.
+    """
+    del strict
     extra = state_dict.get(f"{prefix}_extra_state")
     if extra is not None and set(saved := _saved_streams(extra)) != set(queue.streams):
         wrong_value("state_dict", f"streams {list(queue.streams)}", f"{saved}")
-    for name in ("count", "labels", *map(_buffer_name, queue.streams)):
-        tensor, shape = state_dict.get(prefix + name), tuple(queue.get_buffer(name).shape)
-        if isinstance(tensor, Tensor) and tuple(tensor.shape) != shape:
-            wrong_value("state_dict", f"shape {shape} for {prefix + name!r}", f"{tuple(tensor.shape)}")
+    own = {f"keys_{stream}": queue._keys(stream, queue.size + 1) for stream in queue.dims}
+    for name, buffer in {"count": queue.count, "labels": queue.labels, **own}.items():
+        tensor = state_dict.get(prefix + name)
+        if isinstance(tensor, Tensor) and tensor.shape != buffer.shape:
+            wrong_value("state_dict", f"shape {tuple(buffer.shape)} for {prefix + name!r}", f"{tuple(tensor.shape)}")
+    missing_keys += [prefix + name for name in own if prefix + name not in state_dict]
+    came = {name: state_dict.pop(prefix + name, buffer) for name, buffer in own.items()}
+    if local_metadata.get("assign_to_params_buffers", False):
+        for bank, streams in queue._banks.items():
+            setattr(queue, bank, torch.stack([came[f"keys_{stream}"] for stream in streams]).to(queue.dtype))
+        if isinstance(labels := state_dict.get(f"{prefix}labels"), Tensor):
+            state_dict[f"{prefix}labels"] = labels.clone(memory_format=torch.contiguous_format)
+        return
+    with torch.no_grad():
+        for name, buffer in own.items():
+            buffer.copy_(came[name])
 
 
 def _saved_streams(extra: Tensor) -> list[str]:
     saved: list[str] = json.loads(bytes(extra.tolist()))
     return saved
-
-
-def _restore_dtype(queue: ClassQueue, incompatible_keys: object) -> None:
-    """Give the rows their dtype again: after `load_state_dict(..., assign=True)` they are the checkpoint's own."""
-    del incompatible_keys
-    for stream in queue.dims:
-        name = _buffer_name(stream)
-        setattr(queue, name, queue.get_buffer(name).to(queue.dtype))
-
-
-def _buffer_name(stream: str) -> str:
-    return f"keys_{stream}"
 
 
 def _check_dims(dims: object) -> None:

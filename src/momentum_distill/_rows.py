@@ -23,12 +23,12 @@ def normalize_rows(x: Tensor, eps: float) -> Tensor:
 
 
 def row_lengths(rows: Tensor, eps: float) -> Tensor:
-    """Euclidean lengths (B, 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    if may_ask(lengths) and are_ordinary(lengths, eps, rows.shape[1]):
+    """Euclidean lengths (..., 1); infinite for a row in which no magnitude reaches `eps`, so that it becomes zero."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    if may_ask(lengths) and are_ordinary(lengths, eps, rows.shape[-1]):
         return lengths
-    largest = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else lengths
-    scaled = largest * torch.linalg.vector_norm(rows / torch.where(largest == 0, 1.0, largest), dim=1, keepdim=True)
+    largest = rows.abs().amax(dim=-1, keepdim=True) if rows.shape[-1] else lengths
+    scaled = largest * torch.linalg.vector_norm(rows / torch.where(largest == 0, 1.0, largest), dim=-1, keepdim=True)
     return torch.where(largest < eps, torch.inf, scaled)
 
 
