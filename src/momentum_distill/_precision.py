@@ -42,8 +42,16 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 def blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
     """(1 - alpha) first + alpha second, in the dtype of `first`."""
-    # A tensor in that dtype, in which 1 - alpha loses nothing.
-    return torch.lerp(first, second, alpha.to(first.dtype) if isinstance(alpha, Tensor) else alpha)
+    if isinstance(alpha, Tensor) or torch.compiler.is_compiling():
+        # In that dtype, in which 1 - alpha loses nothing.
+        alpha = as_variable(alpha, first).to(first.dtype)
+    return torch.lerp(first, second, alpha)
+
+
+def as_variable(value: float | Tensor, like: Tensor) -> Tensor:
+    """A tensor of shape (), a number in the dtype and on the device of `like`, which a compiler takes for any number."""
+    # A product: what a tensor is filled with becomes a constant of the graph, and the next number a new graph.
+    return value if isinstance(value, Tensor) else like.new_ones(()) * value
 
 
 class WideModule(nn.Module):

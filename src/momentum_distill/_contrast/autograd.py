@@ -22,7 +22,13 @@ def contrast(problem: Problem, *, only_total: bool) -> Terms:
         if torch.compiler.is_compiling():
             learns = torch.is_grad_enabled()
             wanted = [learns and x is not None and x.requires_grad for x in inputs]
-            return Terms(*_Compiled.apply(problem, wanted, only_total, *inputs))
+            total, supervised, distill, *counts = _Compiled.apply(problem, wanted, only_total, *inputs)
+            learned = [x for x, want in zip(inputs, wanted, strict=True) if want]
+            if only_total and learned:
+                (total,) = torch.ops.momentum_distill.once([total], learned)
+            elif learned:
+                total, supervised, distill = torch.ops.momentum_distill.once([total, supervised, distill], learned)
+            return Terms(total, supervised, distill, *counts)
         call = _Call(problem, torch.is_grad_enabled())
         total, supervised, distill = _Contrast.apply(call, *inputs)
         return Terms(total, supervised, distill, *call.counts)
@@ -93,9 +99,10 @@ class _Compiled(torch.autograd.Function):
         problem: Problem,
         wanted: list[bool],  # of what follows, which is for a gradient to be
         only_total: bool,
-        *_: Tensor | None,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ready = only_total and not (problem.reduction == "none" and any(wanted[3:]))
+        # Not problem.reduction: older compilers know no property of a NamedTuple.
+        ready = only_total and not (problem.choices.reduction == "none" and any(wanted[3:]))
         given = operator.arguments(problem)
         found = torch.ops.momentum_distill.contrast(*given, [ready and any(wanted), *wanted[3:]])
         total, supervised, distill, rows, rows_with_positive, *grads = found

@@ -2,7 +2,7 @@
 
 Two operators, for autograd.Function to connect: `contrast` gives the terms and the gradient of their total, and
 `contrast_gradients` that of any sum of the terms' rows. Defined by `define` and `impl`, which start in a tenth of
-the time of `custom_op`. They have no derivative of their own, so a second one is an error.
+the time of `custom_op`. They have no derivative of their own, and a second one is an error by a third, `once`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from momentum_distill._contrast import engine
 from momentum_distill._contrast.formulas import Positives, Reduction
 from momentum_distill._contrast.problem import Bounds, Choices, Problem, problem_of
 from momentum_distill._group import find_ranks
-from momentum_distill._precision import full_precision, sum_dtype
+from momentum_distill._precision import as_variable, full_precision, sum_dtype
 
 ARGUMENTS = (
     "Tensor query, Tensor[] keys, Tensor query_labels, Tensor[] key_labels, Tensor? momentum_query, "
@@ -28,31 +28,27 @@ torch.library.define("momentum_distill::contrast", f"({ARGUMENTS}) -> Tensor[]")
 torch.library.define(
     "momentum_distill::contrast_gradients", f"({ARGUMENTS}, Tensor grad_supervised, Tensor grad_distill) -> Tensor[]"
 )
+torch.library.define("momentum_distill::once", "(Tensor[] terms, Tensor[] inputs) -> Tensor[]")
 
 
 def arguments(problem: Problem) -> tuple[Any, ...]:
     """Those of both operators but the last, `wanted`: whether gradients are to be made at all, and for each part."""
-
-    def tensor(value: float | Tensor) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.detach()
-        # A product: what is multiplied stays a variable to a compiler, what a tensor is filled with becomes a constant.
-        return problem.query.new_ones((), dtype=problem.prepare.dtype) * value
-
-    same = problem.same_keys
+    query, momentum_query = problem.query.detach(), problem.momentum_query
+    like = query.new_empty((), dtype=problem.prepare.dtype)
+    same = momentum_query is not None and all(part.momentum is part.online for part in problem.keys)
     momentum = [] if same else [part.momentum.detach() for part in problem.keys if part.momentum is not None]
     own_temperature = problem.momentum_temperature is not problem.temperature
     return (
-        problem.query.detach(),
+        query,
         [part.online.detach() for part in problem.keys],
         problem.labels,
         [part.labels for part in problem.keys],
-        None if problem.momentum_query is None else problem.momentum_query.detach(),
+        None if momentum_query is None else momentum_query.detach(),
         momentum,
         same,
-        tensor(problem.temperature),
-        tensor(problem.momentum_temperature) if own_temperature else None,
-        tensor(problem.alpha),
+        as_variable(problem.temperature, like).detach(),
+        as_variable(problem.momentum_temperature, like).detach() if own_temperature else None,
+        as_variable(problem.alpha, like).detach(),
         *problem.choices,
         "" if problem.ranks is None else problem.ranks.group.group_name,
     )
@@ -158,9 +154,27 @@ def _dtype(values: Sequence[Any]) -> torch.dtype:
     return sum_dtype(query, *keys, momentum_query, *momentum_keys)
 
 
+def _backward_of_once(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None], list[None]]:  # noqa: ANN401
+    """What comes from above, of which every gradient is made; no compiler may think it independent of the inputs."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "supcon_distill: expected no derivative of a gradient (create_graph=True) under torch.compile, which sees no "
+            "way from it to the inputs; without torch.compile the loss has second derivatives"
+        )
+    given = torch.ops.momentum_distill.once([grad for grad in grads if grad is not None], ctx.inputs)
+    passed = iter(given)
+    return [None if grad is None else next(passed) for grad in grads], [None] * len(ctx.inputs)
+
+
+def _inputs_of_once(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: list[Tensor]) -> None:  # noqa: ANN401
+    ctx.inputs = inputs[1]
+
+
 for _name, _impl, _fake in (
     ("contrast", _contrast, _fake_contrast),
     ("contrast_gradients", _contrast_gradients, _fake_contrast_gradients),
+    ("once", lambda terms, _: [term.clone() for term in terms], lambda terms, _: [term.clone() for term in terms]),
 ):
     torch.library.impl(f"momentum_distill::{_name}", "CompositeExplicitAutograd", _impl)
     torch.library.register_fake(f"momentum_distill::{_name}", _fake)
+torch.library.register_autograd("momentum_distill::once", _backward_of_once, setup_context=_inputs_of_once)
