@@ -20,18 +20,28 @@ def contrast(problem: Problem, *, only_total: bool) -> Terms:
         if in_transform():  # which sees into no autograd.Function
             return engine.by_autograd(problem)
         if torch.compiler.is_compiling():
-            learns = torch.is_grad_enabled()
-            wanted = [learns and x is not None and x.requires_grad for x in inputs]
-            total, supervised, distill, *counts = _Compiled.apply(problem, wanted, only_total, *inputs)
-            learned = [x for x, want in zip(inputs, wanted, strict=True) if want]
-            if only_total and learned:
-                (total,) = torch.ops.momentum_distill.once([total], learned)
-            elif learned:
-                total, supervised, distill = torch.ops.momentum_distill.once([total, supervised, distill], learned)
-            return Terms(total, supervised, distill, *counts)
+            return _once(_compiled(problem, inputs, only_total=only_total), inputs, only_total=only_total)
         call = _Call(problem, torch.is_grad_enabled())
         total, supervised, distill = _Contrast.apply(call, *inputs)
         return Terms(total, supervised, distill, *call.counts)
+
+
+def _compiled(problem: Problem, inputs: list[Tensor | None], *, only_total: bool) -> Terms:
+    """As formulas that the compiler fuses, or as an operator."""
+    if engine.is_fused(problem):
+        return engine.by_autograd(problem)
+    learns = torch.is_grad_enabled()
+    wanted = [learns and x is not None and x.requires_grad for x in inputs]
+    return Terms(*_Compiled.apply(problem, wanted, only_total, *inputs))
+
+
+def _once(terms: Terms, inputs: list[Tensor | None], *, only_total: bool) -> Terms:
+    """Differentiable once: compilers drop a second derivative without a word where a gradient keeps no input."""
+    learned = [x for x in inputs if x is not None and x.requires_grad]
+    if not learned or not torch.is_grad_enabled():
+        return terms
+    count = 1 if only_total else 3
+    return Terms(*torch.ops.momentum_distill.once(list(terms[:count]), learned), *terms[count:])
 
 
 class _Call:

@@ -5,6 +5,7 @@ Two operators, for autograd.Function to connect: `contrast` gives the terms and 
 the time of `custom_op`. They have no derivative of their own, and a second one is an error by a third, `once`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -92,7 +93,7 @@ def _problem(
         keys if same_keys else momentum_keys,
         temperature,
         temperature if momentum_temperature is None else momentum_temperature,
-        alpha,
+        engine.known(alpha),
         Choices(
             cast(Positives, positives),
             cast(Reduction, reduction),
@@ -133,6 +134,7 @@ def _listed(found: engine.Gradients) -> list[Tensor]:
 
 
 def _fake_contrast(*values: Any) -> list[Tensor]:  # noqa: ANN401
+    count_flops()
     query, reduction, wanted = values[0], values[11], values[-1]
     wide = query.new_empty((), dtype=_dtype(values))
     term = (query.shape[0],) if reduction == "none" else ()
@@ -147,6 +149,28 @@ def _fake_contrast_gradients(*values: Any) -> list[Tensor]:  # noqa: ANN401
     return grads + [
         part.new_empty(part.shape, dtype=dtype) for part, want in zip(keys, wanted[1:], strict=True) if want
     ]
+
+
+def _flops(query: torch.Size, keys: list[torch.Size], *others: Any, out_shape: Any = None) -> int:  # noqa: ANN401
+    """N Q d multiplications and additions for each product, from the shapes of the arguments of an operator.
+
+    The logits, those of the momentum model, the gradient for the query, and for each part of the keys that wants one.
+    """
+    momentum_query, wanted = others[2], others[15]
+    rows, width = query
+    everything = sum(part[0] for part in keys)
+    products = everything * (1 + (momentum_query is not None) + wanted[0])
+    products += sum(part[0] for part, want in zip(keys, wanted[1:], strict=True) if wanted[0] and want)
+    return 2 * rows * width * products
+
+
+@functools.cache
+def count_flops() -> None:
+    """Tell the counter of PyTorch, which takes longer to import than all of this package."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for operator in (torch.ops.momentum_distill.contrast, torch.ops.momentum_distill.contrast_gradients):
+        register_flop_formula(operator)(_flops)
 
 
 def _dtype(values: Sequence[Any]) -> torch.dtype:
