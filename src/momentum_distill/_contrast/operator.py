@@ -191,6 +191,7 @@ def _backward_of_once(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor
 
 
 def _inputs_of_once(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: list[Tensor]) -> None:  # noqa: ANN401
+    ctx.set_materialize_grads(False)
     ctx.inputs = inputs[1]
 
 
