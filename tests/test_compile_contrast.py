@@ -1,18 +1,15 @@
 """The contrastive loss under torch.compile: as operators, and as plain formulas where those are fused."""
 
 import itertools
-import math
 import subprocess
 import sys
-import textwrap
-import warnings
 
 import pytest
 import torch
 from torch.func import grad, jacrev, vmap
 
 import momentum_distill as md
-from loss_cases import POSITIVES, REDUCTIONS, SupConCase, numbers_alone, supcon_case, without_asking
+from loss_cases import POSITIVES, REDUCTIONS, Largest, numbers_alone, supcon_case
 from momentum_distill import functional as F
 from momentum_distill._contrast import engine, operator, tiles
 from momentum_distill._contrast.arguments import read_problem
@@ -147,7 +144,8 @@ POINTS = [  # in which any two values of two columns meet, but for some of the g
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: "-".join(map(str, point[:4])))
-def test_value_and_gradients_are_those_without_a_compiler(point, as_operator):
+@pytest.mark.usefixtures("as_operator")
+def test_value_and_gradients_are_those_without_a_compiler(point):
     parts, momentum, positives, reduction, exclude_self, dynamic, learned = point
     options = {"positives": positives, "reduction": reduction, "exclude_self": exclude_self}
     compare(case_of(parts, momentum), learned, dynamic=dynamic, **options)
@@ -164,7 +162,8 @@ def test_value_and_gradients_of_fused_formulas(point):
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("momentum", ["none", "same", "other"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_value_and_gradients_of_the_grid(parts, momentum, dynamic, way):
+@pytest.mark.usefixtures("way")
+def test_value_and_gradients_of_the_grid(parts, momentum, dynamic):
     names = LEARNED[: 3 + parts]
     every = itertools.product(POSITIVES, REDUCTIONS, [False, True] if parts == 2 else [False], subsets(names))
     for index, (positives, reduction, exclude_self, learned) in enumerate(every):
@@ -178,7 +177,8 @@ def test_value_and_gradients_of_the_grid(parts, momentum, dynamic, way):
 @pytest.mark.long
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: "-".join(map(str, point[:4])))
-def test_the_default_compiler_gives_the_same(point, dynamic, way):
+@pytest.mark.usefixtures("way")
+def test_the_default_compiler_gives_the_same(point, dynamic):
     parts, momentum, positives, reduction, exclude_self, _, learned = point
     options = {"positives": positives, "reduction": reduction, "exclude_self": exclude_self}
     compare(case_of(parts, momentum), learned, dynamic=dynamic, backend="inductor", **options)
@@ -186,7 +186,8 @@ def test_the_default_compiler_gives_the_same(point, dynamic, way):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_features_of_16_bits_and_autocast(dtype, backend, way):
+@pytest.mark.usefixtures("way")
+def test_features_of_16_bits_and_autocast(dtype, backend):
     given = case_of(dtype=dtype)
     given["temperature"], given["alpha"] = given["temperature"].float(), given["alpha"].float()
     # A gradient is one of the numbers of 16 bits, the neighbour if the last digit before rounding differs.
@@ -210,7 +211,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("tiled", [False, True], ids=["matrices", "tiles"])
-def test_inputs_of_any_strides(tiled, backend, as_operator, monkeypatch):
+@pytest.mark.usefixtures("as_operator")
+def test_inputs_of_any_strides(tiled, backend, monkeypatch):
     if tiled:
         monkeypatch.setattr(engine, "DENSE_SCORES", -1)
     for name, layout in LAYOUTS.items():
@@ -317,7 +319,7 @@ def test_fused_formulas_are_for_few_scores_alone():
         torch._dynamo.reset()
         programs = []
 
-        def backend(graph, inputs):
+        def backend(graph, _):
             programs.append(graph.print_readable(print_output=False))
             return graph.forward
 
@@ -335,7 +337,8 @@ def test_fused_formulas_are_for_few_scores_alone():
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
-def test_a_second_derivative_is_right_or_an_error(backend, reduction, way):
+@pytest.mark.usefixtures("way")
+def test_a_second_derivative_is_right_or_an_error(backend, reduction):
     """Of a gradient for any one input, for any other: also where it does not depend on what comes from above."""
     given = case_of(1)
     given["temperature"], given["alpha"] = given["temperature"].requires_grad_(), given["alpha"].requires_grad_()
@@ -363,16 +366,223 @@ def test_a_second_derivative_is_right_or_an_error(backend, reduction, way):
         torch.testing.assert_close(*answers, **EXACT)
 
 
-def test_what_is_said_where_a_second_derivative_is_asked_for(way):
+@pytest.mark.usefixtures("way")
+def test_what_is_said_where_a_second_derivative_is_asked_for():
     case = supcon_case().requires_grad()
     loss = compiled(F.supcon_distill_loss, "eager")(*case.args, temperature=0.5)
     with pytest.raises(RuntimeError, match=r"^supcon_distill: expected no derivative of a gradient \(create_graph"):
         torch.autograd.grad(loss, case.query, create_graph=True)
 
 
-def test_a_backward_pass_may_be_repeated(way):
+@pytest.mark.usefixtures("way")
+def test_a_backward_pass_may_be_repeated():
     case = supcon_case().requires_grad()
     loss = compiled(F.supcon_distill_loss)(*case.args, **case.momentum, temperature=0.5)
     first = torch.autograd.grad(loss, (case.query, case.keys), retain_graph=True)
     again = torch.autograd.grad(2 * loss, (case.query, case.keys))
     torch.testing.assert_close(again, tuple(2 * one for one in first), **EXACT)
+
+
+# ------------------------------------------------------------------------------------------------------- transforms
+
+
+def test_transforms_inside_a_compiler():
+    case = supcon_case(0, 4, 6, 3)
+    queries = torch.stack([case.query, 2 * case.query, case.query - 1])
+
+    def loss(query, labels=case.query_labels, momentum=case.momentum, **options):
+        return F.supcon_distill_loss(query, case.keys, labels, case.key_labels, **momentum, temperature=0.5, **options)
+
+    transformed = {
+        "gradient": (grad(loss), case.query),
+        "gradients of several problems": (vmap(grad(loss)), queries),
+        "jacobian of rows": (jacrev(lambda query: loss(query, reduction="none")), case.query),
+        "gradients by sample": (
+            vmap(grad(lambda row, label: loss(row[None], label[None], {}))),
+            case.query,
+            case.query_labels,
+        ),
+    }
+    for name, (f, query, *others) in transformed.items():
+        torch._dynamo.reset()
+        answers = []
+        for call in (compiled(f), f):
+            query = query.detach().requires_grad_()
+            value = call(query, *others)
+            answers.append((value.detach(), *torch.autograd.grad(value.square().sum(), query)))
+        torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.usefixtures("way")
+def test_a_transform_of_compiled_code_is_an_error_or_right():
+    case = supcon_case(0, 4, 6, 3)
+    by_query = compiled(lambda query: F.supcon_distill_loss(query, *case.args[1:], temperature=0.5))
+    for transform in (grad, vmap):
+        with pytest.raises(Exception, match="functorch"):
+            transform(by_query)(case.query if transform is grad else case.query[None])
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+
+
+@pytest.mark.parametrize("field", ["total", "supervised", "distill"])
+@pytest.mark.usefixtures("way")
+def test_a_single_term_may_be_differentiated(field):
+    def f(**given):
+        return getattr(F.supcon_distill_terms(**given), field)
+
+    given = case_of()
+    names = ["query", "temperature", "keys[0]"]
+    compare(given, names, call=f)
+
+
+@pytest.mark.usefixtures("way")
+def test_terms_are_those_without_a_compiler():
+    loss_fn, case = md.SupConDistillLoss(), supcon_case(ignored=0.2, unlabelled=0.2)
+    for one, other in zip(
+        compiled(loss_fn.terms)(*case.args, **case.momentum), loss_fn.terms(*case.args, **case.momentum), strict=True
+    ):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.usefixtures("way")
+def test_a_whole_module_and_its_optimizer(backend):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder = torch.nn.Linear(4, 4).double()
+            self.loss = md.SupConDistillLoss()
+
+        def forward(self, case):
+            query = self.encoder(case.query)
+            return self.loss(query, case.keys, case.query_labels, case.key_labels, **case.momentum)
+
+    trained = []
+    for compile_it in (False, True):
+        model = Model()
+        call = compiled(model, backend) if compile_it else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            call(supcon_case(step)).backward()
+            optimizer.step()
+        trained.append([p.detach() for p in model.parameters()])
+    # The temperature is learned in float32.
+    torch.testing.assert_close(*trained, rtol=1e-6, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------- memory and FLOPs
+
+
+def test_nothing_of_the_size_of_the_similarities_is_made(monkeypatch):
+    n, q, d = 64, 40_000, 8
+    generator = torch.Generator().manual_seed(0)
+    query, momentum_query = (torch.randn(n, d, generator=generator) for _ in range(2))
+    keys, momentum_keys = (torch.randn(q, d, generator=generator) for _ in range(2))
+    batch = keys[:n].clone().requires_grad_()
+    labels, key_labels = torch.randint(3, (n,), generator=generator), torch.randint(3, (q,), generator=generator)
+    largest = Largest()
+
+    class Watched(engine.Solved):
+        """The inside of the operators, which is hidden from what watches the graph."""
+
+        def __init__(self, problem):
+            with largest:
+                super().__init__(problem)
+
+        def gradients(self, *arguments):
+            with largest:
+                return super().gradients(*arguments)
+
+    def watched(graph, _):
+        """Runs the graph itself, operation by operation."""
+
+        def run(*args):
+            with largest:
+                return graph.forward(*args)
+
+        return run
+
+    def f(query):
+        return F.supcon_distill_loss(
+            query,
+            (batch, keys[n:]),
+            labels,
+            (key_labels[:n], key_labels[n:]),
+            temperature=0.5,
+            momentum_query=momentum_query,
+            momentum_keys=(momentum_keys[:n], momentum_keys[n:]),
+        )
+
+    monkeypatch.setattr(engine, "Solved", Watched)
+    loss = torch.compile(f, backend=watched, fullgraph=True)(query.requires_grad_())
+    with largest:
+        loss.backward()
+    assert query.grad is not None
+    assert batch.grad is not None
+    assert tiles.TILE_SCORES / 2 < largest.numel <= max(2 * tiles.TILE_SCORES, q * d)
+    assert largest.numel < n * q / 4
+
+
+@pytest.mark.long
+def test_compiled_code_needs_no_more_memory_than_eager():
+    peaks = {way: float(in_a_process(PEAK, way)) for way in ("eager", "compiled")}
+    assert peaks["compiled"] <= peaks["eager"] + 1, peaks
+
+
+PEAK = """
+import sys, torch, momentum_distill as md
+torch.set_num_threads(1)
+n, q, d = 512, 65_536, 128
+query, momentum_query = torch.randn(n, d, requires_grad=True), torch.randn(n, d)
+keys, momentum_keys = torch.randn(q, d), torch.randn(q, d)
+labels, key_labels = torch.randint(3, (n,)), torch.randint(3, (q,))
+loss_fn = md.SupConDistillLoss()
+call = torch.compile(loss_fn, fullgraph=True) if sys.argv[1] == "compiled" else loss_fn
+
+def step():
+    call(query, keys, labels, key_labels, momentum_query=momentum_query, momentum_keys=momentum_keys).backward()
+
+step()
+from torch.profiler import profile
+with profile(profile_memory=True) as profiled:
+    step()
+now = peak = 0
+for event in profiled.profiler.kineto_results.events():
+    if event.name() == "[memory]":
+        now += event.nbytes()
+        peak = max(peak, now)
+print(peak / 2**20)
+"""
+
+
+def in_a_process(program, *arguments):
+    command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_flops_of_the_operators_are_those_of_their_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    given = case_of(n=5, q=11)
+    larger = case_of(n=64, q=512)
+    compiled(lambda: F.supcon_distill_loss(**larger))()  # from then on they are counted
+    product = 2 * 5 * 11 * 4
+
+    def flops(f):
+        with FlopCounterMode(display=False) as counter:
+            f()
+        return counter.get_total_flops()
+
+    assert flops(lambda: CONTRAST(*operands(given), [False, False, False])) == 2 * product
+    assert flops(lambda: CONTRAST(*operands(given), [True, False, False])) == 3 * product
+    assert flops(lambda: CONTRAST(*operands(case_of(2, "none")), [True, False, False])) == 2 * product
+    whole = 4 * product
+    assert flops(lambda: CONTRAST(*operands(given), [True, True, True])) == whole
+    shares = [torch.tensor(share, dtype=torch.float64) for share in (0.6, 0.4)]
+    assert flops(lambda: GRADIENTS(*operands(given), [True, True, True], *shares)) == whole
+    # As without a compiler, through the matrices.
+    leaves = with_leaves(given, LEARNED)
+    assert flops(lambda: F.supcon_distill_loss(**leaves).backward()) == whole

@@ -49,7 +49,7 @@ def blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def as_variable(value: float | Tensor, like: Tensor) -> Tensor:
-    """A tensor of shape (), a number in the dtype and on the device of `like`, which a compiler takes for any number."""
+    """A tensor of shape (); of a number in the dtype and on the device of `like`, and to a compiler one of any."""
     # A product: what a tensor is filled with becomes a constant of the graph, and the next number a new graph.
     return value if isinstance(value, Tensor) else like.new_ones(()) * value
 

@@ -109,7 +109,7 @@ class _Compiled(torch.autograd.Function):
         problem: Problem,
         wanted: list[bool],  # of what follows, which is for a gradient to be
         only_total: bool,
-        *inputs: Tensor | None,
+        *_: Tensor | None,
     ) -> tuple[Tensor, ...]:
         # Not problem.reduction: older compilers know no property of a NamedTuple.
         ready = only_total and not (problem.choices.reduction == "none" and any(wanted[3:]))

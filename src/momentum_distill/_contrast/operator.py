@@ -151,7 +151,7 @@ def _fake_contrast_gradients(*values: Any) -> list[Tensor]:  # noqa: ANN401
     ]
 
 
-def _flops(query: torch.Size, keys: list[torch.Size], *others: Any, out_shape: Any = None) -> int:  # noqa: ANN401
+def _flops(query: torch.Size, keys: list[torch.Size], *others: Any, **_: Any) -> int:  # noqa: ANN401
     """N Q d multiplications and additions for each product, from the shapes of the arguments of an operator.
 
     The logits, those of the momentum model, the gradient for the query, and for each part of the keys that wants one.
@@ -159,7 +159,7 @@ def _flops(query: torch.Size, keys: list[torch.Size], *others: Any, out_shape: A
     momentum_query, wanted = others[2], others[15]
     rows, width = query
     everything = sum(part[0] for part in keys)
-    products = everything * (1 + (momentum_query is not None) + wanted[0])
+    products: int = everything * (1 + (momentum_query is not None) + wanted[0])
     products += sum(part[0] for part, want in zip(keys, wanted[1:], strict=True) if wanted[0] and want)
     return 2 * rows * width * products
 
@@ -182,15 +182,15 @@ def _backward_of_once(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor
     """What comes from above, of which every gradient is made; no compiler may think it independent of the inputs."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "supcon_distill: expected no derivative of a gradient (create_graph=True) under torch.compile, which sees no "
-            "way from it to the inputs; without torch.compile the loss has second derivatives"
+            "supcon_distill: expected no derivative of a gradient (create_graph=True) under torch.compile, which sees "
+            "no way from it to the inputs; without torch.compile the loss has second derivatives"
         )
     given = torch.ops.momentum_distill.once([grad for grad in grads if grad is not None], ctx.inputs)
     passed = iter(given)
     return [None if grad is None else next(passed) for grad in grads], [None] * len(ctx.inputs)
 
 
-def _inputs_of_once(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: list[Tensor]) -> None:  # noqa: ANN401
+def _inputs_of_once(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], output: Any) -> None:  # noqa: ANN401, ARG001
     ctx.set_materialize_grads(False)
     ctx.inputs = inputs[1]
 
