@@ -443,8 +443,12 @@ def losses_under_ddp(case: LossCase) -> dict[str, list[float] | None]:
     return {name: None if leaf.grad is None else leaf.grad.reshape(-1).tolist() for name, leaf in model.learned.items()}
 
 
-def compiled(case: LossCase) -> dict[str, tuple[float, float]]:
-    """Value of each loss in one graph, and how far value and gradients are from those without a compiler."""
+def compiled(case: LossCase, fused_scores: int) -> dict[str, tuple[float, float]]:
+    """Value of each loss in one graph, and how far value and gradients are from those without a compiler.
+
+    The contrastive loss is an operator of that graph for more than `fused_scores` scores.
+    """
+    engine.FUSED_SCORES = fused_scores
     names = ["supcon inside mean", "supervised", "classification", "hard sample distance mean", "mean of rows"]
     found = {}
     for name in names:
@@ -459,7 +463,8 @@ def compiled(case: LossCase) -> dict[str, tuple[float, float]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own, about what it does itself
                 loss = loss_fn(given)
-            grads = torch.autograd.grad(loss, [query, temperature, alpha], allow_unused=True, materialize_grads=True)
+            inputs = [query, temperature, alpha]
+            grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
             answers.append([loss.detach(), *grads])
         far = max(float((a - b).abs().max()) for a, b in zip(*answers, strict=True))
         found[name] = float(answers[1][0]), far

@@ -174,9 +174,10 @@ def test_a_rank_without_rows_gives_ddp_every_gradient(ranks, case):
             close(grads[leaf], expected, 1e-12, leaf)
 
 
-def test_losses_compile_to_one_graph(ranks):
+@pytest.mark.parametrize("fused_scores", [2**14, -1], ids=["formulas", "operator"])
+def test_losses_compile_to_one_graph(fused_scores, ranks):
     case = LossCase((3, 5))
-    first, second = ranks.run(2, "rank_blocks:compiled", case)
+    first, second = ranks.run(2, "rank_blocks:compiled", case, fused_scores)
     alone = rank_blocks.losses(case)
     for name, (value, far) in first.items():
         assert value == second[name][0]

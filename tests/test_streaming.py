@@ -7,12 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import momentum_distill as md
 import reference
-from loss_cases import POSITIVES, assert_close, assert_gradient_close, by_autograd, supcon_case, without_asking
+from loss_cases import POSITIVES, Largest, assert_close, assert_gradient_close, by_autograd, supcon_case, without_asking
 from momentum_distill import functional as F
 from momentum_distill._contrast import engine, tiles
 
@@ -136,23 +134,6 @@ def test_the_same_keys_on_both_sides_are_read_once_and_give_the_same(positives, 
         results.append((loss.detach(), query.grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = {t.untyped_storage().data_ptr(): t for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for pointer, tensor in made.items():
-            if pointer not in given:
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
 
 
 @pytest.mark.parametrize("exclude_self", [False, True], ids=["", "without self"])

@@ -42,11 +42,16 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
 
 def blend(first: Tensor, second: Tensor, alpha: float | Tensor) -> Tensor:
     """(1 - alpha) first + alpha second, in the dtype of `first`."""
-    if isinstance(alpha, Tensor):
-        alpha = alpha.to(first.dtype)  # in which 1 - alpha loses nothing
-    elif not torch.compiler.is_compiling():  # which would make a constant of the number
-        return torch.lerp(first, second, alpha)
-    return (1 - alpha) * first + alpha * second
+    if isinstance(alpha, Tensor) or torch.compiler.is_compiling():
+        # In that dtype, in which 1 - alpha loses nothing.
+        alpha = as_variable(alpha, first).to(first.dtype)
+    return torch.lerp(first, second, alpha)
+
+
+def as_variable(value: float | Tensor, like: Tensor) -> Tensor:
+    """A tensor of shape (); of a number in the dtype and on the device of `like`, and to a compiler one of any."""
+    # A product: what a tensor is filled with becomes a constant of the graph, and the next number a new graph.
+    return value if isinstance(value, Tensor) else like.new_ones(()) * value
 
 
 class WideModule(nn.Module):

@@ -20,12 +20,28 @@ def contrast(problem: Problem, *, only_total: bool) -> Terms:
         if in_transform():  # which sees into no autograd.Function
             return engine.by_autograd(problem)
         if torch.compiler.is_compiling():
-            learns = torch.is_grad_enabled()
-            wanted = [learns and x is not None and x.requires_grad for x in inputs]
-            return Terms(*_Compiled.apply(problem, wanted, only_total, *inputs))
+            return _once(_compiled(problem, inputs, only_total=only_total), inputs, only_total=only_total)
         call = _Call(problem, torch.is_grad_enabled())
         total, supervised, distill = _Contrast.apply(call, *inputs)
         return Terms(total, supervised, distill, *call.counts)
+
+
+def _compiled(problem: Problem, inputs: list[Tensor | None], *, only_total: bool) -> Terms:
+    """As formulas that the compiler fuses, or as an operator."""
+    if engine.is_fused(problem):
+        return engine.by_autograd(problem)
+    learns = torch.is_grad_enabled()
+    wanted = [learns and x is not None and x.requires_grad for x in inputs]
+    return Terms(*_Compiled.apply(problem, wanted, only_total, *inputs))
+
+
+def _once(terms: Terms, inputs: list[Tensor | None], *, only_total: bool) -> Terms:
+    """Differentiable once: compilers drop a second derivative without a word where a gradient keeps no input."""
+    learned = [x for x in inputs if x is not None and x.requires_grad]
+    if not learned or not torch.is_grad_enabled():
+        return terms
+    count = 1 if only_total else 3
+    return Terms(*torch.ops.momentum_distill.once(list(terms[:count]), learned), *terms[count:])
 
 
 class _Call:
@@ -95,7 +111,8 @@ class _Compiled(torch.autograd.Function):
         only_total: bool,
         *_: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ready = only_total and not (problem.reduction == "none" and any(wanted[3:]))
+        # Not problem.reduction: older compilers know no property of a NamedTuple.
+        ready = only_total and not (problem.choices.reduction == "none" and any(wanted[3:]))
         given = operator.arguments(problem)
         found = torch.ops.momentum_distill.contrast(*given, [ready and any(wanted), *wanted[3:]])
         total, supervised, distill, rows, rows_with_positive, *grads = found

@@ -17,6 +17,11 @@ DENSE_SCORES, DENSE_KEYS = 2**18, 2**20
 work stands around them than around tiles. Above, they cost memory, and soon time. Measured: `docs/performance.md`."""
 
 
+FUSED_SCORES = 2**14
+"""Up to so many scores a compiler makes of the plain formulas what is faster than the operator, of which it sees
+nothing: the fixed cost of a compiled call is a tenth of a millisecond."""
+
+
 class Gradients(NamedTuple):
     """Of one number, or of the sum of the rows' values, for what the loss is computed from."""
 
@@ -58,7 +63,7 @@ class Queries:
     def __init__(self, problem: Problem, *, kernel: bool) -> None:
         self.problem, self.kernel = problem, kernel
         self.absent = negated(problem.present)
-        self.temperature = _known(problem.temperature)
+        self.temperature = known(problem.temperature)
         raw, other = problem.query, problem.momentum_query
         self.momentum: Tensor | None = None
         together = other is not None and other.dtype == raw.dtype
@@ -69,7 +74,7 @@ class Queries:
             return
         self.online, self.divisor = self._divided(raw, self.temperature)
         if other is not None:
-            self.momentum = self._divided(other, _known(problem.momentum_temperature))[0]
+            self.momentum = self._divided(other, known(problem.momentum_temperature))[0]
 
     def _divided(self, raw: Tensor, temperature: Number, *, twice: bool = False) -> tuple[Tensor, Number]:
         """Rows (N, d), or `twice` as many, and what the raw ones were divided by: a number, or (N, 1)."""
@@ -99,12 +104,12 @@ class Queries:
         return grad, along.div_(-temperature)
 
 
-def _known(temperature: Number) -> Number:
-    """As a Python number where that is free."""
-    if isinstance(temperature, Tensor) and may_ask(temperature):
-        number: float = temperature.tolist()  # type: ignore[assignment] # of shape ()
+def known(value: Number) -> Number:
+    """A tensor of shape () as a Python number where that is free."""
+    if isinstance(value, Tensor) and may_ask(value):
+        number: float = value.tolist()  # type: ignore[assignment] # of shape ()
         return number
-    return temperature
+    return value
 
 
 def is_small(problem: Problem) -> bool:
@@ -112,6 +117,11 @@ def is_small(problem: Problem) -> bool:
     rows, width = problem.query.shape
     count = sum(part.online.shape[0] for part in problem.keys)
     return 0 < rows * count <= DENSE_SCORES and width * count <= DENSE_KEYS
+
+
+def is_fused(problem: Problem) -> bool:
+    """Whether a compiler gets the plain formulas to fuse."""
+    return 0 < problem.query.shape[0] * sum(part.online.shape[0] for part in problem.keys) <= FUSED_SCORES
 
 
 def by_autograd(problem: Problem) -> Terms:
