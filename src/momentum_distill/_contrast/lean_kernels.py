@@ -1,0 +1,716 @@
+r"""The Triton kernels of :mod:`momentum_distill._contrast.lean`, in the order in which they are launched.
+
+For a query $\bar q$ with logits $s_j = \bar q^\top k_j / \tau$ over the present keys, attention whose values are its keys
+gives $\mathrm{lse} = \log\sum_j e^{s_j}$ and $O = \sum_j V_j k_j$, $V = \mathrm{softmax}(s)$. The loss wants that of the
+student, that of the momentum model (weights $U$ from $q'$ and $k'$, the same values $k$) and the mean $\kappa$ of the
+positive keys.
+
+1. :func:`prologue` makes unit rows of the queries, finds the first row of each class, one over the lengths of keys that
+   are raw, and for each tile of keys whether it is whole.
+2. :func:`attend`, over (blocks of queries) x (splits of the keys), as many as fill the chip: student and momentum model
+   in one program, which loads each tile of values once and has two independent chains of work.
+3. :func:`sum_classes`: sums of the keys of each class. Equal weights need no logits and are shared by a class: a block
+   of queries in which no class begins has nothing to do. (Inside the logarithm it is `attend` once more, over the
+   positive keys.)
+4. :func:`merge` weighs the splits of a row by $e^{\mathrm{lse}_\text{split} - \mathrm{lse}}$, and makes its terms and
+   their gradients, through the normalisation, not yet divided by the number of rows; and sums over its rows.
+5. :func:`finish` adds those sums, has the counts, and writes the terms and the gradient of their weighted sum.
+6. :func:`scale`, in the backward pass, multiplies by the upstream gradient.
+
+**The loop** of `attend` has nothing in it that every tile does not need. Logits come in base 2: $\log_2 e / \tau$ is
+multiplied into the queries beforehand. A split begins with tiles whose keys are all present, for a queue is filled from
+one end: these are loaded without a mask, by the copy engine where there is one (`TMA`), some steps ahead. What follows
+them, to the last tile with any present key, goes through a second loop, which loads present keys alone: a weight of 0
+times NaN would be NaN.
+
+**Precision**: 16-bit keys meet queries and softmax weights rounded to their dtype on the tensor cores, sums are float32.
+Products of float32 keys are three of TF32 (`PRODUCTS`). Queries for float16 keys are divided by a power of two, so that
+none leaves the range, and the largest of their weights is 2**14, so that faint ones do not vanish.
+
+Nothing of size N x Q is stored, nothing is added atomically, and the host never waits for the device.
+"""
+
+# Triton reads the annotation `constexpr` as text; without Triton nothing may look it up.
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from momentum_distill._triton import _dot, _jit, tl
+
+if TYPE_CHECKING:
+    from momentum_distill._triton import Block, Pointer, Scalar, constexpr
+
+
+@_jit()
+def _number(x: Scalar) -> Scalar:
+    """A number that was given as it is or, where it is learned, as a tensor."""
+    x = tl.to_tensor(x)
+    if x.dtype.is_ptr():
+        x = tl.load(x)
+    return x.to(tl.float32)
+
+
+@_jit()
+def _rows(
+    matrix: Pointer, stride: Scalar, rows: Block, ok: Block, BLOCK_D: constexpr, WIDTH: constexpr
+) -> tuple[Block, Block, Block]:
+    """Some rows of a matrix, 0 where not `ok` and beyond `WIDTH`; where they stand if rows are apart by `WIDTH`."""
+    columns = tl.arange(0, BLOCK_D)
+    mask = ok[:, None] & (columns < WIDTH)[None, :]
+    x = tl.load(matrix + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return x, rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], mask
+
+
+@_jit()
+def _lengths(x: Block, shortest: Scalar) -> Block:
+    """Lengths of rows, infinite where no magnitude reaches `shortest`; squares neither overflow nor underflow."""
+    largest = tl.max(tl.abs(x), axis=1)
+    scaled = x / tl.where(largest == 0.0, 1.0, largest)[:, None]
+    return tl.where(largest < shortest, float("inf"), largest * tl.sqrt_rn(tl.sum(scaled * scaled, axis=1)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 1. Before the keys are read
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@_jit()
+def _ready_rows(
+    raw: Pointer, stride: Scalar, labels: Pointer, unit: Pointer, lengths: Pointer, block: Scalar, N: Scalar,
+    ignore_index: Scalar, shortest: Scalar,
+    NORMALIZE: constexpr, LENGTHS: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr,
+) -> None:  # fmt: skip
+    """Rows of a batch as float32, divided by their lengths; zeros for those that are left out, whatever they hold."""
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = (rows < N) & (tl.load(labels + rows, mask=rows < N, other=ignore_index) != ignore_index)
+    x, at, mask = _rows(raw, stride, rows, present, BLOCK_D, WIDTH)
+    x = x.to(tl.float32)
+    if NORMALIZE:
+        length = _lengths(x, shortest)
+        x = tl.div_rn(x, length[:, None] + tl.zeros_like(x))
+        if LENGTHS:
+            tl.store(lengths + rows, length, mask=rows < N)
+    tl.store(unit + at, x, mask=(rows < N)[:, None] & (tl.arange(0, BLOCK_D) < WIDTH)[None, :])
+
+
+@_jit()
+def _ready_keys(
+    raw: Pointer, stride: Scalar, inverse: Pointer, copy: Pointer, rows: Block, present: Block, Q: Scalar,
+    shortest: Scalar, WIDTH: constexpr, BLOCK_D: constexpr,
+) -> None:  # fmt: skip
+    """One over the lengths of keys. A softmax weight times that may leave the range of float16: a `copy` of such keys
+    takes the power of two, which loses nothing."""
+    x, at, mask = _rows(raw, stride, rows, present, BLOCK_D, WIDTH)
+    by = 1.0 / _lengths(x.to(tl.float32), shortest)
+    if raw.dtype.element_ty == tl.float16:
+        power = tl.where(by > 0.0, tl.exp2(tl.floor(tl.log2(by))), 1.0)
+        tl.store(copy + at, (x * power[:, None]).to(tl.float16), mask=mask)
+        by = by / power
+    tl.store(inverse + rows, by, mask=rows < Q)
+
+
+@_jit("N", "Q", "ignore_index")
+def prologue(
+    query: Pointer,  # (N, d), raw
+    query_stride: Scalar,
+    query_shortest: Scalar,  # in a row in which no magnitude reaches it, the row counts as zeros
+    momentum_query: Pointer,  # (N, d), raw
+    momentum_query_stride: Scalar,
+    momentum_query_shortest: Scalar,
+    query_labels: Pointer,  # (N,) int64
+    unit: Pointer,  # out: (2, N, d) float32: queries and momentum queries
+    lengths: Pointer,  # out: (N,): of the queries
+    first_rows: Pointer,  # out: (N,) int32: the first row of the same class; itself if it has none
+    keys: Pointer,  # (Q, d), raw
+    key_stride: Scalar,
+    key_shortest: Scalar,
+    momentum_keys: Pointer,  # (Q, d), raw
+    momentum_key_stride: Scalar,
+    momentum_key_shortest: Scalar,
+    key_labels: Pointer,  # (Q,) int64
+    flags: Pointer,  # out: (tiles,) int32: 1 if a key of the tile is absent or beyond the last, + 2 if one is present
+    inverse: Pointer,  # out: (2, Q): one over the lengths of keys and of momentum keys
+    copies: Pointer,  # out: (2, Q, d): of float16 keys that are not unit rows
+    N: Scalar,
+    Q: Scalar,
+    ignore_index: Scalar,
+    WITH_ROWS: constexpr,  # whether the rows take part: once, while each part of the keys has a launch
+    TAUGHT: constexpr,
+    NORMALIZE: constexpr,
+    RAW_KEYS: constexpr,
+    SAME: constexpr,
+    WIDTH: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_D: constexpr,
+    TILE: constexpr,
+    TILES: constexpr,
+) -> None:
+    """Blocks of rows, then tiles of keys."""
+    block = tl.program_id(0)
+    row_blocks = tl.cdiv(N, BLOCK_N) if WITH_ROWS else 0
+    if block < row_blocks:
+        _ready_rows(
+            query, query_stride, query_labels, unit, lengths, block, N, ignore_index, query_shortest,
+            NORMALIZE, True, WIDTH, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if TAUGHT:
+            _ready_rows(
+                momentum_query, momentum_query_stride, query_labels, unit + N.to(tl.int64) * WIDTH, lengths, block, N,
+                ignore_index, momentum_query_shortest, NORMALIZE, False, WIDTH, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        own = tl.load(query_labels + rows, mask=rows < N, other=-1)
+        found = rows
+        for start in range(0, N, 128):
+            others = start + tl.arange(0, 128)
+            theirs = tl.load(query_labels + others, mask=others < N, other=-1)
+            same = (own[:, None] == theirs[None, :]) & (theirs >= 0)[None, :]
+            found = tl.minimum(found, tl.min(tl.where(same, others[None, :], N), axis=1))
+        tl.store(first_rows + rows, found, mask=rows < N)
+    else:
+        tile = (block - row_blocks) * TILES
+        rows = tile * TILE + tl.arange(0, TILES * TILE)
+        present = (rows < Q) & (tl.load(key_labels + rows, mask=rows < Q, other=ignore_index) != ignore_index)
+        by_tile = tl.reshape(present.to(tl.int32), (TILES, TILE))
+        flag = 1 - tl.min(by_tile, axis=1) + 2 * tl.max(by_tile, axis=1)
+        tiles = tile + tl.arange(0, TILES)
+        tl.store(flags + tiles, flag, mask=tiles * TILE < Q)
+        if RAW_KEYS:
+            _ready_keys(keys, key_stride, inverse, copies, rows, present, Q, key_shortest, WIDTH, BLOCK_D)
+            if TAUGHT and not SAME:
+                after = Q.to(tl.int64)
+                _ready_keys(
+                    momentum_keys, momentum_key_stride, inverse + after, copies + after * WIDTH, rows, present, Q,
+                    momentum_key_shortest, WIDTH, BLOCK_D,
+                )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. and 3. Through the keys
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@_jit()
+def _bounds(flags: Pointer, first: Scalar, last: Scalar, TILE: constexpr) -> tuple[Scalar, Scalar]:
+    """Of a split that begins at a tile: up to where all keys are present, and up to where any is."""
+    begin, end = first // TILE, tl.cdiv(last, TILE)
+    whole, some = end, begin
+    for start in range(begin, end, 256):
+        tiles = start + tl.arange(0, 256)
+        flag = tl.load(flags + tiles, mask=tiles < end, other=0)
+        whole = tl.minimum(whole, tl.min(tl.where(flag % 2 == 1, tiles, end), axis=0))
+        some = tl.maximum(some, tl.max(tl.where(flag >= 2, tiles + 1, begin), axis=0))
+    return tl.minimum(whole, some) * TILE, some * TILE
+
+
+@_jit()
+def _tile(
+    matrix: Pointer, descriptor: Pointer, stride: Scalar, start: Scalar, ok: Block,
+    MASKED: constexpr, TMA: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, BLOCK_D: constexpr,
+) -> Block:  # fmt: skip
+    """Keys from `start` on, (BLOCK_K, BLOCK_D); MASKED: of those that are `ok`, zeros for the others."""
+    if TMA and not MASKED:
+        return descriptor.load([start, 0])
+    columns = tl.arange(0, BLOCK_D)
+    at = matrix + tl.to_tensor(start).to(tl.int64) * stride + (tl.arange(0, BLOCK_K)[:, None] * stride + columns[None, :])
+    if MASKED:
+        return tl.load(at, mask=ok[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    if WIDTH == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+
+
+@_jit()
+def _ready_query(
+    unit: Pointer, rows: Block, N: Scalar, scale: Scalar, keys: Pointer, WIDTH: constexpr, BLOCK_D: constexpr
+) -> tuple[Block, Block]:
+    """A block of queries times `scale`, in the dtype of the keys, and the power of two it was divided by, or 1."""
+    q = _rows(unit, WIDTH, rows, rows < N, BLOCK_D, WIDTH)[0] * scale
+    size = tl.full((rows.shape[0],), 1.0, tl.float32)
+    if keys.dtype.element_ty == tl.float16:
+        largest = tl.max(tl.abs(q), axis=1)
+        size = tl.where(largest > 0.0, tl.exp2(tl.floor(tl.log2(largest))), 1.0)
+        q = q / size[:, None]
+    return q.to(keys.dtype.element_ty), size
+
+
+@_jit()
+def _weigh(
+    dots: Block, top: Block, total: Block, size: Block, SIZED: constexpr, MASKED: constexpr, SHIFT: constexpr
+) -> tuple[Block, Block, Block, Block]:
+    """Softmax weights of new keys under a running maximum: the maximum, the sum, the shrinking factor, the weights.
+
+    Subtracting before anything is multiplied keeps the digits of large logits.
+    """
+    new_top = tl.maximum(top, tl.max(dots, axis=1))
+    base = new_top
+    if MASKED:
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: -inf - -inf would be NaN
+    shrink, weights = top - base, dots - base[:, None]
+    if SIZED:
+        shrink, weights = shrink * size, weights * size[:, None] + SHIFT
+    shrink, weights = tl.exp2(shrink), tl.exp2(weights)
+    return new_top, total * shrink + tl.sum(weights, axis=1), shrink, weights
+
+
+@_jit("N", "Q", "keys_per_split", "first_split", "ignore_index")
+def attend(
+    unit: Pointer,  # (2, N, d): queries and momentum queries
+    temperature: Scalar,
+    momentum_temperature: Scalar,
+    query_labels: Pointer,  # (N,)
+    keys: Pointer,  # (Q, d)
+    key_tiles: Pointer,  # its tensor descriptor
+    key_stride: Scalar,
+    key_inverse: Pointer,  # (Q,): what the keys are to be multiplied by
+    momentum_keys: Pointer,  # (Q, d)
+    momentum_tiles: Pointer,
+    momentum_stride: Scalar,
+    momentum_inverse: Pointer,  # (Q,)
+    key_labels: Pointer,  # (Q,)
+    flags: Pointer,  # (tiles,), as `prologue` leaves them
+    lse: Pointer,  # out: (splits, N), in base 2; of the momentum model `momentum_share` numbers later
+    mean: Pointer,  # out: (splits, N, d); the same, times d
+    mean_logit: Pointer,  # out: (splits, N), in base 2: of the momentum model
+    count: Pointer,  # out: (splits, N) int32: of the positive keys
+    momentum_share: Scalar,
+    N: Scalar,
+    Q: Scalar,
+    keys_per_split: Scalar,
+    first_split: Scalar,  # of this part of the keys, among those of all parts
+    ignore_index: Scalar,
+    TAUGHT: constexpr,  # student and momentum model; else the student alone
+    POSITIVE: constexpr,  # over the positive keys alone
+    SAME: constexpr,  # the momentum keys are the keys
+    LOGIT: constexpr,  # whether the mean logit is wanted
+    SCALED: constexpr,  # whether keys are to be multiplied by their `inverse`
+    TMA: constexpr,
+    WIDTH: constexpr,
+    TILE: constexpr,
+    BLOCK_Q: constexpr,
+    BLOCK_K: constexpr,
+    BLOCK_D: constexpr,
+    PRODUCTS: constexpr,
+    INTERPRETED: constexpr,
+) -> None:
+    """A block of queries against one split of the keys."""
+    # Neighbouring programs differ in the queries: they run at the same time and share the keys in the cache.
+    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = tl.program_id(1) * keys_per_split
+    whole, end = _bounds(flags, first, tl.minimum(first + keys_per_split, Q), TILE)
+    SIZED: constexpr = keys.dtype.element_ty == tl.float16
+    MOMENTUM_SIZED: constexpr = momentum_keys.dtype.element_ty == tl.float16
+    SHIFT: constexpr = 14.0 if SIZED else 0.0  # the weights meet the values, which are the keys
+
+    q, size = _ready_query(unit, rows, N, 1.4426950408889634 / _number(temperature), keys, WIDTH, BLOCK_D)
+    top, total = tl.full((BLOCK_Q,), float("-inf"), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
+    weighted = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    if TAUGHT:
+        scale = 1.4426950408889634 / _number(momentum_temperature)
+        after = N.to(tl.int64) * WIDTH
+        mq, msize = _ready_query(unit + after, rows, N, scale, momentum_keys, WIDTH, BLOCK_D)
+        mtop, mtotal, mlogit = top, total, total
+        mweighted = weighted
+    if POSITIVE:
+        own = tl.load(query_labels + rows, mask=rows < N, other=-2)
+        own = tl.where(own < 0, -2, own)
+        positives = tl.zeros((BLOCK_Q,), tl.int32)
+
+    for MASKED in tl.static_range(1 if POSITIVE else 0, 2):
+        for start in tl.range(whole if MASKED and not POSITIVE else first, end if MASKED else whole, BLOCK_K):
+            at = start + tl.arange(0, BLOCK_K)
+            ok = at < Q
+            if MASKED:
+                theirs = tl.load(key_labels + at, mask=ok, other=ignore_index)
+                ok = theirs != ignore_index
+            value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+            nothing = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+            dots = _dot(q, tl.trans(value), nothing, PRODUCTS, INTERPRETED)
+            if TAUGHT:
+                other = value
+                if not SAME:
+                    other = _tile(
+                        momentum_keys, momentum_tiles, momentum_stride, start, ok,
+                        MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D,
+                    )  # fmt: skip
+                mdots = _dot(mq, tl.trans(other), nothing, PRODUCTS, INTERPRETED)
+            if SCALED:
+                inverse = tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
+                dots *= inverse
+            if POSITIVE:
+                chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
+                positives += tl.sum(chosen.to(tl.int32), axis=1)
+                dots = tl.where(chosen, dots, float("-inf"))
+            elif MASKED:
+                dots = tl.where(ok[None, :], dots, float("-inf"))
+            top, total, shrink, weights = _weigh(dots, top, total, size, SIZED, MASKED, SHIFT)
+            if SCALED:
+                weights *= inverse
+            weighted = _dot(weights.to(value.dtype), value, weighted * shrink[:, None], PRODUCTS, INTERPRETED)
+            if TAUGHT:
+                if SCALED:
+                    mdots *= tl.load(momentum_inverse + at, mask=ok, other=0.0)[None, :]
+                counting = mdots
+                if MASKED:
+                    counting = tl.where(ok[None, :], mdots, float("-inf"))
+                mtop, mtotal, shrink, weights = _weigh(counting, mtop, mtotal, msize, MOMENTUM_SIZED, MASKED, SHIFT)
+                if LOGIT:  # `mdots`, not `counting`: 0 * -inf is NaN
+                    mlogit = mlogit * shrink + tl.sum(weights * mdots, axis=1)
+                if SCALED:
+                    weights *= inverse
+                mweighted = _dot(weights.to(value.dtype), value, mweighted * shrink[:, None], PRODUCTS, INTERPRETED)
+
+    at = (first_split + tl.program_id(1)).to(tl.int64) * N + rows
+    _store_split(lse, mean, at, rows < N, top * size, total, weighted, SHIFT, WIDTH, BLOCK_D)
+    if TAUGHT:
+        after = at + momentum_share
+        _store_split(lse, mean, after, rows < N, mtop * msize, mtotal, mweighted, SHIFT, WIDTH, BLOCK_D)
+        if LOGIT:
+            tl.store(mean_logit + at, mlogit / tl.where(mtotal == 0.0, 1.0, mtotal) * msize, mask=rows < N)
+    if POSITIVE:
+        tl.store(count + at, positives, mask=rows < N)
+
+
+@_jit()
+def _store_split(
+    lse: Pointer, mean: Pointer, at: Block, ok: Block, top: Block, total: Block, weighted: Block,
+    SHIFT: constexpr, WIDTH: constexpr, BLOCK_D: constexpr,
+) -> None:  # fmt: skip
+    """Without a key: lse -inf, which `top` is, and mean 0."""
+    safe = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse + at, top + (tl.log2(safe) - SHIFT), mask=ok)
+    columns = tl.arange(0, BLOCK_D)
+    mask = ok[:, None] & (columns < WIDTH)[None, :]
+    tl.store(mean + at[:, None] * WIDTH + columns[None, :], weighted / safe[:, None], mask=mask)
+
+
+@_jit("N", "Q", "keys_per_split", "first_split", "ignore_index")
+def sum_classes(
+    query_labels: Pointer,  # (N,)
+    first_rows: Pointer,  # (N,)
+    keys: Pointer,  # (Q, d)
+    key_tiles: Pointer,
+    key_stride: Scalar,
+    key_inverse: Pointer,  # (Q,)
+    key_labels: Pointer,  # (Q,)
+    flags: Pointer,  # (tiles,)
+    sums: Pointer,  # out: (splits, N, d), in rows that are the first of a class
+    count: Pointer,  # out: (splits, N) int32, the same
+    N: Scalar,
+    Q: Scalar,
+    keys_per_split: Scalar,
+    first_split: Scalar,
+    ignore_index: Scalar,
+    SCALED: constexpr,
+    TMA: constexpr,
+    WIDTH: constexpr,
+    TILE: constexpr,
+    BLOCK_Q: constexpr,
+    BLOCK_K: constexpr,
+    BLOCK_D: constexpr,
+    PRODUCTS: constexpr,
+    INTERPRETED: constexpr,
+) -> None:
+    """Sum and number of the positive keys of the rows of a block, of one split of the keys."""
+    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    firsts = tl.load(first_rows + rows, mask=rows < N, other=-1) == rows
+    if tl.max(firsts.to(tl.int32), axis=0) > 0:
+        first = tl.program_id(1) * keys_per_split
+        whole, end = _bounds(flags, first, tl.minimum(first + keys_per_split, Q), TILE)
+        own = tl.load(query_labels + rows, mask=rows < N, other=-2)
+        own = tl.where(own < 0, -2, own)
+        total = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        counts = tl.zeros((BLOCK_Q, BLOCK_K), tl.int32)  # summed over its keys in the end, once
+        for MASKED in tl.static_range(2):
+            for start in tl.range(whole if MASKED else first, end if MASKED else whole, BLOCK_K):
+                at = start + tl.arange(0, BLOCK_K)
+                theirs = tl.load(key_labels + at, mask=at < Q, other=ignore_index)
+                ok = theirs != ignore_index
+                value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+                chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
+                counts += chosen.to(tl.int32)
+                weights = tl.where(chosen, 1.0, 0.0)
+                if SCALED:
+                    weights *= tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
+                total = _dot(weights.to(value.dtype), value, total, PRODUCTS, INTERPRETED)
+        at = (first_split + tl.program_id(1)).to(tl.int64) * N + rows
+        columns = tl.arange(0, BLOCK_D)
+        mask = (rows < N)[:, None] & (columns < WIDTH)[None, :]
+        tl.store(sums + at[:, None] * WIDTH + columns[None, :], total, mask=mask)
+        tl.store(count + at, tl.sum(counts, axis=1), mask=rows < N)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 4. to 6. After the keys are read
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@_jit()
+def _merge_splits(
+    lse: Pointer, mean: Pointer, mean_logit: Pointer, rows: Block, ok: Block, N: Scalar, splits: Scalar,
+    LOGIT: constexpr, WIDTH: constexpr, BLOCK_D: constexpr, CHUNK: constexpr,
+) -> tuple[Block, Block, Block, Block]:  # fmt: skip
+    """Of some rows over all splits, a chunk of these at a time: lse as two numbers in nats, to be added; mean key;
+    mean logit in nats. Without a key all are 0."""
+    top = tl.full((rows.shape[0],), float("-inf"), tl.float32)
+    for start in range(0, splits, CHUNK):
+        chunk = start + tl.arange(0, CHUNK)
+        at = chunk.to(tl.int64)[:, None] * N + rows[None, :]
+        share = tl.load(lse + at, mask=(chunk < splits)[:, None] & ok[None, :], other=float("-inf"))
+        top = tl.maximum(top, tl.max(share, axis=0))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros((rows.shape[0],), tl.float32)
+    logit = total
+    weighted = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
+    columns = tl.arange(0, BLOCK_D)
+    for start in range(0, splits, CHUNK):
+        chunk = start + tl.arange(0, CHUNK)
+        at = chunk.to(tl.int64)[:, None] * N + rows[None, :]
+        mask = (chunk < splits)[:, None] & ok[None, :]
+        share = tl.exp2(tl.load(lse + at, mask=mask, other=float("-inf")) - top[None, :])  # 0: a split without keys
+        total += tl.sum(share, axis=0)
+        mask_3d = mask[:, :, None] & (columns < WIDTH)[None, None, :]
+        some = tl.load(mean + at[:, :, None] * WIDTH + columns[None, None, :], mask=mask_3d, other=0.0)
+        weighted += tl.sum(share[:, :, None] * some, axis=0)
+        if LOGIT:
+            logit += tl.sum(share * tl.load(mean_logit + at, mask=mask, other=0.0), axis=0)
+    safe = tl.where(total == 0.0, 1.0, total)
+    log2 = 0.6931471805599453
+    return top * log2, tl.log2(safe) * log2, weighted / safe[:, None], logit / safe * log2
+
+
+@_jit()
+def _raw_gradient(
+    grad: Block, unit: Block, lengths: Pointer, rows: Block, ok: Block, NORMALIZE: constexpr
+) -> Block:
+    """The gradient for raw rows, from that for rows of length one."""
+    if NORMALIZE:
+        length = tl.load(lengths + rows, mask=ok, other=1.0)
+        grad = (grad - unit * tl.sum(unit * grad, axis=1)[:, None]) / length[:, None]
+    return grad
+
+
+@_jit("N", "splits", "positive_splits", "ignore_index")
+def merge(
+    lse: Pointer,  # (1 or 2, splits, N), in base 2: student and momentum model
+    mean: Pointer,  # (1 or 2, splits, N, d)
+    mean_logit: Pointer,  # (splits, N), in base 2
+    positive_lse: Pointer,  # (positive splits, N), in base 2: INSIDE
+    positive_mean: Pointer,  # (positive splits, N, d); sums in the first rows of classes, or INSIDE means
+    positive_count: Pointer,  # (positive splits, N)
+    unit: Pointer,  # (2, N, d)
+    lengths: Pointer,  # (N,)
+    first_rows: Pointer,  # (N,)
+    query_labels: Pointer,  # (N,)
+    temperature: Scalar,
+    momentum_temperature: Scalar,
+    terms: Pointer,  # out: (2, N): the supervised and the KL term, 0 in rows left out
+    grads: Pointer,  # out: (2, N, d): gradients of both for the raw queries
+    grad_temperatures: Pointer,  # out: (2, N)
+    sums: Pointer,  # out: (blocks, 8) float64: of both terms, of rows, of those with a positive key; zeros
+    temperature_sums: Pointer,  # out: (blocks, 2) float64
+    N: Scalar,
+    splits: Scalar,
+    positive_splits: Scalar,
+    ignore_index: Scalar,
+    TAUGHT: constexpr,
+    LOGIT: constexpr,  # else the mean logit of the momentum model follows from its mean key
+    INSIDE: constexpr,
+    PER_POSITIVE: constexpr,
+    NORMALIZE: constexpr,
+    WIDTH: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_D: constexpr,
+    CHUNK: constexpr,
+) -> None:
+    """Some rows: their statistics over all splits, their terms, and the gradients of these."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = rows < N
+    tau = _number(temperature)
+    x, at, mask = _rows(unit, WIDTH, rows, ok, BLOCK_D, WIDTH)
+    shift, log, mean_key, _ = _merge_splits(
+        lse, mean, mean_logit, rows, ok, N, splits, False, WIDTH, BLOCK_D, CHUNK
+    )  # fmt: skip
+
+    # The positive keys: those of the first row of the class, where all of a class have the same.
+    source = rows if INSIDE else tl.load(first_rows + rows, mask=ok, other=0)
+    count = tl.zeros((BLOCK_N,), tl.int32)
+    for split in range(positive_splits):
+        count += tl.load(positive_count + tl.to_tensor(split).to(tl.int64) * N + source, mask=ok, other=0)
+    some = count > 0
+    number = tl.maximum(count, 1).to(tl.float32)
+    if INSIDE:
+        positive_shift, positive_log, positive_key, _ = _merge_splits(
+            positive_lse, positive_mean, mean_logit, rows, ok, N, positive_splits, False, WIDTH, BLOCK_D, CHUNK
+        )
+        supervised = (shift - positive_shift) + (log - positive_log)
+    else:
+        positive_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for split in range(positive_splits):
+            from_split = positive_mean + tl.to_tensor(split).to(tl.int64) * N * WIDTH
+            positive_key += _rows(from_split, WIDTH, source, ok, BLOCK_D, WIDTH)[0]
+        positive_key = positive_key / number[:, None]
+        supervised = (shift - tl.sum(x * positive_key, axis=1) / tau) + log
+    share = some.to(tl.float32)
+    if PER_POSITIVE:
+        supervised = supervised / number
+        share = share / number
+    supervised = tl.where(some, supervised, (shift + log) * 0.0)  # 0, or NaN of a row that is
+
+    distill = tl.zeros((BLOCK_N,), tl.float32)
+    push = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if TAUGHT:
+        after = splits.to(tl.int64) * N
+        other_shift, other_log, other_key, other_logit = _merge_splits(
+            lse + after, mean + after * WIDTH, mean_logit, rows, ok, N, splits, LOGIT, WIDTH, BLOCK_D, CHUNK
+        )
+        if not LOGIT:
+            other = _rows(unit + N.to(tl.int64) * WIDTH, WIDTH, rows, ok, BLOCK_D, WIDTH)[0]
+            other_logit = tl.sum(other * other_key, axis=1) / _number(momentum_temperature)
+        log_u = (other_logit - other_shift) - other_log
+        log_v = (tl.sum(x * other_key, axis=1) / tau - shift) - log
+        distill = log_u - log_v
+        push = mean_key - other_key
+
+    present = ok & (tl.load(query_labels + rows, mask=ok, other=ignore_index) != ignore_index)
+    supervised, distill = tl.where(present, supervised, 0.0), tl.where(present, distill, 0.0)
+    # Not 0 * pull: of a row without positives, that may be infinite.
+    pull = tl.where((present & some)[:, None], (mean_key - positive_key) * share[:, None], 0.0)
+    push = tl.where(present[:, None], push, 0.0)
+    # By the logits, to the queries and to the temperature.
+    pull_temperature = -tl.sum(x * pull, axis=1) / tau / tau
+    push_temperature = -tl.sum(x * push, axis=1) / tau / tau
+    pull, push = _raw_gradient(pull / tau, x, lengths, rows, ok, NORMALIZE), _raw_gradient(
+        push / tau, x, lengths, rows, ok, NORMALIZE
+    )
+    tl.store(terms + rows, supervised, mask=ok)
+    tl.store(terms + N + rows, distill, mask=ok)
+    tl.store(grads + at, pull, mask=mask)
+    tl.store(grads + N.to(tl.int64) * WIDTH + at, push, mask=mask)
+    tl.store(grad_temperatures + rows, pull_temperature, mask=ok)
+    tl.store(grad_temperatures + N + rows, push_temperature, mask=ok)
+    # Rows beyond the last have no terms, for they are not present.
+    at = sums + tl.program_id(0) * 8
+    tl.store(at, tl.sum(supervised.to(tl.float64), axis=0))
+    tl.store(at + 1, tl.sum(distill.to(tl.float64), axis=0))
+    tl.store(at + 2, tl.sum(present.to(tl.int32), axis=0).to(tl.float64))
+    tl.store(at + 3, tl.sum((present & some).to(tl.int32), axis=0).to(tl.float64))
+    tl.store(at + 4 + tl.arange(0, 4), tl.zeros((4,), tl.float64))
+    at = temperature_sums + tl.program_id(0) * 2
+    tl.store(at, tl.sum(pull_temperature.to(tl.float64), axis=0))
+    tl.store(at + 1, tl.sum(push_temperature.to(tl.float64), axis=0))
+
+
+@_jit()
+def _sum_column(matrix: Pointer, column: constexpr, height: Scalar, WIDTH: constexpr) -> Scalar:
+    """The sum of a column of a (height, WIDTH) matrix of float64."""
+    total = tl.zeros((128,), tl.float64)
+    for start in range(0, height, 128):
+        rows = start + tl.arange(0, 128)
+        total += tl.load(matrix + rows * WIDTH + column, mask=rows < height, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@_jit("N", "blocks", "sum_rows", "world")
+def finish(
+    terms: Pointer,  # (2, N)
+    grads: Pointer,  # (2, N, d)
+    grad_temperatures: Pointer,  # (2, N)
+    sums: Pointer,  # (sum_rows, 8) float64
+    temperature_sums: Pointer,  # (blocks, 2) float64
+    alpha: Scalar,
+    reduced: Pointer,  # out: total, supervised, distill, gradients for temperature and alpha; (5,), or by row (5, N)
+    counts: Pointer,  # out: (2,) int64: rows, and those with a positive key
+    grad_query: Pointer,  # out: (N, d)
+    N: Scalar,
+    blocks: Scalar,
+    sum_rows: Scalar,
+    world: Scalar,  # how many processes the sums are of: by so much they divide the gradient
+    TAUGHT: constexpr,
+    MEAN: constexpr,
+    BY_ROW: constexpr,
+    WIDTH: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_D: constexpr,
+) -> None:
+    """Terms, counts, and the gradient of the total; each program has the sums, and some rows."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = rows < N
+    row_count, positive_rows = _sum_column(sums, 2, sum_rows, 8), _sum_column(sums, 3, sum_rows, 8)
+    distill_share = _number(alpha) if TAUGHT else tl.zeros((), tl.float32)
+    supervised_share = 1.0 - distill_share
+    supervised_weight, distill_weight = supervised_share * world, distill_share * world
+    if MEAN:
+        supervised_weight /= tl.maximum(positive_rows, 1.0).to(tl.float32)
+        distill_weight /= tl.maximum(row_count, 1.0).to(tl.float32)
+    pull, at, mask = _rows(grads, WIDTH, rows, ok, BLOCK_D, WIDTH)
+    push = _rows(grads + N.to(tl.int64) * WIDTH, WIDTH, rows, ok, BLOCK_D, WIDTH)[0]
+    tl.store(grad_query + at, supervised_weight * pull + distill_weight * push, mask=mask)
+    if BY_ROW:
+        supervised, distill = tl.load(terms + rows, mask=ok, other=0.0), tl.load(terms + N + rows, mask=ok, other=0.0)
+        pull_temperature = tl.load(grad_temperatures + rows, mask=ok, other=0.0)
+        push_temperature = tl.load(grad_temperatures + N + rows, mask=ok, other=0.0)
+        tl.store(reduced + rows, supervised_share * supervised + distill_share * distill, mask=ok)
+        tl.store(reduced + N + rows, supervised, mask=ok)
+        tl.store(reduced + 2 * N + rows, distill, mask=ok)
+        tl.store(
+            reduced + 3 * N + rows, supervised_weight * pull_temperature + distill_weight * push_temperature, mask=ok
+        )
+        tl.store(reduced + 4 * N + rows, distill - supervised, mask=ok)
+    if tl.program_id(0) == 0:
+        tl.store(counts, row_count.to(tl.int64))
+        tl.store(counts + 1, positive_rows.to(tl.int64))
+        if not BY_ROW:
+            supervised, distill = _sum_column(sums, 0, sum_rows, 8), _sum_column(sums, 1, sum_rows, 8)
+            if MEAN:
+                supervised /= tl.maximum(positive_rows, 1.0)
+                distill /= tl.maximum(row_count, 1.0)
+            supervised, distill = supervised.to(tl.float32), distill.to(tl.float32)
+            pull_temperature = _sum_column(temperature_sums, 0, blocks, 2).to(tl.float32)
+            push_temperature = _sum_column(temperature_sums, 1, blocks, 2).to(tl.float32)
+            tl.store(reduced, supervised_share * supervised + distill_share * distill)
+            tl.store(reduced + 1, supervised)
+            tl.store(reduced + 2, distill)
+            tl.store(reduced + 3, supervised_weight * pull_temperature + distill_weight * push_temperature)
+            tl.store(reduced + 4, distill - supervised)
+
+
+@_jit("N")
+def scale(
+    grad_query: Pointer,  # (N, d)
+    grad_temperature: Pointer,  # (), or by row (N,)
+    grad_alpha: Pointer,  # the same
+    upstream: Pointer,  # the same
+    upstream_stride: Scalar,
+    query_out: Pointer,  # out: (N, d), in the dtype of the queries
+    temperature_out: Pointer,  # out: ()
+    alpha_out: Pointer,  # out: ()
+    N: Scalar,
+    BY_ROW: constexpr,
+    WIDTH: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_D: constexpr,
+) -> None:
+    """The gradients times that of the total."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad, at, mask = _rows(grad_query, WIDTH, rows, rows < N, BLOCK_D, WIDTH)
+    if BY_ROW:
+        by = tl.load(upstream + rows.to(tl.int64) * upstream_stride, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    else:
+        by = tl.load(upstream).to(tl.float32)
+    tl.store(query_out + at, (grad * by).to(query_out.dtype.element_ty), mask=mask)
+    if tl.program_id(0) == 0:
+        if BY_ROW:
+            temperature, alpha = tl.zeros((BLOCK_N,), tl.float64), tl.zeros((BLOCK_N,), tl.float64)
+            for start in range(0, N, BLOCK_N):
+                rows = start + tl.arange(0, BLOCK_N)
+                ok = rows < N
+                by = tl.load(upstream + rows.to(tl.int64) * upstream_stride, mask=ok, other=0.0).to(tl.float64)
+                temperature += by * tl.load(grad_temperature + rows, mask=ok, other=0.0)
+                alpha += by * tl.load(grad_alpha + rows, mask=ok, other=0.0)
+            by_temperature, by_alpha = tl.sum(temperature, axis=0), tl.sum(alpha, axis=0)
+        else:
+            by = tl.load(upstream).to(tl.float32)
+            by_temperature, by_alpha = by * tl.load(grad_temperature), by * tl.load(grad_alpha)
+        tl.store(temperature_out, by_temperature.to(temperature_out.dtype.element_ty))
+        tl.store(alpha_out, by_alpha.to(alpha_out.dtype.element_ty))
