@@ -201,7 +201,7 @@ def solve(
     with _current(query.device):
         first = positive_first = 0
         for index, part in enumerate(keys):
-            ready = _prologue(rows, part, with_rows=index == 0)
+            ready = _prologue(rows, part)
             _attend(rows, ready, tilings[index][0], spans[index], first, found, count, logit=logit)
             if inside:
                 positive_part = ready._replace(only_positive=True)
@@ -286,8 +286,11 @@ class _Rows(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A part of the keys, as the kernels read it."""
+    """A part of the keys as the kernels read it, and the queries as they meet it."""
 
+    query: Tensor  # (N, d)
+    momentum_query: Tensor  # (N, d)
+    sizes: Tensor  # (2, N), or anything
     keys: Tensor
     momentum: Tensor  # the same object where they are the same keys, or there is no momentum model
     labels: Tensor
@@ -305,8 +308,8 @@ class _Splits(NamedTuple):
     mean_logit: Tensor
 
 
-def _prologue(rows: _Rows, part: Part, *, with_rows: bool) -> _Ready:
-    """The first launch: of the rows, and of one part of the keys."""
+def _prologue(rows: _Rows, part: Part) -> _Ready:
+    """The first launch: of the rows, as they meet one part of the keys, and of that part."""
     n, d = rows.query.shape
     keys, labels, raw = _rows_contiguous(part.keys), part.labels.contiguous(), rows.normalize is True
     momentum = keys if part.momentum is part.keys or part.momentum is None else _rows_contiguous(part.momentum)
@@ -314,20 +317,22 @@ def _prologue(rows: _Rows, part: Part, *, with_rows: bool) -> _Ready:
     inverse = rows.lengths.new_empty((2, count)) if raw else rows.lengths
     copied = raw and torch.float16 in (keys.dtype, momentum.dtype)
     copies = keys.new_empty((2, count, d), dtype=torch.float16) if copied else inverse
-    ready = _Ready(keys, momentum, labels, labels.new_empty(-(-count // _TILE), dtype=torch.int32), inverse, raw)
-    row_blocks = -(-n // _ROWS) if with_rows else 0
+    flags = labels.new_empty(-(-count // _TILE), dtype=torch.int32)
+    ready_query, ready_momentum = keys.new_empty((n, d)), momentum.new_empty((n if rows.taught else 1, d))
+    sizes = rows.lengths.new_empty((2, n)) if torch.float16 in (keys.dtype, momentum.dtype) else rows.lengths
     sides = [(x, x.stride(0), shortest(x)) for x in (rows.query, rows.momentum_query, keys, momentum)]
-    kernels.prologue[(row_blocks + -(-count // (_TILE * tiles)),)](
-        *sides[0], *sides[1], rows.labels, rows.unit, rows.lengths, rows.first,
-        *sides[2], *sides[3], labels, ready.flags, inverse, copies, n, count, rows.ignore_index,
-        WITH_ROWS=with_rows, TAUGHT=rows.taught, NORMALIZE=bool(rows.normalize), RAW_KEYS=raw, SAME=momentum is keys,
+    kernels.prologue[(-(-n // _ROWS) + -(-count // (_TILE * tiles)),)](
+        *sides[0], *sides[1], rows.labels, rows.temperature, rows.momentum_temperature,
+        rows.unit, rows.lengths, ready_query, ready_momentum, sizes, rows.first,
+        *sides[2], *sides[3], labels, flags, inverse, copies, n, count, rows.ignore_index,
+        TAUGHT=rows.taught, NORMALIZE=bool(rows.normalize), RAW_KEYS=raw, SAME=momentum is keys,
         BLOCK_N=_ROWS, TILE=_TILE, TILES=tiles, **_widths(d),
     )  # fmt: skip
     if copied:
         same = momentum is keys
         keys = copies[0] if keys.dtype == torch.float16 else keys
         momentum = keys if same else copies[1] if momentum.dtype == torch.float16 else momentum
-    return ready._replace(keys=keys, momentum=momentum)
+    return _Ready(ready_query, ready_momentum, sizes, keys, momentum, labels, flags, inverse, raw)
 
 
 def _attend(
@@ -339,7 +344,7 @@ def _attend(
     same, splits = part.momentum is part.keys, found.lse.shape[-2]
     tma, (key_tiles, momentum_tiles) = _tiles(plan.block_k, part.keys, part.momentum)
     kernels.attend[(-(-n // plan.block_q), span.splits)](
-        rows.unit, rows.temperature, rows.momentum_temperature, rows.labels,
+        part.query, part.momentum_query, part.sizes, rows.labels,
         part.keys, key_tiles, part.keys.stride(0), part.inverse[0],
         part.momentum, momentum_tiles, part.momentum.stride(0), part.inverse[-1 if part.scaled and not same else 0],
         part.labels, part.flags, *found, count,

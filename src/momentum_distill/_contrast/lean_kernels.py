@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 from momentum_distill._triton import _dot, _jit, tl
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or tl is not None:
     from momentum_distill._triton import Block, Pointer, Scalar, constexpr
 
 
@@ -76,21 +76,30 @@ def _lengths(x: Block, shortest: Scalar) -> Block:
 
 @_jit()
 def _ready_rows(
-    raw: Pointer, stride: Scalar, labels: Pointer, unit: Pointer, lengths: Pointer, block: Scalar, N: Scalar,
-    ignore_index: Scalar, shortest: Scalar,
+    raw: Pointer, stride: Scalar, labels: Pointer, temperature: Scalar, unit: Pointer, lengths: Pointer,
+    ready: Pointer, sizes: Pointer, block: Scalar, N: Scalar, ignore_index: Scalar, shortest: Scalar,
     NORMALIZE: constexpr, LENGTHS: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr,
 ) -> None:  # fmt: skip
-    """Rows of a batch as float32, divided by their lengths; zeros for those that are left out, whatever they hold."""
+    """Rows of a batch as float32, divided by their lengths; zeros for those that are left out, whatever they hold. And
+    `ready` to meet keys, in their dtype: logits come out in base 2. For float16, divided by a power of two, `sizes`."""
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     present = (rows < N) & (tl.load(labels + rows, mask=rows < N, other=ignore_index) != ignore_index)
-    x, at, mask = _rows(raw, stride, rows, present, BLOCK_D, WIDTH)
+    x, at, _ = _rows(raw, stride, rows, present, BLOCK_D, WIDTH)
+    mask = (rows < N)[:, None] & (tl.arange(0, BLOCK_D) < WIDTH)[None, :]
     x = x.to(tl.float32)
     if NORMALIZE:
         length = _lengths(x, shortest)
         x = tl.div_rn(x, length[:, None] + tl.zeros_like(x))
         if LENGTHS:
             tl.store(lengths + rows, length, mask=rows < N)
-    tl.store(unit + at, x, mask=(rows < N)[:, None] & (tl.arange(0, BLOCK_D) < WIDTH)[None, :])
+    tl.store(unit + at, x, mask=mask)
+    x *= 1.4426950408889634 / _number(temperature)  # log2 e
+    if ready.dtype.element_ty == tl.float16:
+        largest = tl.max(tl.abs(x), axis=1)
+        size = tl.where(largest > 0.0, tl.exp2(tl.floor(tl.log2(largest))), 1.0)
+        x = x / size[:, None]
+        tl.store(sizes + rows, size, mask=rows < N)
+    tl.store(ready + at, x.to(ready.dtype.element_ty), mask=mask)
 
 
 @_jit()
@@ -118,8 +127,13 @@ def prologue(
     momentum_query_stride: Scalar,
     momentum_query_shortest: Scalar,
     query_labels: Pointer,  # (N,) int64
+    temperature: Scalar,
+    momentum_temperature: Scalar,
     unit: Pointer,  # out: (2, N, d) float32: queries and momentum queries
     lengths: Pointer,  # out: (N,): of the queries
+    ready: Pointer,  # out: (N, d): queries as they meet the keys, in the dtype of these
+    momentum_ready: Pointer,  # out: (N, d): the same of the momentum model
+    sizes: Pointer,  # out: (2, N): what queries for float16 keys were divided by
     first_rows: Pointer,  # out: (N,) int32: the first row of the same class; itself if it has none
     keys: Pointer,  # (Q, d), raw
     key_stride: Scalar,
@@ -134,7 +148,6 @@ def prologue(
     N: Scalar,
     Q: Scalar,
     ignore_index: Scalar,
-    WITH_ROWS: constexpr,  # whether the rows take part: once, while each part of the keys has a launch
     TAUGHT: constexpr,
     NORMALIZE: constexpr,
     RAW_KEYS: constexpr,
@@ -147,16 +160,17 @@ def prologue(
 ) -> None:
     """Blocks of rows, then tiles of keys."""
     block = tl.program_id(0)
-    row_blocks = tl.cdiv(N, BLOCK_N) if WITH_ROWS else 0
+    row_blocks = tl.cdiv(N, BLOCK_N)
     if block < row_blocks:
         _ready_rows(
-            query, query_stride, query_labels, unit, lengths, block, N, ignore_index, query_shortest,
-            NORMALIZE, True, WIDTH, BLOCK_N, BLOCK_D,
+            query, query_stride, query_labels, temperature, unit, lengths, ready, sizes, block, N, ignore_index,
+            query_shortest, NORMALIZE, True, WIDTH, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if TAUGHT:
             _ready_rows(
-                momentum_query, momentum_query_stride, query_labels, unit + N.to(tl.int64) * WIDTH, lengths, block, N,
-                ignore_index, momentum_query_shortest, NORMALIZE, False, WIDTH, BLOCK_N, BLOCK_D,
+                momentum_query, momentum_query_stride, query_labels, momentum_temperature,
+                unit + N.to(tl.int64) * WIDTH, lengths, momentum_ready, sizes + N, block, N, ignore_index,
+                momentum_query_shortest, NORMALIZE, False, WIDTH, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         own = tl.load(query_labels + rows, mask=rows < N, other=-1)
@@ -221,20 +235,6 @@ def _tile(
 
 
 @_jit()
-def _ready_query(
-    unit: Pointer, rows: Block, N: Scalar, scale: Scalar, keys: Pointer, WIDTH: constexpr, BLOCK_D: constexpr
-) -> tuple[Block, Block]:
-    """A block of queries times `scale`, in the dtype of the keys, and the power of two it was divided by, or 1."""
-    q = _rows(unit, WIDTH, rows, rows < N, BLOCK_D, WIDTH)[0] * scale
-    size = tl.full((rows.shape[0],), 1.0, tl.float32)
-    if keys.dtype.element_ty == tl.float16:
-        largest = tl.max(tl.abs(q), axis=1)
-        size = tl.where(largest > 0.0, tl.exp2(tl.floor(tl.log2(largest))), 1.0)
-        q = q / size[:, None]
-    return q.to(keys.dtype.element_ty), size
-
-
-@_jit()
 def _weigh(
     dots: Block, top: Block, total: Block, size: Block, SIZED: constexpr, MASKED: constexpr, SHIFT: constexpr
 ) -> tuple[Block, Block, Block, Block]:
@@ -253,11 +253,72 @@ def _weigh(
     return new_top, total * shrink + tl.sum(weights, axis=1), shrink, weights
 
 
+@_jit()
+def _through(
+    state: Block, start: Scalar, end: Scalar,
+    q: Block, mq: Block, size: Block, msize: Block, own: Block,
+    keys: Pointer, key_tiles: Pointer, key_stride: Scalar, key_inverse: Pointer,
+    momentum_keys: Pointer, momentum_tiles: Pointer, momentum_stride: Scalar, momentum_inverse: Pointer,
+    key_labels: Pointer, Q: Scalar, ignore_index: Scalar,
+    MASKED: constexpr, TAUGHT: constexpr, POSITIVE: constexpr, SAME: constexpr, LOGIT: constexpr, SCALED: constexpr,
+    TMA: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr, BLOCK_D: constexpr,
+    PRODUCTS: constexpr, INTERPRETED: constexpr,
+) -> tuple[Block, ...]:  # fmt: skip
+    """The loop of `attend`: what is kept of keys so far, `state`, and those from `start` to `end`."""
+    SIZED: constexpr = keys.dtype.element_ty == tl.float16
+    MOMENTUM_SIZED: constexpr = momentum_keys.dtype.element_ty == tl.float16
+    SHIFT: constexpr = 14.0 if SIZED else 0.0  # the weights meet the values, which are the keys
+    top, total, weighted, mtop, mtotal, mweighted, mlogit, positives = state
+    for start in tl.range(start, end, BLOCK_K):
+        at = start + tl.arange(0, BLOCK_K)
+        ok = at < Q
+        if MASKED:
+            theirs = tl.load(key_labels + at, mask=ok, other=ignore_index)
+            ok = theirs != ignore_index
+        value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+        nothing = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+        dots = _dot(q, tl.trans(value), nothing, PRODUCTS, INTERPRETED)
+        if TAUGHT:
+            other = value
+            if not SAME:
+                other = _tile(
+                    momentum_keys, momentum_tiles, momentum_stride, start, ok,
+                    MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D,
+                )  # fmt: skip
+            mdots = _dot(mq, tl.trans(other), nothing, PRODUCTS, INTERPRETED)
+        if SCALED:
+            inverse = tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
+            dots *= inverse
+        if POSITIVE:
+            chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
+            positives += tl.sum(chosen.to(tl.int32), axis=1)
+            dots = tl.where(chosen, dots, float("-inf"))
+        elif MASKED:
+            dots = tl.where(ok[None, :], dots, float("-inf"))
+        top, total, shrink, weights = _weigh(dots, top, total, size, SIZED, MASKED, SHIFT)
+        if SCALED:
+            weights *= inverse
+        weighted = _dot(weights.to(value.dtype), value, weighted * shrink[:, None], PRODUCTS, INTERPRETED)
+        if TAUGHT:
+            if SCALED:
+                mdots *= tl.load(momentum_inverse + at, mask=ok, other=0.0)[None, :]
+            counting = mdots
+            if MASKED:
+                counting = tl.where(ok[None, :], mdots, float("-inf"))
+            mtop, mtotal, shrink, weights = _weigh(counting, mtop, mtotal, msize, MOMENTUM_SIZED, MASKED, SHIFT)
+            if LOGIT:  # `mdots`, not `counting`: 0 * -inf is NaN
+                mlogit = mlogit * shrink + tl.sum(weights * mdots, axis=1)
+            if SCALED:
+                weights *= inverse
+            mweighted = _dot(weights.to(value.dtype), value, mweighted * shrink[:, None], PRODUCTS, INTERPRETED)
+    return top, total, weighted, mtop, mtotal, mweighted, mlogit, positives
+
+
 @_jit("N", "Q", "keys_per_split", "first_split", "ignore_index")
 def attend(
-    unit: Pointer,  # (2, N, d): queries and momentum queries
-    temperature: Scalar,
-    momentum_temperature: Scalar,
+    query: Pointer,  # (N, d), ready
+    momentum_query: Pointer,  # (N, d), ready
+    sizes: Pointer,  # (2, N)
     query_labels: Pointer,  # (N,)
     keys: Pointer,  # (Q, d)
     key_tiles: Pointer,  # its tensor descriptor
@@ -298,67 +359,30 @@ def attend(
     rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     first = tl.program_id(1) * keys_per_split
     whole, end = _bounds(flags, first, tl.minimum(first + keys_per_split, Q), TILE)
-    SIZED: constexpr = keys.dtype.element_ty == tl.float16
-    MOMENTUM_SIZED: constexpr = momentum_keys.dtype.element_ty == tl.float16
-    SHIFT: constexpr = 14.0 if SIZED else 0.0  # the weights meet the values, which are the keys
+    SHIFT: constexpr = 14.0 if keys.dtype.element_ty == tl.float16 else 0.0
+    q = _rows(query, WIDTH, rows, rows < N, BLOCK_D, WIDTH)[0]
+    mq = _rows(momentum_query, WIDTH, rows, rows < N, BLOCK_D, WIDTH)[0] if TAUGHT else q
+    size = tl.full((BLOCK_Q,), 1.0, tl.float32)
+    msize = size
+    if keys.dtype.element_ty == tl.float16:
+        size = tl.load(sizes + rows, mask=rows < N, other=1.0)
+    if TAUGHT and momentum_keys.dtype.element_ty == tl.float16:
+        msize = tl.load(sizes + N + rows, mask=rows < N, other=1.0)
+    own = tl.load(query_labels + rows, mask=rows < N, other=-2)
+    own = tl.where(own < 0, -2, own)
 
-    q, size = _ready_query(unit, rows, N, 1.4426950408889634 / _number(temperature), keys, WIDTH, BLOCK_D)
     top, total = tl.full((BLOCK_Q,), float("-inf"), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     weighted = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    if TAUGHT:
-        scale = 1.4426950408889634 / _number(momentum_temperature)
-        after = N.to(tl.int64) * WIDTH
-        mq, msize = _ready_query(unit + after, rows, N, scale, momentum_keys, WIDTH, BLOCK_D)
-        mtop, mtotal, mlogit = top, total, total
-        mweighted = weighted
-    if POSITIVE:
-        own = tl.load(query_labels + rows, mask=rows < N, other=-2)
-        own = tl.where(own < 0, -2, own)
-        positives = tl.zeros((BLOCK_Q,), tl.int32)
-
+    state = (top, total, weighted, top, total, weighted, total, tl.zeros((BLOCK_Q,), tl.int32))
     for MASKED in tl.static_range(1 if POSITIVE else 0, 2):
-        for start in tl.range(whole if MASKED and not POSITIVE else first, end if MASKED else whole, BLOCK_K):
-            at = start + tl.arange(0, BLOCK_K)
-            ok = at < Q
-            if MASKED:
-                theirs = tl.load(key_labels + at, mask=ok, other=ignore_index)
-                ok = theirs != ignore_index
-            value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
-            nothing = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-            dots = _dot(q, tl.trans(value), nothing, PRODUCTS, INTERPRETED)
-            if TAUGHT:
-                other = value
-                if not SAME:
-                    other = _tile(
-                        momentum_keys, momentum_tiles, momentum_stride, start, ok,
-                        MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D,
-                    )  # fmt: skip
-                mdots = _dot(mq, tl.trans(other), nothing, PRODUCTS, INTERPRETED)
-            if SCALED:
-                inverse = tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
-                dots *= inverse
-            if POSITIVE:
-                chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
-                positives += tl.sum(chosen.to(tl.int32), axis=1)
-                dots = tl.where(chosen, dots, float("-inf"))
-            elif MASKED:
-                dots = tl.where(ok[None, :], dots, float("-inf"))
-            top, total, shrink, weights = _weigh(dots, top, total, size, SIZED, MASKED, SHIFT)
-            if SCALED:
-                weights *= inverse
-            weighted = _dot(weights.to(value.dtype), value, weighted * shrink[:, None], PRODUCTS, INTERPRETED)
-            if TAUGHT:
-                if SCALED:
-                    mdots *= tl.load(momentum_inverse + at, mask=ok, other=0.0)[None, :]
-                counting = mdots
-                if MASKED:
-                    counting = tl.where(ok[None, :], mdots, float("-inf"))
-                mtop, mtotal, shrink, weights = _weigh(counting, mtop, mtotal, msize, MOMENTUM_SIZED, MASKED, SHIFT)
-                if LOGIT:  # `mdots`, not `counting`: 0 * -inf is NaN
-                    mlogit = mlogit * shrink + tl.sum(weights * mdots, axis=1)
-                if SCALED:
-                    weights *= inverse
-                mweighted = _dot(weights.to(value.dtype), value, mweighted * shrink[:, None], PRODUCTS, INTERPRETED)
+        # Masks and loads that wait for them take registers: fewer keys at a time leave room.
+        state = _through(
+            state, whole if MASKED and not POSITIVE else first, end if MASKED else whole, q, mq, size, msize, own,
+            keys, key_tiles, key_stride, key_inverse, momentum_keys, momentum_tiles, momentum_stride, momentum_inverse,
+            key_labels, Q, ignore_index, MASKED, TAUGHT, POSITIVE, SAME, LOGIT, SCALED, TMA, WIDTH, BLOCK_Q,
+            BLOCK_K // 2 if MASKED and TAUGHT else BLOCK_K, BLOCK_D, PRODUCTS, INTERPRETED,
+        )  # fmt: skip
+    top, total, weighted, mtop, mtotal, mweighted, mlogit, positives = state
 
     at = (first_split + tl.program_id(1)).to(tl.int64) * N + rows
     _store_split(lse, mean, at, rows < N, top * size, total, weighted, SHIFT, WIDTH, BLOCK_D)
@@ -420,7 +444,8 @@ def sum_classes(
         own = tl.load(query_labels + rows, mask=rows < N, other=-2)
         own = tl.where(own < 0, -2, own)
         total = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-        counts = tl.zeros((BLOCK_Q, BLOCK_K), tl.int32)  # summed over its keys in the end, once
+        counts = tl.zeros((BLOCK_Q, 16), tl.float32)  # a product with ones, each column the same
+        ones = tl.full((BLOCK_K, 16), 1.0, keys.dtype.element_ty)
         for MASKED in tl.static_range(2):
             for start in tl.range(whole if MASKED else first, end if MASKED else whole, BLOCK_K):
                 at = start + tl.arange(0, BLOCK_K)
@@ -428,8 +453,8 @@ def sum_classes(
                 ok = theirs != ignore_index
                 value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
                 chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
-                counts += chosen.to(tl.int32)
                 weights = tl.where(chosen, 1.0, 0.0)
+                counts = _dot(weights.to(value.dtype), ones, counts, PRODUCTS, INTERPRETED)
                 if SCALED:
                     weights *= tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
                 total = _dot(weights.to(value.dtype), value, total, PRODUCTS, INTERPRETED)
@@ -437,7 +462,7 @@ def sum_classes(
         columns = tl.arange(0, BLOCK_D)
         mask = (rows < N)[:, None] & (columns < WIDTH)[None, :]
         tl.store(sums + at[:, None] * WIDTH + columns[None, :], total, mask=mask)
-        tl.store(count + at, tl.sum(counts, axis=1), mask=rows < N)
+        tl.store(count + at, tl.max(counts, axis=1).to(tl.int32), mask=rows < N)
 
 
 # --------------------------------------------------------------------------------------------------------------------
