@@ -31,9 +31,9 @@ from momentum_distill._triton import (
 
 MAX_WIDTH = 128
 """A program holds whole rows; wider ones are for the older kernel."""
-_TILE = 64  # keys that share a flag: splits begin at such a tile
+_TILE = 128  # keys that share a flag: splits begin at such a tile
 _MIN_KEYS_PER_SPLIT = 128  # fewer are not worth their start and their share of the merge
-_MAX_SPLIT_BYTES = 20 * 2**20  # unmerged results of all splits, float32
+_MAX_SPLIT_BYTES = 12 * 2**20  # unmerged results of all splits, float32
 _MIN_TMA_NUMBERS = 2**20  # to encode a tensor descriptor takes the host longer than it saves on fewer keys
 TMA: bool | None = None
 """Whether whole tiles are loaded through tensor descriptors where strides allow it; None: on GPUs that have them."""
@@ -77,18 +77,19 @@ class Tiling(NamedTuple):
 
     block_q: int
     block_k: int
+    masked_k: int
     num_warps: int
     num_stages: int
 
 
 # Bytes of the widest keys and whether the GPU is Hopper or later: for at most 64 queries, and for more.
 _ATTEND = {
-    (2, True): (Tiling(64, 64, 4, 2), Tiling(128, 64, 8, 2)),
-    (2, False): (Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (4, True): (Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1)),
-    (4, False): (Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1)),
+    (2, True): (Tiling(64, 64, 32, 4, 2), Tiling(128, 128, 32, 8, 3)),
+    (2, False): (Tiling(64, 64, 32, 4, 2), Tiling(64, 64, 32, 4, 2)),
+    (4, True): (Tiling(64, 32, 32, 4, 1), Tiling(64, 32, 32, 4, 1)),
+    (4, False): (Tiling(64, 32, 32, 4, 1), Tiling(64, 32, 32, 4, 1)),
 }
-_CLASSES = {2: Tiling(64, 64, 4, 3), 4: Tiling(64, 64, 4, 2)}
+_CLASSES = {2: Tiling(64, 64, 64, 4, 3), 4: Tiling(64, 64, 32, 4, 2)}
 _WARPS_PER_SM = 8  # that run at once: the compiler takes up to 255 registers a thread
 _ROWS, _TILES = 16, 16  # of a program that goes through rows, and through the labels of keys
 _MERGE_ROWS, _MERGE_CHUNK = 4, 8  # rows of a program that merges, and splits that it takes at a time
@@ -180,41 +181,36 @@ def solve(
     )  # fmt: skip
     # Of parts whose momentum keys are the keys, the mean logit of the momentum model is q' times its mean key.
     logit = taught and not all(part.momentum is part.keys for part in keys)
-    num_sms = _multiprocessors(query.device)[0]
-    tilings = [_tilings(n, part, inside=inside, hopper=_is_hopper(query.device)) for part in keys]
-    spans, positive_spans = (
-        [
-            _cut(n, d, len(part.keys), chosen[which], num_sms, share=len(keys) * kinds, num_splits=num_splits)
-            for part, chosen in zip(keys, tilings, strict=True)
-        ]
-        for which, kinds in ((0, 1 + taught), (1, 1))
-    )
-    splits, positive_splits = (sum(span.splits for span in part_spans) for part_spans in (spans, positive_spans))
-    found = _Splits(new((1 + taught, splits, n)), new((1 + taught, splits, n, d)), new((splits if logit else 1, n)))
-    positive = _Splits(new((positive_splits if inside else 1, n)), new((positive_splits, n, d)), found.mean_logit)
-    count = integers((positive_splits, n))
+    kinds = 1 + taught + inside
+    share, num_sms, hopper = len(keys), _multiprocessors(query.device)[0], _is_hopper(query.device)
+    plans = [_plan(n, part, hopper=hopper) for part in keys]
+    cut = partial(_cut, n, d, num_sms=num_sms, num_splits=num_splits)
+    spans = [cut(len(part.keys), plan[0], kinds, share) for part, plan in zip(keys, plans, strict=True)]
+    class_spans = [cut(len(part.keys), plan[1], 1, share) for part, plan in zip(keys, plans, strict=True)]
+    splits = sum(span.splits for span in spans)
+    class_splits = splits if inside else sum(span.splits for span in class_spans)
+    slots = 3 if inside else kinds
+    found = _Splits(new((slots, splits, n)), new((slots, splits, n, d)), new((splits if logit else 1, n)))
+    class_sums, count = new((1 if inside else class_splits, n, d)), integers((class_splits, n))
     blocks = -(-n // _MERGE_ROWS)
     solved = Solved(
         new((blocks, 8), dtype=torch.float64), new((blocks, 2), dtype=torch.float64),
         new((2, n)), new((2, n, d)), new((2, n)),
     )  # fmt: skip
     with _current(query.device):
-        first = positive_first = 0
-        for index, part in enumerate(keys):
+        first = class_first = 0
+        for part, plan, span, class_span in zip(keys, plans, spans, class_spans, strict=True):
             ready = _prologue(rows, part)
-            _attend(rows, ready, tilings[index][0], spans[index], first, found, count, logit=logit)
-            if inside:
-                positive_part = ready._replace(only_positive=True)
-                _attend(rows, positive_part, tilings[index][1], positive_spans[index], positive_first, positive, count)
-            else:
-                _sum_classes(rows, ready, tilings[index][1], positive_spans[index], positive_first, positive, count)
-            first += spans[index].splits
-            positive_first += positive_spans[index].splits
+            _attend(rows, ready, plan[0], span, first, found, count, inside=inside, logit=logit)
+            if not inside:
+                _sum_classes(rows, ready, plan[1], class_span, class_first, class_sums, count)
+            first += span.splits
+            class_first += class_span.splits
         kernels.merge[(blocks,)](
-            *found, positive.lse, positive.mean, count, rows.unit, rows.lengths, rows.first, rows.labels,
+            *found, class_sums, count, rows.unit, rows.lengths, rows.first, rows.labels,
             rows.temperature, rows.momentum_temperature,
             solved.terms, solved.grads, solved.grad_temperatures, solved.sums, solved.temperature_sums,
-            n, splits, positive_splits, ignore_index,
+            n, splits, class_splits, ignore_index,
             TAUGHT=taught, LOGIT=logit, INSIDE=inside, PER_POSITIVE=positives == "inside_per_positive",
             NORMALIZE=bool(normalize), BLOCK_N=_MERGE_ROWS, CHUNK=_MERGE_CHUNK, **_widths(d),
         )  # fmt: skip
@@ -297,7 +293,6 @@ class _Ready(NamedTuple):
     flags: Tensor
     inverse: Tensor  # (2, Q), or anything where keys are as they should be
     scaled: bool
-    only_positive: bool = False
 
 
 class _Splits(NamedTuple):
@@ -337,32 +332,32 @@ def _prologue(rows: _Rows, part: Part) -> _Ready:
 
 def _attend(
     rows: _Rows, part: _Ready, plan: Tiling, span: "_Span", first: int, found: _Splits, count: Tensor,
-    *, logit: bool = False,
+    *, inside: bool, logit: bool,
 ) -> None:  # fmt: skip
-    """Student and momentum model over one part, or the student over its positive keys."""
+    """All kinds of attention over one part of the keys."""
     n, d = rows.query.shape
-    same, splits = part.momentum is part.keys, found.lse.shape[-2]
+    same = part.momentum is part.keys
     tma, (key_tiles, momentum_tiles) = _tiles(plan.block_k, part.keys, part.momentum)
-    kernels.attend[(-(-n // plan.block_q), span.splits)](
+    kernels.attend[(-(-n // plan.block_q), span.splits, 1 + rows.taught + inside)](
         part.query, part.momentum_query, part.sizes, rows.labels,
         part.keys, key_tiles, part.keys.stride(0), part.inverse[0],
         part.momentum, momentum_tiles, part.momentum.stride(0), part.inverse[-1 if part.scaled and not same else 0],
-        part.labels, part.flags, *found, count,
-        splits * n, n, len(part.keys), span.keys, first, rows.ignore_index,
-        TAUGHT=rows.taught and not part.only_positive, POSITIVE=part.only_positive, SAME=same, LOGIT=logit,
-        SCALED=part.scaled, TMA=tma, **_loop(plan), **_widths(d),
+        part.labels, part.flags, *found, count, n, len(part.keys), span.keys, first, found.lse.shape[1],
+        rows.ignore_index,
+        TAUGHT=rows.taught, INSIDE=inside, SAME=same, LOGIT=logit, SCALED=part.scaled, TMA=tma,
+        MASKED_K=plan.masked_k, **_loop(plan), **_widths(d),
     )  # fmt: skip
 
 
 def _sum_classes(
-    rows: _Rows, part: _Ready, plan: Tiling, span: "_Span", first: int, found: _Splits, count: Tensor
+    rows: _Rows, part: _Ready, plan: Tiling, span: "_Span", first: int, sums: Tensor, count: Tensor
 ) -> None:
     """Sums of the positive keys of one part."""
     n, d = rows.query.shape
     tma, (key_tiles,) = _tiles(plan.block_k, part.keys)
     kernels.sum_classes[(-(-n // plan.block_q), span.splits)](
         rows.labels, rows.first, part.keys, key_tiles, part.keys.stride(0), part.inverse[0], part.labels, part.flags,
-        found.mean, count, n, len(part.keys), span.keys, first, rows.ignore_index,
+        sums, count, n, len(part.keys), span.keys, first, rows.ignore_index,
         SCALED=part.scaled, TMA=tma, **_loop(plan), **_widths(d),
     )  # fmt: skip
 
@@ -395,22 +390,22 @@ class _Span(NamedTuple):
     splits: int
 
 
-def _tilings(n: int, part: Part, *, inside: bool, hopper: bool) -> tuple[Tiling, Tiling]:
-    """Of `attend`, and of what goes through the positive keys."""
+def _plan(n: int, part: Part, *, hopper: bool) -> tuple[Tiling, Tiling]:
+    """Of `attend`, and of `sum_classes`."""
     width = max(x.element_size() for x in (part.keys, part.momentum) if x is not None)
-    attending = _ATTEND[width, hopper][n > 64]
-    return attending, attending if inside else _CLASSES[width]
+    return _ATTEND[width, hopper][n > 64], _CLASSES[width]
 
 
 def _cut(
-    n: int, d: int, count: int, plan: Tiling, num_sms: int, *, share: int, num_splits: int | None = None
+    n: int, d: int, count: int, plan: Tiling, kinds: int, share: int, *, num_sms: int, num_splits: int | None
 ) -> _Span:
     """As many splits as fill the chip at once: a program that waits for another to end doubles the time."""
     if num_splits is None:
         programs = num_sms * (_WARPS_PER_SM // plan.num_warps)
         num_splits = min(
-            programs // -(-n // plan.block_q), count // _MIN_KEYS_PER_SPLIT, _MAX_SPLIT_BYTES // (4 * n * d * share)
-        )
+            programs // (-(-n // plan.block_q) * kinds), count // _MIN_KEYS_PER_SPLIT,
+            _MAX_SPLIT_BYTES // (4 * n * d * kinds * share),
+        )  # fmt: skip
     keys = _TILE * -(-count // (_TILE * max(1, num_splits)))
     return _Span(keys, -(-count // keys))
 

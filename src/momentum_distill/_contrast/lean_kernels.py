@@ -235,86 +235,111 @@ def _tile(
 
 
 @_jit()
-def _weigh(
-    dots: Block, top: Block, total: Block, size: Block, SIZED: constexpr, MASKED: constexpr, SHIFT: constexpr
-) -> tuple[Block, Block, Block, Block]:
-    """Softmax weights of new keys under a running maximum: the maximum, the sum, the shrinking factor, the weights.
-
-    Subtracting before anything is multiplied keeps the digits of large logits.
-    """
-    new_top = tl.maximum(top, tl.max(dots, axis=1))
-    base = new_top
-    if MASKED:
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: -inf - -inf would be NaN
-    shrink, weights = top - base, dots - base[:, None]
-    if SIZED:
-        shrink, weights = shrink * size, weights * size[:, None] + SHIFT
-    shrink, weights = tl.exp2(shrink), tl.exp2(weights)
-    return new_top, total * shrink + tl.sum(weights, axis=1), shrink, weights
-
-
-@_jit()
 def _through(
-    state: Block, start: Scalar, end: Scalar,
-    q: Block, mq: Block, size: Block, msize: Block, own: Block,
+    state: Block, q: Block, size: Block, own: Block, first: Scalar, end: Scalar,
     keys: Pointer, key_tiles: Pointer, key_stride: Scalar, key_inverse: Pointer,
-    momentum_keys: Pointer, momentum_tiles: Pointer, momentum_stride: Scalar, momentum_inverse: Pointer,
+    values: Pointer, value_tiles: Pointer, value_stride: Scalar, value_inverse: Pointer,
     key_labels: Pointer, Q: Scalar, ignore_index: Scalar,
-    MASKED: constexpr, TAUGHT: constexpr, POSITIVE: constexpr, SAME: constexpr, LOGIT: constexpr, SCALED: constexpr,
-    TMA: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr, BLOCK_D: constexpr,
+    KIND: constexpr, SAME: constexpr, LOGIT: constexpr, SCALED: constexpr, MASKED: constexpr, TMA: constexpr,
+    WIDTH: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr, BLOCK_D: constexpr,
     PRODUCTS: constexpr, INTERPRETED: constexpr,
-) -> tuple[Block, ...]:  # fmt: skip
-    """The loop of `attend`: what is kept of keys so far, `state`, and those from `start` to `end`."""
+) -> tuple[Block, Block, Block, Block, Block]:  # fmt: skip
+    """The loop: what is kept of the keys so far, `state`, and those from `first` to `end`.
+
+    Subtracting the maximum before anything is multiplied keeps the digits of large logits.
+    """
     SIZED: constexpr = keys.dtype.element_ty == tl.float16
-    MOMENTUM_SIZED: constexpr = momentum_keys.dtype.element_ty == tl.float16
-    SHIFT: constexpr = 14.0 if SIZED else 0.0  # the weights meet the values, which are the keys
-    top, total, weighted, mtop, mtotal, mweighted, mlogit, positives = state
-    for start in tl.range(start, end, BLOCK_K):
+    SHIFT: constexpr = 14.0 if values.dtype.element_ty == tl.float16 else 0.0
+    top, total, weighted, logit, positives = state
+    for start in tl.range(first, end, BLOCK_K):
         at = start + tl.arange(0, BLOCK_K)
         ok = at < Q
         if MASKED:
             theirs = tl.load(key_labels + at, mask=ok, other=ignore_index)
             ok = theirs != ignore_index
-        value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
-        nothing = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-        dots = _dot(q, tl.trans(value), nothing, PRODUCTS, INTERPRETED)
-        if TAUGHT:
-            other = value
-            if not SAME:
-                other = _tile(
-                    momentum_keys, momentum_tiles, momentum_stride, start, ok,
-                    MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D,
-                )  # fmt: skip
-            mdots = _dot(mq, tl.trans(other), nothing, PRODUCTS, INTERPRETED)
+        value = _tile(values, value_tiles, value_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+        key = value
+        if not SAME:
+            key = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+        dots = _dot(q, tl.trans(key), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRODUCTS, INTERPRETED)
         if SCALED:
-            inverse = tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
-            dots *= inverse
-        if POSITIVE:
+            dots *= tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
+        counting = dots
+        if KIND == 2:
             chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
             positives += tl.sum(chosen.to(tl.int32), axis=1)
-            dots = tl.where(chosen, dots, float("-inf"))
+            counting = tl.where(chosen, dots, float("-inf"))
         elif MASKED:
-            dots = tl.where(ok[None, :], dots, float("-inf"))
-        top, total, shrink, weights = _weigh(dots, top, total, size, SIZED, MASKED, SHIFT)
+            counting = tl.where(ok[None, :], dots, float("-inf"))
+        new_top = tl.maximum(top, tl.max(counting, axis=1))
+        base = new_top
+        if MASKED:
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: -inf - -inf would be NaN
+        shrink, weights = top - base, counting - base[:, None]
+        if SIZED:
+            shrink, weights = shrink * size, weights * size[:, None]
+        if SHIFT > 0.0:
+            weights += SHIFT
+        shrink, weights = tl.exp2(shrink), tl.exp2(weights)
+        top, total = new_top, total * shrink + tl.sum(weights, axis=1)
+        if LOGIT:  # `dots`, not `counting`: 0 * -inf is NaN
+            logit = logit * shrink + tl.sum(weights * dots, axis=1)
         if SCALED:
-            weights *= inverse
+            weights *= tl.load(value_inverse + at, mask=ok, other=0.0)[None, :]
         weighted = _dot(weights.to(value.dtype), value, weighted * shrink[:, None], PRODUCTS, INTERPRETED)
-        if TAUGHT:
-            if SCALED:
-                mdots *= tl.load(momentum_inverse + at, mask=ok, other=0.0)[None, :]
-            counting = mdots
-            if MASKED:
-                counting = tl.where(ok[None, :], mdots, float("-inf"))
-            mtop, mtotal, shrink, weights = _weigh(counting, mtop, mtotal, msize, MOMENTUM_SIZED, MASKED, SHIFT)
-            if LOGIT:  # `mdots`, not `counting`: 0 * -inf is NaN
-                mlogit = mlogit * shrink + tl.sum(weights * mdots, axis=1)
-            if SCALED:
-                weights *= inverse
-            mweighted = _dot(weights.to(value.dtype), value, mweighted * shrink[:, None], PRODUCTS, INTERPRETED)
-    return top, total, weighted, mtop, mtotal, mweighted, mlogit, positives
+    return top, total, weighted, logit, positives
 
 
-@_jit("N", "Q", "keys_per_split", "first_split", "ignore_index")
+@_jit()
+def _attend_kind(
+    query: Pointer, sizes: Pointer, query_labels: Pointer,
+    keys: Pointer, key_tiles: Pointer, key_stride: Scalar, key_inverse: Pointer,
+    values: Pointer, value_tiles: Pointer, value_stride: Scalar, value_inverse: Pointer,
+    key_labels: Pointer, flags: Pointer, lse: Pointer, mean: Pointer, mean_logit: Pointer, count: Pointer,
+    N: Scalar, Q: Scalar, keys_per_split: Scalar, slot: Scalar, splits: Scalar, ignore_index: Scalar,
+    KIND: constexpr, SAME: constexpr, LOGIT: constexpr, SCALED: constexpr, TMA: constexpr, WIDTH: constexpr,
+    TILE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr, MASKED_K: constexpr, BLOCK_D: constexpr,
+    PRODUCTS: constexpr, INTERPRETED: constexpr,
+) -> None:  # fmt: skip
+    """One kind of attention: 0 the student, 1 the momentum model, 2 the student over its positive keys."""
+    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    ok = rows < N
+    first = tl.program_id(1) * keys_per_split
+    whole, end = _bounds(flags, first, tl.minimum(first + keys_per_split, Q), TILE)
+    q = _rows(query, WIDTH, rows, ok, BLOCK_D, WIDTH)[0]
+    size = tl.full((BLOCK_Q,), 1.0, tl.float32)
+    if keys.dtype.element_ty == tl.float16:
+        size = tl.load(sizes + rows, mask=ok, other=1.0)
+    own = tl.load(query_labels + rows, mask=ok, other=-2)
+    own = tl.where(own < 0, -2, own)
+    nothing = tl.zeros((BLOCK_Q,), tl.float32)
+    state = (nothing + float("-inf"), nothing, tl.zeros((BLOCK_Q, BLOCK_D), tl.float32), nothing, nothing.to(tl.int32))
+    for MASKED in tl.static_range(KIND // 2, 2):  # positive keys are always chosen by a mask
+        state = _through(
+            state, q, size, own, whole if MASKED and KIND < 2 else first, end if MASKED else whole,
+            keys, key_tiles, key_stride, key_inverse, values, value_tiles, value_stride, value_inverse,
+            key_labels, Q, ignore_index, KIND, SAME, LOGIT, SCALED, MASKED, TMA, WIDTH, BLOCK_Q,
+            MASKED_K if MASKED else BLOCK_K, BLOCK_D, PRODUCTS, INTERPRETED,
+        )  # fmt: skip
+    top, total, weighted, logit, positives = state
+
+    safe = tl.where(total == 0.0, 1.0, total)  # no key: lse -inf (as `top` is), mean 0
+    SHIFT: constexpr = 14.0 if values.dtype.element_ty == tl.float16 else 0.0
+    at = (slot + tl.program_id(1)).to(tl.int64) * N + rows
+    columns = tl.arange(0, BLOCK_D)
+    tl.store(lse + at, top * size + (tl.log2(safe) - SHIFT), mask=ok)
+    tl.store(
+        mean + at[:, None] * WIDTH + columns[None, :], weighted / safe[:, None],
+        mask=ok[:, None] & (columns < WIDTH)[None, :],
+    )  # fmt: skip
+    at -= KIND * splits.to(tl.int64) * N
+    if LOGIT:
+        tl.store(mean_logit + at, logit / safe * size, mask=ok)
+    if KIND == 2:
+        tl.store(count + at, positives, mask=ok)
+
+
+@_jit("N", "Q", "keys_per_split", "first_split", "splits", "ignore_index")
 def attend(
     query: Pointer,  # (N, d), ready
     momentum_query: Pointer,  # (N, d), ready
@@ -330,82 +355,57 @@ def attend(
     momentum_inverse: Pointer,  # (Q,)
     key_labels: Pointer,  # (Q,)
     flags: Pointer,  # (tiles,), as `prologue` leaves them
-    lse: Pointer,  # out: (splits, N), in base 2; of the momentum model `momentum_share` numbers later
-    mean: Pointer,  # out: (splits, N, d); the same, times d
+    lse: Pointer,  # out: (3, splits, N), in base 2, by kind
+    mean: Pointer,  # out: (3, splits, N, d)
     mean_logit: Pointer,  # out: (splits, N), in base 2: of the momentum model
     count: Pointer,  # out: (splits, N) int32: of the positive keys
-    momentum_share: Scalar,
     N: Scalar,
     Q: Scalar,
     keys_per_split: Scalar,
     first_split: Scalar,  # of this part of the keys, among those of all parts
+    splits: Scalar,  # of all parts
     ignore_index: Scalar,
-    TAUGHT: constexpr,  # student and momentum model; else the student alone
-    POSITIVE: constexpr,  # over the positive keys alone
+    TAUGHT: constexpr,  # whether there is a momentum model
+    INSIDE: constexpr,  # whether the student over its positive keys is wanted
     SAME: constexpr,  # the momentum keys are the keys
-    LOGIT: constexpr,  # whether the mean logit is wanted
+    LOGIT: constexpr,  # whether the mean logit of the momentum model is wanted
     SCALED: constexpr,  # whether keys are to be multiplied by their `inverse`
     TMA: constexpr,
     WIDTH: constexpr,
     TILE: constexpr,
     BLOCK_Q: constexpr,
     BLOCK_K: constexpr,
+    MASKED_K: constexpr,  # keys of a step that masks: fewer, for masks and loads that wait for them take registers
     BLOCK_D: constexpr,
     PRODUCTS: constexpr,
     INTERPRETED: constexpr,
 ) -> None:
-    """A block of queries against one split of the keys."""
+    """One kind, a block of queries, one split of the keys."""
     # Neighbouring programs differ in the queries: they run at the same time and share the keys in the cache.
-    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = tl.program_id(1) * keys_per_split
-    whole, end = _bounds(flags, first, tl.minimum(first + keys_per_split, Q), TILE)
-    SHIFT: constexpr = 14.0 if keys.dtype.element_ty == tl.float16 else 0.0
-    q = _rows(query, WIDTH, rows, rows < N, BLOCK_D, WIDTH)[0]
-    mq = _rows(momentum_query, WIDTH, rows, rows < N, BLOCK_D, WIDTH)[0] if TAUGHT else q
-    size = tl.full((BLOCK_Q,), 1.0, tl.float32)
-    msize = size
-    if keys.dtype.element_ty == tl.float16:
-        size = tl.load(sizes + rows, mask=rows < N, other=1.0)
-    if TAUGHT and momentum_keys.dtype.element_ty == tl.float16:
-        msize = tl.load(sizes + N + rows, mask=rows < N, other=1.0)
-    own = tl.load(query_labels + rows, mask=rows < N, other=-2)
-    own = tl.where(own < 0, -2, own)
-
-    top, total = tl.full((BLOCK_Q,), float("-inf"), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
-    weighted = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    state = (top, total, weighted, top, total, weighted, total, tl.zeros((BLOCK_Q,), tl.int32))
-    for MASKED in tl.static_range(1 if POSITIVE else 0, 2):
-        # Masks and loads that wait for them take registers: fewer keys at a time leave room.
-        state = _through(
-            state, whole if MASKED and not POSITIVE else first, end if MASKED else whole, q, mq, size, msize, own,
-            keys, key_tiles, key_stride, key_inverse, momentum_keys, momentum_tiles, momentum_stride, momentum_inverse,
-            key_labels, Q, ignore_index, MASKED, TAUGHT, POSITIVE, SAME, LOGIT, SCALED, TMA, WIDTH, BLOCK_Q,
-            BLOCK_K // 2 if MASKED and TAUGHT else BLOCK_K, BLOCK_D, PRODUCTS, INTERPRETED,
+    kind = tl.program_id(2)
+    if kind == 0:
+        _attend_kind(
+            query, sizes, query_labels, keys, key_tiles, key_stride, key_inverse,
+            keys, key_tiles, key_stride, key_inverse, key_labels, flags, lse, mean, mean_logit, count,
+            N, Q, keys_per_split, first_split, splits, ignore_index, 0, True, False, SCALED, TMA, WIDTH,
+            TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, PRODUCTS, INTERPRETED,
         )  # fmt: skip
-    top, total, weighted, mtop, mtotal, mweighted, mlogit, positives = state
-
-    at = (first_split + tl.program_id(1)).to(tl.int64) * N + rows
-    _store_split(lse, mean, at, rows < N, top * size, total, weighted, SHIFT, WIDTH, BLOCK_D)
     if TAUGHT:
-        after = at + momentum_share
-        _store_split(lse, mean, after, rows < N, mtop * msize, mtotal, mweighted, SHIFT, WIDTH, BLOCK_D)
-        if LOGIT:
-            tl.store(mean_logit + at, mlogit / tl.where(mtotal == 0.0, 1.0, mtotal) * msize, mask=rows < N)
-    if POSITIVE:
-        tl.store(count + at, positives, mask=rows < N)
-
-
-@_jit()
-def _store_split(
-    lse: Pointer, mean: Pointer, at: Block, ok: Block, top: Block, total: Block, weighted: Block,
-    SHIFT: constexpr, WIDTH: constexpr, BLOCK_D: constexpr,
-) -> None:  # fmt: skip
-    """Without a key: lse -inf, which `top` is, and mean 0."""
-    safe = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse + at, top + (tl.log2(safe) - SHIFT), mask=ok)
-    columns = tl.arange(0, BLOCK_D)
-    mask = ok[:, None] & (columns < WIDTH)[None, :]
-    tl.store(mean + at[:, None] * WIDTH + columns[None, :], weighted / safe[:, None], mask=mask)
+        if kind == 1:
+            _attend_kind(
+                momentum_query, sizes + N, query_labels, momentum_keys, momentum_tiles, momentum_stride,
+                momentum_inverse, keys, key_tiles, key_stride, key_inverse, key_labels, flags, lse, mean, mean_logit,
+                count, N, Q, keys_per_split, splits + first_split, splits, ignore_index, 1, SAME, LOGIT, SCALED, TMA,
+                WIDTH, TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, PRODUCTS, INTERPRETED,
+            )  # fmt: skip
+    if INSIDE:
+        if kind == 1 + TAUGHT:
+            _attend_kind(
+                query, sizes, query_labels, keys, key_tiles, key_stride, key_inverse,
+                keys, key_tiles, key_stride, key_inverse, key_labels, flags, lse, mean, mean_logit, count,
+                N, Q, keys_per_split, 2 * splits + first_split, splits, ignore_index, 2, True, False, SCALED, TMA,
+                WIDTH, TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, PRODUCTS, INTERPRETED,
+            )  # fmt: skip
 
 
 @_jit("N", "Q", "keys_per_split", "first_split", "ignore_index")
@@ -517,11 +517,10 @@ def _raw_gradient(
 
 @_jit("N", "splits", "positive_splits", "ignore_index")
 def merge(
-    lse: Pointer,  # (1 or 2, splits, N), in base 2: student and momentum model
-    mean: Pointer,  # (1 or 2, splits, N, d)
+    lse: Pointer,  # (3, splits, N), in base 2, by kind
+    mean: Pointer,  # (3, splits, N, d)
     mean_logit: Pointer,  # (splits, N), in base 2
-    positive_lse: Pointer,  # (positive splits, N), in base 2: INSIDE
-    positive_mean: Pointer,  # (positive splits, N, d); sums in the first rows of classes, or INSIDE means
+    positive_sum: Pointer,  # (positive splits, N, d), in the first rows of classes; not INSIDE
     positive_count: Pointer,  # (positive splits, N)
     unit: Pointer,  # (2, N, d)
     lengths: Pointer,  # (N,)
@@ -565,14 +564,15 @@ def merge(
     some = count > 0
     number = tl.maximum(count, 1).to(tl.float32)
     if INSIDE:
+        after = 2 * splits.to(tl.int64) * N
         positive_shift, positive_log, positive_key, _ = _merge_splits(
-            positive_lse, positive_mean, mean_logit, rows, ok, N, positive_splits, False, WIDTH, BLOCK_D, CHUNK
+            lse + after, mean + after * WIDTH, mean_logit, rows, ok, N, splits, False, WIDTH, BLOCK_D, CHUNK
         )
         supervised = (shift - positive_shift) + (log - positive_log)
     else:
         positive_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for split in range(positive_splits):
-            from_split = positive_mean + tl.to_tensor(split).to(tl.int64) * N * WIDTH
+            from_split = positive_sum + tl.to_tensor(split).to(tl.int64) * N * WIDTH
             positive_key += _rows(from_split, WIDTH, source, ok, BLOCK_D, WIDTH)[0]
         positive_key = positive_key / number[:, None]
         supervised = (shift - tl.sum(x * positive_key, axis=1) / tau) + log
