@@ -19,7 +19,6 @@ from torch import Tensor
 from momentum_distill._contrast import lean_kernels as kernels
 from momentum_distill._streaming import shortest
 from momentum_distill._triton import (
-    _FLOAT32_PRODUCTS,
     DTYPES,
     _current,
     _import,
@@ -82,14 +81,14 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# Bytes of the widest keys and whether the GPU is Hopper or later: for at most 64 queries, and for more.
-_ATTEND = {
-    (2, True): (Tiling(64, 64, 32, 4, 2), Tiling(128, 128, 32, 8, 3)),
-    (2, False): (Tiling(64, 64, 32, 4, 2), Tiling(64, 64, 32, 4, 2)),
-    (4, True): (Tiling(64, 32, 32, 4, 1), Tiling(64, 32, 32, 4, 1)),
-    (4, False): (Tiling(64, 32, 32, 4, 1), Tiling(64, 32, 32, 4, 1)),
+# By the bytes of the widest keys and whether the GPU is a Hopper or a B200: `attend` for at most 64 queries and for more,
+# and `sum_classes`. As large as registers hold, without spilling any in the loop over whole tiles.
+_TILINGS = {
+    (2, True): (Tiling(64, 64, 32, 4, 2), Tiling(128, 128, 32, 8, 3), Tiling(64, 64, 64, 4, 3)),
+    (2, False): (Tiling(64, 64, 32, 4, 2), Tiling(128, 32, 16, 8, 3), Tiling(64, 64, 64, 4, 3)),
+    (4, True): (Tiling(64, 32, 16, 4, 1), Tiling(128, 64, 32, 8, 1), Tiling(64, 32, 32, 4, 2)),
+    (4, False): (Tiling(32, 32, 16, 4, 1), Tiling(32, 32, 16, 4, 1), Tiling(64, 32, 32, 4, 1)),
 }
-_CLASSES = {2: Tiling(64, 64, 64, 4, 3), 4: Tiling(64, 64, 32, 4, 2)}
 _WARPS_PER_SM = 8  # that run at once: the compiler takes up to 255 registers a thread
 _ROWS, _TILES = 16, 16  # of a program that goes through rows, and through the labels of keys
 _MERGE_ROWS, _MERGE_CHUNK = 4, 8  # rows of a program that merges, and splits that it takes at a time
@@ -182,8 +181,8 @@ def solve(
     # Of parts whose momentum keys are the keys, the mean logit of the momentum model is q' times its mean key.
     logit = taught and not all(part.momentum is part.keys for part in keys)
     kinds = 1 + taught + inside
-    share, num_sms, hopper = len(keys), _multiprocessors(query.device)[0], _is_hopper(query.device)
-    plans = [_plan(n, part, hopper=hopper) for part in keys]
+    share, num_sms, large = len(keys), _multiprocessors(query.device)[0], _is_large(query.device)
+    plans = [tilings(n, part, large=large) for part in keys]
     cut = partial(_cut, n, d, num_sms=num_sms, num_splits=num_splits)
     spans = [cut(len(part.keys), plan[0], kinds, share) for part, plan in zip(keys, plans, strict=True)]
     class_spans = [cut(len(part.keys), plan[1], 1, share) for part, plan in zip(keys, plans, strict=True)]
@@ -365,7 +364,7 @@ def _sum_classes(
 def _loop(plan: Tiling) -> dict[str, Any]:
     """What kernels that go through the keys are compiled for."""
     sizes = {"BLOCK_Q": plan.block_q, "BLOCK_K": plan.block_k, "TILE": _TILE}
-    how = {"PRODUCTS": _FLOAT32_PRODUCTS, "INTERPRETED": not isinstance(kernels.attend, triton.JITFunction)}
+    how = {"INTERPRETED": not isinstance(kernels.attend, triton.JITFunction)}
     return sizes | how | {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
 
 
@@ -390,10 +389,11 @@ class _Span(NamedTuple):
     splits: int
 
 
-def _plan(n: int, part: Part, *, hopper: bool) -> tuple[Tiling, Tiling]:
+def tilings(n: int, part: Part, *, large: bool) -> tuple[Tiling, Tiling]:
     """Of `attend`, and of `sum_classes`."""
     width = max(x.element_size() for x in (part.keys, part.momentum) if x is not None)
-    return _ATTEND[width, hopper][n > 64], _CLASSES[width]
+    few, many, classes = _TILINGS[width, large]
+    return few if n <= few.block_q else many, classes
 
 
 def _cut(
@@ -412,7 +412,7 @@ def _cut(
 
 def _tiles(block_k: int, *matrices: Tensor) -> tuple[bool, list[Any]]:
     """Tensor descriptors of keys, or themselves where not all can have one."""
-    wanted = _is_hopper(matrices[0].device) and matrices[0].numel() >= _MIN_TMA_NUMBERS if TMA is None else TMA
+    wanted = _is_large(matrices[0].device) and matrices[0].numel() >= _MIN_TMA_NUMBERS if TMA is None else TMA
     fit = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices)
     if not (wanted and fit):
         return False, list(matrices)
@@ -420,6 +420,6 @@ def _tiles(block_k: int, *matrices: Tensor) -> tuple[bool, list[Any]]:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """Whether it has the tensor cores and the copy engine of Hopper or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _is_large(device: torch.device) -> bool:
+    """Whether it has the shared memory, the tensor cores and the copy engine of Hopper or a B200."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from momentum_distill._triton import _dot, _jit, tl
+from momentum_distill._triton import _jit, tl
 
 if TYPE_CHECKING or tl is not None:
     from momentum_distill._triton import Block, Pointer, Scalar, constexpr
@@ -48,6 +48,33 @@ def _number(x: Scalar) -> Scalar:
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x.to(tl.float32)
+
+
+@_jit()
+def _parts(x: Block) -> tuple[Block, Block]:
+    """A float32 number as the sum of two that TF32 holds, but for 2**-22 of it."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@_jit()
+def _product(a: Block, b: Block, total: Block, INTERPRETED: constexpr) -> Block:
+    """`total + a @ b` on the tensor cores, of 16 bits or TF32, summed in float32."""
+    if INTERPRETED:  # Triton's interpreter cannot multiply bfloat16. Rounded numbers have exact products in float32.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="tf32")
+
+
+@_jit()
+def _dot(a: Block, b: Block, total: Block, INTERPRETED: constexpr) -> Block:
+    """The same of float32 by three products: the fourth, of both rests, is nothing."""
+    if a.dtype == tl.float32:
+        a, a_rest = _parts(a)
+        b, b_rest = _parts(b)
+        total = _product(a_rest, b, total, INTERPRETED)
+        total = _product(a, b_rest, total, INTERPRETED)
+    return _product(a, b, total, INTERPRETED)
 
 
 @_jit()
@@ -242,7 +269,7 @@ def _through(
     key_labels: Pointer, Q: Scalar, ignore_index: Scalar,
     KIND: constexpr, SAME: constexpr, LOGIT: constexpr, SCALED: constexpr, MASKED: constexpr, TMA: constexpr,
     WIDTH: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr, BLOCK_D: constexpr,
-    PRODUCTS: constexpr, INTERPRETED: constexpr,
+    INTERPRETED: constexpr,
 ) -> tuple[Block, Block, Block, Block, Block]:  # fmt: skip
     """The loop: what is kept of the keys so far, `state`, and those from `first` to `end`.
 
@@ -257,11 +284,8 @@ def _through(
         if MASKED:
             theirs = tl.load(key_labels + at, mask=ok, other=ignore_index)
             ok = theirs != ignore_index
-        value = _tile(values, value_tiles, value_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
-        key = value
-        if not SAME:
-            key = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
-        dots = _dot(q, tl.trans(key), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), PRODUCTS, INTERPRETED)
+        key = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+        dots = _dot(q, tl.trans(key), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32), INTERPRETED)
         if SCALED:
             dots *= tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
         counting = dots
@@ -286,7 +310,10 @@ def _through(
             logit = logit * shrink + tl.sum(weights * dots, axis=1)
         if SCALED:
             weights *= tl.load(value_inverse + at, mask=ok, other=0.0)[None, :]
-        weighted = _dot(weights.to(value.dtype), value, weighted * shrink[:, None], PRODUCTS, INTERPRETED)
+        value = key
+        if not SAME:  # not before: it would take registers all the while
+            value = _tile(values, value_tiles, value_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+        weighted = _dot(weights.to(value.dtype), value, weighted * shrink[:, None], INTERPRETED)
     return top, total, weighted, logit, positives
 
 
@@ -299,7 +326,7 @@ def _attend_kind(
     N: Scalar, Q: Scalar, keys_per_split: Scalar, slot: Scalar, splits: Scalar, ignore_index: Scalar,
     KIND: constexpr, SAME: constexpr, LOGIT: constexpr, SCALED: constexpr, TMA: constexpr, WIDTH: constexpr,
     TILE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr, MASKED_K: constexpr, BLOCK_D: constexpr,
-    PRODUCTS: constexpr, INTERPRETED: constexpr,
+    INTERPRETED: constexpr,
 ) -> None:  # fmt: skip
     """One kind of attention: 0 the student, 1 the momentum model, 2 the student over its positive keys."""
     rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -319,7 +346,7 @@ def _attend_kind(
             state, q, size, own, whole if MASKED and KIND < 2 else first, end if MASKED else whole,
             keys, key_tiles, key_stride, key_inverse, values, value_tiles, value_stride, value_inverse,
             key_labels, Q, ignore_index, KIND, SAME, LOGIT, SCALED, MASKED, TMA, WIDTH, BLOCK_Q,
-            MASKED_K if MASKED else BLOCK_K, BLOCK_D, PRODUCTS, INTERPRETED,
+            MASKED_K if MASKED else BLOCK_K, BLOCK_D, INTERPRETED,
         )  # fmt: skip
     top, total, weighted, logit, positives = state
 
@@ -377,7 +404,6 @@ def attend(
     BLOCK_K: constexpr,
     MASKED_K: constexpr,  # keys of a step that masks: fewer, for masks and loads that wait for them take registers
     BLOCK_D: constexpr,
-    PRODUCTS: constexpr,
     INTERPRETED: constexpr,
 ) -> None:
     """One kind, a block of queries, one split of the keys."""
@@ -388,7 +414,7 @@ def attend(
             query, sizes, query_labels, keys, key_tiles, key_stride, key_inverse,
             keys, key_tiles, key_stride, key_inverse, key_labels, flags, lse, mean, mean_logit, count,
             N, Q, keys_per_split, first_split, splits, ignore_index, 0, True, False, SCALED, TMA, WIDTH,
-            TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, PRODUCTS, INTERPRETED,
+            TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, INTERPRETED,
         )  # fmt: skip
     if TAUGHT:
         if kind == 1:
@@ -396,7 +422,7 @@ def attend(
                 momentum_query, sizes + N, query_labels, momentum_keys, momentum_tiles, momentum_stride,
                 momentum_inverse, keys, key_tiles, key_stride, key_inverse, key_labels, flags, lse, mean, mean_logit,
                 count, N, Q, keys_per_split, splits + first_split, splits, ignore_index, 1, SAME, LOGIT, SCALED, TMA,
-                WIDTH, TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, PRODUCTS, INTERPRETED,
+                WIDTH, TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, INTERPRETED,
             )  # fmt: skip
     if INSIDE:
         if kind == 1 + TAUGHT:
@@ -404,7 +430,7 @@ def attend(
                 query, sizes, query_labels, keys, key_tiles, key_stride, key_inverse,
                 keys, key_tiles, key_stride, key_inverse, key_labels, flags, lse, mean, mean_logit, count,
                 N, Q, keys_per_split, 2 * splits + first_split, splits, ignore_index, 2, True, False, SCALED, TMA,
-                WIDTH, TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, PRODUCTS, INTERPRETED,
+                WIDTH, TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, INTERPRETED,
             )  # fmt: skip
 
 
@@ -432,7 +458,6 @@ def sum_classes(
     BLOCK_Q: constexpr,
     BLOCK_K: constexpr,
     BLOCK_D: constexpr,
-    PRODUCTS: constexpr,
     INTERPRETED: constexpr,
 ) -> None:
     """Sum and number of the positive keys of the rows of a block, of one split of the keys."""
@@ -445,7 +470,7 @@ def sum_classes(
         own = tl.where(own < 0, -2, own)
         total = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         counts = tl.zeros((BLOCK_Q, 16), tl.float32)  # a product with ones, each column the same
-        ones = tl.full((BLOCK_K, 16), 1.0, keys.dtype.element_ty)
+        ones = (tl.zeros((BLOCK_K, 16), tl.float32) + 1.0).to(keys.dtype.element_ty)
         for MASKED in tl.static_range(2):
             for start in tl.range(whole if MASKED else first, end if MASKED else whole, BLOCK_K):
                 at = start + tl.arange(0, BLOCK_K)
@@ -453,11 +478,18 @@ def sum_classes(
                 ok = theirs != ignore_index
                 value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
                 chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
-                weights = tl.where(chosen, 1.0, 0.0)
-                counts = _dot(weights.to(value.dtype), ones, counts, PRODUCTS, INTERPRETED)
+                weights = tl.where(chosen, 1.0, 0.0).to(value.dtype)
+                counts = _product(weights, ones, counts, INTERPRETED)
                 if SCALED:
-                    weights *= tl.load(key_inverse + at, mask=ok, other=0.0)[None, :]
-                total = _dot(weights.to(value.dtype), value, total, PRODUCTS, INTERPRETED)
+                    inverse = tl.load(key_inverse + at, mask=ok, other=0.0)
+                    if value.dtype == tl.float32:
+                        value *= inverse[:, None]
+                    else:
+                        weights = tl.where(chosen, inverse[None, :], 0.0).to(value.dtype)
+                if value.dtype == tl.float32:  # TF32 holds 0 and 1: two products are enough
+                    value, rest = _parts(value)
+                    total = _product(weights, rest, total, INTERPRETED)
+                total = _product(weights, value, total, INTERPRETED)
         at = (first_split + tl.program_id(1)).to(tl.int64) * N + rows
         columns = tl.arange(0, BLOCK_D)
         mask = (rows < N)[:, None] & (columns < WIDTH)[None, :]
