@@ -176,7 +176,7 @@ def solve(
     rows = _Rows(
         _rows_contiguous(query), query if momentum_query is None else _rows_contiguous(momentum_query), taught,
         query_labels.contiguous(), _number(temperature), _number(momentum_temperature), ignore_index, normalize,
-        new((1 + taught, n, d)), new(n), integers(n),
+        new((n, d)), new(n), integers(n),
     )  # fmt: skip
     # Of parts whose momentum keys are the keys, the mean logit of the momentum model is q' times its mean key.
     logit = taught and not all(part.momentum is part.keys for part in keys)
@@ -198,16 +198,18 @@ def solve(
     )  # fmt: skip
     with _current(query.device):
         first = class_first = 0
+        met = None
         for part, plan, span, class_span in zip(keys, plans, spans, class_spans, strict=True):
             ready = _prologue(rows, part)
             _attend(rows, ready, plan[0], span, first, found, count, inside=inside, logit=logit)
             if not inside:
                 _sum_classes(rows, ready, plan[1], class_span, class_first, class_sums, count)
+            # Where dtypes differ, the part that rounds most.
+            met = ready[:3] if met is None or ready.query.element_size() < met[0].element_size() else met
             first += span.splits
             class_first += class_span.splits
         kernels.merge[(blocks,)](
-            *found, class_sums, count, rows.unit, rows.lengths, rows.first, rows.labels,
-            rows.temperature, rows.momentum_temperature,
+            *found, class_sums, count, *met, rows.unit, rows.lengths, rows.first, rows.labels, rows.temperature,
             solved.terms, solved.grads, solved.grad_temperatures, solved.sums, solved.temperature_sums,
             n, splits, class_splits, ignore_index,
             TAUGHT=taught, LOGIT=logit, INSIDE=inside, PER_POSITIVE=positives == "inside_per_positive",
@@ -275,7 +277,7 @@ class _Rows(NamedTuple):
     momentum_temperature: float | Tensor
     ignore_index: int
     normalize: str | bool
-    unit: Tensor  # (1 or 2, N, d): queries and momentum queries
+    unit: Tensor  # (N, d)
     lengths: Tensor  # (N,)
     first: Tensor  # (N,)
 

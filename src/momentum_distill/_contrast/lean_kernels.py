@@ -105,7 +105,7 @@ def _lengths(x: Block, shortest: Scalar) -> Block:
 def _ready_rows(
     raw: Pointer, stride: Scalar, labels: Pointer, temperature: Scalar, unit: Pointer, lengths: Pointer,
     ready: Pointer, sizes: Pointer, block: Scalar, N: Scalar, ignore_index: Scalar, shortest: Scalar,
-    NORMALIZE: constexpr, LENGTHS: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr,
+    NORMALIZE: constexpr, KEEP: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr,
 ) -> None:  # fmt: skip
     """Rows of a batch as float32, divided by their lengths; zeros for those that are left out, whatever they hold. And
     `ready` to meet keys, in their dtype: logits come out in base 2. For float16, divided by a power of two, `sizes`."""
@@ -117,9 +117,10 @@ def _ready_rows(
     if NORMALIZE:
         length = _lengths(x, shortest)
         x = tl.div_rn(x, length[:, None] + tl.zeros_like(x))
-        if LENGTHS:
+        if KEEP:
             tl.store(lengths + rows, length, mask=rows < N)
-    tl.store(unit + at, x, mask=mask)
+    if KEEP:
+        tl.store(unit + at, x, mask=mask)
     x *= 1.4426950408889634 / _number(temperature)  # log2 e
     if ready.dtype.element_ty == tl.float16:
         largest = tl.max(tl.abs(x), axis=1)
@@ -156,7 +157,7 @@ def prologue(
     query_labels: Pointer,  # (N,) int64
     temperature: Scalar,
     momentum_temperature: Scalar,
-    unit: Pointer,  # out: (2, N, d) float32: queries and momentum queries
+    unit: Pointer,  # out: (N, d) float32: the queries
     lengths: Pointer,  # out: (N,): of the queries
     ready: Pointer,  # out: (N, d): queries as they meet the keys, in the dtype of these
     momentum_ready: Pointer,  # out: (N, d): the same of the momentum model
@@ -196,8 +197,8 @@ def prologue(
         if TAUGHT:
             _ready_rows(
                 momentum_query, momentum_query_stride, query_labels, momentum_temperature,
-                unit + N.to(tl.int64) * WIDTH, lengths, momentum_ready, sizes + N, block, N, ignore_index,
-                momentum_query_shortest, NORMALIZE, False, WIDTH, BLOCK_N, BLOCK_D,
+                unit, lengths, momentum_ready, sizes + N, block, N, ignore_index, momentum_query_shortest,
+                NORMALIZE, False, WIDTH, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         own = tl.load(query_labels + rows, mask=rows < N, other=-1)
@@ -537,6 +538,17 @@ def _merge_splits(
 
 
 @_jit()
+def _logit(
+    query: Pointer, sizes: Pointer, rows: Block, ok: Block, key: Block, WIDTH: constexpr, BLOCK_D: constexpr
+) -> Block:
+    """Logits of means of keys in nats, of queries as `attend` has them: what rounding them did goes out with the lse."""
+    logit = tl.sum(_rows(query, WIDTH, rows, ok, BLOCK_D, WIDTH)[0].to(tl.float32) * key, axis=1)
+    if query.dtype.element_ty == tl.float16:
+        logit *= tl.load(sizes + rows, mask=ok, other=1.0)
+    return logit * 0.6931471805599453  # log 2
+
+
+@_jit()
 def _raw_gradient(
     grad: Block, unit: Block, lengths: Pointer, rows: Block, ok: Block, NORMALIZE: constexpr
 ) -> Block:
@@ -554,12 +566,14 @@ def merge(
     mean_logit: Pointer,  # (splits, N), in base 2
     positive_sum: Pointer,  # (positive splits, N, d), in the first rows of classes; not INSIDE
     positive_count: Pointer,  # (positive splits, N)
-    unit: Pointer,  # (2, N, d)
+    query: Pointer,  # (N, d), ready
+    momentum_query: Pointer,  # (N, d), ready
+    sizes: Pointer,  # (2, N)
+    unit: Pointer,  # (N, d)
     lengths: Pointer,  # (N,)
     first_rows: Pointer,  # (N,)
     query_labels: Pointer,  # (N,)
     temperature: Scalar,
-    momentum_temperature: Scalar,
     terms: Pointer,  # out: (2, N): the supervised and the KL term, 0 in rows left out
     grads: Pointer,  # out: (2, N, d): gradients of both for the raw queries
     grad_temperatures: Pointer,  # out: (2, N)
@@ -607,7 +621,7 @@ def merge(
             from_split = positive_sum + tl.to_tensor(split).to(tl.int64) * N * WIDTH
             positive_key += _rows(from_split, WIDTH, source, ok, BLOCK_D, WIDTH)[0]
         positive_key = positive_key / number[:, None]
-        supervised = (shift - tl.sum(x * positive_key, axis=1) / tau) + log
+        supervised = (shift - _logit(query, sizes, rows, ok, positive_key, WIDTH, BLOCK_D)) + log
     share = some.to(tl.float32)
     if PER_POSITIVE:
         supervised = supervised / number
@@ -622,10 +636,9 @@ def merge(
             lse + after, mean + after * WIDTH, mean_logit, rows, ok, N, splits, LOGIT, WIDTH, BLOCK_D, CHUNK
         )
         if not LOGIT:
-            other = _rows(unit + N.to(tl.int64) * WIDTH, WIDTH, rows, ok, BLOCK_D, WIDTH)[0]
-            other_logit = tl.sum(other * other_key, axis=1) / _number(momentum_temperature)
+            other_logit = _logit(momentum_query, sizes + N, rows, ok, other_key, WIDTH, BLOCK_D)
         log_u = (other_logit - other_shift) - other_log
-        log_v = (tl.sum(x * other_key, axis=1) / tau - shift) - log
+        log_v = (_logit(query, sizes, rows, ok, other_key, WIDTH, BLOCK_D) - shift) - log
         distill = log_u - log_v
         push = mean_key - other_key
 
