@@ -81,13 +81,15 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# By the bytes of the widest keys and whether the GPU is a Hopper or a B200: `attend` for at most 64 queries and for more,
-# and `sum_classes`. As large as registers hold, without spilling any in the loop over whole tiles.
+# By the bytes of the widest keys and the generation of the GPU (9: Hopper, 10: B200, 8: those that came before, and small
+# ones since): `attend` for at most 64 queries and for more, and `sum_classes`. As large as registers hold.
 _TILINGS = {
-    (2, True): (Tiling(64, 64, 32, 4, 2), Tiling(128, 128, 32, 8, 3), Tiling(64, 64, 64, 4, 3)),
-    (2, False): (Tiling(64, 64, 32, 4, 2), Tiling(128, 32, 16, 8, 3), Tiling(64, 64, 64, 4, 3)),
-    (4, True): (Tiling(64, 32, 16, 4, 1), Tiling(128, 64, 32, 8, 1), Tiling(64, 32, 32, 4, 2)),
-    (4, False): (Tiling(32, 32, 16, 4, 1), Tiling(32, 32, 16, 4, 1), Tiling(64, 32, 32, 4, 1)),
+    (2, 8): (Tiling(64, 64, 32, 4, 2), Tiling(128, 32, 16, 8, 3), Tiling(64, 64, 64, 4, 3)),
+    (2, 9): (Tiling(64, 64, 32, 4, 2), Tiling(128, 128, 32, 8, 3), Tiling(64, 64, 64, 4, 3)),
+    (2, 10): (Tiling(64, 64, 32, 4, 2), Tiling(128, 64, 32, 8, 3), Tiling(64, 64, 64, 4, 3)),
+    (4, 8): (Tiling(32, 32, 16, 4, 1), Tiling(32, 32, 16, 4, 1), Tiling(64, 32, 32, 4, 1)),
+    (4, 9): (Tiling(64, 32, 16, 4, 1), Tiling(128, 64, 32, 8, 1), Tiling(64, 32, 32, 4, 2)),
+    (4, 10): (Tiling(64, 32, 16, 4, 1), Tiling(128, 64, 32, 8, 1), Tiling(64, 32, 32, 4, 2)),
 }
 _WARPS_PER_SM = 8  # that run at once: the compiler takes up to 255 registers a thread
 _ROWS, _TILES = 16, 16  # of a program that goes through rows, and through the labels of keys
@@ -181,8 +183,8 @@ def solve(
     # Of parts whose momentum keys are the keys, the mean logit of the momentum model is q' times its mean key.
     logit = taught and not all(part.momentum is part.keys for part in keys)
     kinds = 1 + taught + inside
-    share, num_sms, large = len(keys), _multiprocessors(query.device)[0], _is_large(query.device)
-    plans = [tilings(n, part, large=large) for part in keys]
+    share, num_sms = len(keys), _multiprocessors(query.device)[0]
+    plans = [tilings(n, part, generation(query.device)) for part in keys]
     cut = partial(_cut, n, d, num_sms=num_sms, num_splits=num_splits)
     spans = [cut(len(part.keys), plan[0], kinds, share) for part, plan in zip(keys, plans, strict=True)]
     class_spans = [cut(len(part.keys), plan[1], 1, share) for part, plan in zip(keys, plans, strict=True)]
@@ -391,10 +393,10 @@ class _Span(NamedTuple):
     splits: int
 
 
-def tilings(n: int, part: Part, *, large: bool) -> tuple[Tiling, Tiling]:
+def tilings(n: int, part: Part, gpu: int) -> tuple[Tiling, Tiling]:
     """Of `attend`, and of `sum_classes`."""
     width = max(x.element_size() for x in (part.keys, part.momentum) if x is not None)
-    few, many, classes = _TILINGS[width, large]
+    few, many, classes = _TILINGS[width, gpu]
     return few if n <= few.block_q else many, classes
 
 
@@ -414,7 +416,7 @@ def _cut(
 
 def _tiles(block_k: int, *matrices: Tensor) -> tuple[bool, list[Any]]:
     """Tensor descriptors of keys, or themselves where not all can have one."""
-    wanted = _is_large(matrices[0].device) and matrices[0].numel() >= _MIN_TMA_NUMBERS if TMA is None else TMA
+    wanted = generation(matrices[0].device) > 8 and matrices[0].numel() >= _MIN_TMA_NUMBERS if TMA is None else TMA
     fit = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices)
     if not (wanted and fit):
         return False, list(matrices)
@@ -422,6 +424,7 @@ def _tiles(block_k: int, *matrices: Tensor) -> tuple[bool, list[Any]]:
 
 
 @functools.cache
-def _is_large(device: torch.device) -> bool:
-    """Whether it has the shared memory, the tensor cores and the copy engine of Hopper or a B200."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+def generation(device: torch.device) -> int:
+    """9 or 10 where a GPU has the shared memory, the tensor cores and the copy engine of Hopper or a B200, else 8."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return major if major in (9, 10) else 8
