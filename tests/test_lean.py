@@ -66,6 +66,23 @@ def test_the_kernels_equal_the_formulas(interpret):
     assert " passed" in run.stdout
 
 
+@pytest.mark.skipif(not _triton.available(), reason="Triton is not installed")
+@pytest.mark.long
+def test_the_plan_for_a_gpu_runs_without_one(tmp_path):
+    """Every step of it but the tests, at tiny sizes."""
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", str(root / "benchmarks" / "gpu_plan.sh"), "--tiny"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    steps = [line.split(":")[0] for line in run.stdout.splitlines() if ": exit 0" in line]
+    assert steps == "correct small large kernels yardstick classes small32 large32 tilings".split()
+    for name in steps:
+        content = json.loads((tmp_path / f"gpu_plan-{name}.json").read_text(encoding="utf-8"))
+        assert content["results"]
+        assert content["metadata"]["versions"]["torch"] == torch.__version__
+
+
 def tools():
     """The folder with NVIDIA's disassemblers, which Triton brings; or why there is none."""
     if not _triton.available():
