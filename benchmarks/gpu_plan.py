@@ -49,7 +49,7 @@ class Plan:
     def __init__(self, *, tiny: bool) -> None:
         self.tiny = tiny
         self.device = "cpu" if tiny else "cuda"
-        self.large = (66, 140) if tiny else (512, 262144)
+        self.large = (6, 140) if tiny else (512, 262144)
         self.small = (4, 40) if tiny else (64, 1024)
 
     def side(self, size: tuple[int, int], dtype: str, *, one_class_per_row: bool = False) -> Side:

@@ -139,7 +139,7 @@ def check(problem, upstream=None, num_splits=None, **options):
     return actual
 
 
-@settings(max_examples=times(10, 100, 300), deadline=None)
+@settings(max_examples=times(6, 100, 300), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 70),
@@ -189,7 +189,7 @@ def test_the_terms_equal_slow_loops():
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("d", [1, 16, 100, 128])
-@pytest.mark.parametrize("n", [1, 64, 65, 130])
+@pytest.mark.parametrize("n", [1, 33, 65])
 def test_any_width_and_any_block_of_rows(n, d, dtype):
     check(Problem(n, (140,), d, dtype, seed=d))
 
@@ -208,9 +208,9 @@ def test_dtypes_may_differ_and_parts_may_share_their_momentum_keys(normalize):
 
 
 def test_one_class_for_each_row():
-    problem = Problem(150, (400,), momentum="same", ignored=0.0)
-    problem.query_labels = torch.randperm(150, generator=problem.generator).to(DEVICE)
-    labels = torch.randint(200, (400,), generator=problem.generator).to(DEVICE)
+    problem = Problem(70, (200,), momentum="same", ignored=0.0)
+    problem.query_labels = torch.randperm(70, generator=problem.generator).to(DEVICE)
+    labels = torch.randint(90, (200,), generator=problem.generator).to(DEVICE)
     problem.parts = [problem.parts[0]._replace(labels=labels)]
     check(problem)
 
@@ -309,14 +309,13 @@ def test_nan_in_a_query_stays_in_its_row():
 
 
 def test_splits_agree_with_the_whole_and_equal_inputs_give_equal_bits():
-    problem = Problem(6, (900,), 20)
+    problem = Problem(6, (400,), 20)
     for positives in ("outside", "inside"):
         whole = answer(problem, num_splits=1, positives=positives)
-        for num_splits in (2, 7):
-            once, again = (answer(problem, num_splits=num_splits, positives=positives) for _ in range(2))
-            assert [bits(x) for x in [*once[0], *once[1]]] == [bits(x) for x in [*again[0], *again[1]]]
-            for x, y in zip([*once[0], *once[1]], [*whole[0], *whole[1]], strict=True):
-                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        once, again = (answer(problem, num_splits=4, positives=positives) for _ in range(2))
+        assert [bits(x) for x in [*once[0], *once[1]]] == [bits(x) for x in [*again[0], *again[1]]]
+        for x, y in zip([*once[0], *once[1]], [*whole[0], *whole[1]], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -324,13 +323,12 @@ def test_tensor_descriptors_load_the_same_keys(dtype, monkeypatch):
     """Widths with padding, strides, a last tile that is not full; unaligned rows go without."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has none")
-    for d in (24, 16):
-        results = []
-        for tma in (True, False):
-            monkeypatch.setattr(lean, "TMA", tma)
-            results.append(answer(Problem(70, (300, 257), d, dtype, ignored=0.002), num_splits=2))
-        for x, y in zip([*results[0][0], *results[0][1]], [*results[1][0], *results[1][1]], strict=True):
-            assert bits(x) == bits(y)
+    results = []
+    for tma in (True, False):
+        monkeypatch.setattr(lean, "TMA", tma)
+        results.append(answer(Problem(33, (300,), 24, dtype, ignored=0.002), num_splits=2))
+    for x, y in zip([*results[0][0], *results[0][1]], [*results[1][0], *results[1][1]], strict=True):
+        assert bits(x) == bits(y)
     monkeypatch.setattr(lean, "TMA", True)
     check(Problem(5, (70,), 17, dtype))  # rows of 34 or 68 bytes
 
