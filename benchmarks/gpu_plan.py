@@ -280,7 +280,9 @@ def run_step(name: str, plan: Plan, out: Path) -> bool:
         for row in STEPS[name](plan):
             content["results"].append(row)
             save()
-            shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+            shown = (
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
             print(f"{name}: {', '.join(shown)}", flush=True)
     except Exception:
         content["error"] = traceback.format_exc()
@@ -298,7 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ["MOMENTUM_DISTILL_TRITON"] = "1"  # the present kernel
     plan = Plan(tiny=options.tiny)
-    return 0 if all([run_step(name, plan, options.out) for name in options.steps or STEPS]) else 1
+    well = [run_step(name, plan, options.out) for name in options.steps or STEPS]
+    return 0 if all(well) else 1
 
 
 if __name__ == "__main__":

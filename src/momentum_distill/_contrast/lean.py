@@ -1,8 +1,8 @@
 """The contrastive loss and its gradient in few Triton launches: what stands around :mod:`.lean_kernels`.
 
-The second fused way, chosen by `MOMENTUM_DISTILL_TRITON=lean`. It makes the terms and the gradient of their weighted
-sum in five launches and one for each further part of the keys, whatever the size, and no other operation starts
-anything on the device. The mathematics is that of :func:`momentum_distill.functional.supcon_distill_terms`.
+The second fused way. It makes the terms and the gradient of their weighted sum in five launches (three more for each
+further part of the keys), scales the gradient in a sixth, whatever the size, and no other operation starts anything on
+the device. The mathematics is that of :func:`momentum_distill.functional.supcon_distill_terms`.
 
 :func:`contrast` is :func:`solve`, which ends in sums over the rows, and :func:`finish`, which starts from them: between
 the two stands what several processes have to add up.
@@ -81,8 +81,8 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# By the bytes of the widest keys and the generation of the GPU (9: Hopper, 10: B200, 8: those that came before, and small
-# ones since): `attend` for at most 64 queries and for more, and `sum_classes`. As large as registers hold.
+# By the bytes of the widest keys and the generation of the GPU (9: Hopper, 10: B200, 8: all others): `attend` for few
+# queries and for many, and `sum_classes`. As large as registers hold.
 _TILINGS = {
     (2, 8): (Tiling(64, 64, 32, 4, 2), Tiling(128, 32, 16, 8, 3), Tiling(64, 64, 64, 4, 3)),
     (2, 9): (Tiling(64, 64, 32, 4, 2), Tiling(128, 128, 32, 8, 3), Tiling(64, 64, 64, 4, 3)),
@@ -200,18 +200,20 @@ def solve(
     )  # fmt: skip
     with _current(query.device):
         first = class_first = 0
-        met = None
+        met: _Ready | None = None
         for part, plan, span, class_span in zip(keys, plans, spans, class_spans, strict=True):
             ready = _prologue(rows, part)
             _attend(rows, ready, plan[0], span, first, found, count, inside=inside, logit=logit)
             if not inside:
                 _sum_classes(rows, ready, plan[1], class_span, class_first, class_sums, count)
             # Where dtypes differ, the part that rounds most.
-            met = ready[:3] if met is None or ready.query.element_size() < met[0].element_size() else met
+            met = ready if met is None or ready.query.element_size() < met.query.element_size() else met
             first += span.splits
             class_first += class_span.splits
+        assert met is not None
         kernels.merge[(blocks,)](
-            *found, class_sums, count, *met, rows.unit, rows.lengths, rows.first, rows.labels, rows.temperature,
+            *found, class_sums, count, met.query, met.momentum_query, met.sizes,
+            rows.unit, rows.lengths, rows.first, rows.labels, rows.temperature,
             solved.terms, solved.grads, solved.grad_temperatures, solved.sums, solved.temperature_sums,
             n, splits, class_splits, ignore_index,
             TAUGHT=taught, LOGIT=logit, INSIDE=inside, PER_POSITIVE=positives == "inside_per_positive",
@@ -235,7 +237,8 @@ def finish(
             TAUGHT=taught, MEAN=reduction == "mean", BY_ROW=by_row, BLOCK_N=_ROWS, **_widths(d),
         )  # fmt: skip
     total, supervised, distill, grad_temperature, grad_alpha = reduced.unbind()
-    return Answer(total, supervised, distill, *counts.unbind(), grad_query, grad_temperature, grad_alpha)
+    rows, with_positive = counts.unbind()
+    return Answer(total, supervised, distill, rows, with_positive, grad_query, grad_temperature, grad_alpha)
 
 
 def scale(
@@ -368,7 +371,7 @@ def _sum_classes(
 def _loop(plan: Tiling) -> dict[str, Any]:
     """What kernels that go through the keys are compiled for."""
     sizes = {"BLOCK_Q": plan.block_q, "BLOCK_K": plan.block_k, "TILE": _TILE}
-    how = {"INTERPRETED": not isinstance(kernels.attend, triton.JITFunction)}
+    how = {"INTERPRETED": not isinstance(kernels._product, triton.JITFunction)}
     return sizes | how | {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
 
 
@@ -420,7 +423,9 @@ def _tiles(block_k: int, *matrices: Tensor) -> tuple[bool, list[Any]]:
     fit = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in matrices)
     if not (wanted and fit):
         return False, list(matrices)
-    return True, [_descriptors.TensorDescriptor.from_tensor(x, [block_k, _widths(x.shape[1])["BLOCK_D"]]) for x in matrices]
+    return True, [
+        _descriptors.TensorDescriptor.from_tensor(x, [block_k, _widths(x.shape[1])["BLOCK_D"]]) for x in matrices
+    ]
 
 
 @functools.cache

@@ -1,33 +1,33 @@
 r"""The Triton kernels of :mod:`momentum_distill._contrast.lean`, in the order in which they are launched.
 
-For a query $\bar q$ with logits $s_j = \bar q^\top k_j / \tau$ over the present keys, attention whose values are its keys
-gives $\mathrm{lse} = \log\sum_j e^{s_j}$ and $O = \sum_j V_j k_j$, $V = \mathrm{softmax}(s)$. The loss wants that of the
-student, that of the momentum model (weights $U$ from $q'$ and $k'$, the same values $k$) and the mean $\kappa$ of the
-positive keys.
+For a query $\bar q$ with logits $s_j = \bar q^\top k_j / \tau$ over the present keys, attention with the keys as values
+gives $\mathrm{lse} = \log\sum_j e^{s_j}$ and $O = \sum_j V_j k_j$, $V = \mathrm{softmax}(s)$. The loss wants that of
+the student, that of the momentum model (weights $U$ from $q'$ and $k'$, the same values $k$) and the mean $\kappa$ of
+the positive keys.
 
-1. :func:`prologue` makes unit rows of the queries, finds the first row of each class, one over the lengths of keys that
-   are raw, and for each tile of keys whether it is whole.
-2. :func:`attend`, over (blocks of queries) x (splits of the keys), as many as fill the chip: student and momentum model
-   in one program, which loads each tile of values once and has two independent chains of work.
-3. :func:`sum_classes`: sums of the keys of each class. Equal weights need no logits and are shared by a class: a block
-   of queries in which no class begins has nothing to do. (Inside the logarithm it is `attend` once more, over the
-   positive keys.)
+1. :func:`prologue` makes unit rows of the queries, as float32 and as they meet the keys, finds the first row of each
+   class, one over the lengths of keys that are raw, and for each tile of keys whether it is whole.
+2. :func:`attend`, over (blocks of queries) x (splits of the keys) x (kinds: student, momentum model, and inside the
+   logarithm the student over its positive keys), as many as fill the chip at once.
+3. :func:`sum_classes`: outside the logarithm, sums of the keys of each class. Equal weights need no logits and are
+   shared by a class: a block of queries in which no class begins has nothing to do.
 4. :func:`merge` weighs the splits of a row by $e^{\mathrm{lse}_\text{split} - \mathrm{lse}}$, and makes its terms and
    their gradients, through the normalisation, not yet divided by the number of rows; and sums over its rows.
 5. :func:`finish` adds those sums, has the counts, and writes the terms and the gradient of their weighted sum.
 6. :func:`scale`, in the backward pass, multiplies by the upstream gradient.
 
-**The loop** of `attend` has nothing in it that every tile does not need. Logits come in base 2: $\log_2 e / \tau$ is
+**The loop** of `attend` has nothing in it that not every tile needs. Logits come in base 2: $\log_2 e / \tau$ is
 multiplied into the queries beforehand. A split begins with tiles whose keys are all present, for a queue is filled from
 one end: these are loaded without a mask, by the copy engine where there is one (`TMA`), some steps ahead. What follows
 them, to the last tile with any present key, goes through a second loop, which loads present keys alone: a weight of 0
 times NaN would be NaN.
 
-**Precision**: 16-bit keys meet queries and softmax weights rounded to their dtype on the tensor cores, sums are float32.
-Products of float32 keys are three of TF32 (`PRODUCTS`). Queries for float16 keys are divided by a power of two, so that
+**Precision**: 16-bit keys meet queries and softmax weights rounded to their dtype on the tensor cores; sums are
+float32. Products of float32 keys are three of TF32. Queries for float16 keys are divided by a power of two, so that
 none leaves the range, and the largest of their weights is 2**14, so that faint ones do not vanish.
 
-Nothing of size N x Q is stored, nothing is added atomically, and the host never waits for the device.
+Nothing of size N x Q is stored, nothing is added atomically (equal inputs give equal bits), the host never waits for
+the device. A NaN in a present key makes every row NaN, a NaN in a query its own row.
 """
 
 # Triton reads the annotation `constexpr` as text; without Triton nothing may look it up.
@@ -107,8 +107,11 @@ def _ready_rows(
     ready: Pointer, sizes: Pointer, block: Scalar, N: Scalar, ignore_index: Scalar, shortest: Scalar,
     NORMALIZE: constexpr, KEEP: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr,
 ) -> None:  # fmt: skip
-    """Rows of a batch as float32, divided by their lengths; zeros for those that are left out, whatever they hold. And
-    `ready` to meet keys, in their dtype: logits come out in base 2. For float16, divided by a power of two, `sizes`."""
+    """Rows of a batch divided by their lengths, zeros for those that are left out: as float32, and as they meet keys.
+
+    Those are `ready`, in the dtype of the keys; logits come out in base 2. For float16 a power of two, `sizes`, is
+    divided out.
+    """
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     present = (rows < N) & (tl.load(labels + rows, mask=rows < N, other=ignore_index) != ignore_index)
     x, at, _ = _rows(raw, stride, rows, present, BLOCK_D, WIDTH)
@@ -135,8 +138,10 @@ def _ready_keys(
     raw: Pointer, stride: Scalar, inverse: Pointer, copy: Pointer, rows: Block, present: Block, Q: Scalar,
     shortest: Scalar, WIDTH: constexpr, BLOCK_D: constexpr,
 ) -> None:  # fmt: skip
-    """One over the lengths of keys. A softmax weight times that may leave the range of float16: a `copy` of such keys
-    takes the power of two, which loses nothing."""
+    """One over the lengths of keys.
+
+    A softmax weight times that may leave the range of float16: a `copy` of such keys takes the power of two.
+    """
     x, at, mask = _rows(raw, stride, rows, present, BLOCK_D, WIDTH)
     by = 1.0 / _lengths(x.to(tl.float32), shortest)
     if raw.dtype.element_ty == tl.float16:
@@ -152,11 +157,9 @@ def prologue(
     query_stride: Scalar,
     query_shortest: Scalar,  # in a row in which no magnitude reaches it, the row counts as zeros
     momentum_query: Pointer,  # (N, d), raw
-    momentum_query_stride: Scalar,
-    momentum_query_shortest: Scalar,
+    momentum_query_stride: Scalar, momentum_query_shortest: Scalar,
     query_labels: Pointer,  # (N,) int64
-    temperature: Scalar,
-    momentum_temperature: Scalar,
+    temperature: Scalar, momentum_temperature: Scalar,
     unit: Pointer,  # out: (N, d) float32: the queries
     lengths: Pointer,  # out: (N,): of the queries
     ready: Pointer,  # out: (N, d): queries as they meet the keys, in the dtype of these
@@ -164,28 +167,16 @@ def prologue(
     sizes: Pointer,  # out: (2, N): what queries for float16 keys were divided by
     first_rows: Pointer,  # out: (N,) int32: the first row of the same class; itself if it has none
     keys: Pointer,  # (Q, d), raw
-    key_stride: Scalar,
-    key_shortest: Scalar,
+    key_stride: Scalar, key_shortest: Scalar,
     momentum_keys: Pointer,  # (Q, d), raw
-    momentum_key_stride: Scalar,
-    momentum_key_shortest: Scalar,
+    momentum_key_stride: Scalar, momentum_key_shortest: Scalar,
     key_labels: Pointer,  # (Q,) int64
     flags: Pointer,  # out: (tiles,) int32: 1 if a key of the tile is absent or beyond the last, + 2 if one is present
     inverse: Pointer,  # out: (2, Q): one over the lengths of keys and of momentum keys
     copies: Pointer,  # out: (2, Q, d): of float16 keys that are not unit rows
-    N: Scalar,
-    Q: Scalar,
-    ignore_index: Scalar,
-    TAUGHT: constexpr,
-    NORMALIZE: constexpr,
-    RAW_KEYS: constexpr,
-    SAME: constexpr,
-    WIDTH: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_D: constexpr,
-    TILE: constexpr,
-    TILES: constexpr,
-) -> None:
+    N: Scalar, Q: Scalar, ignore_index: Scalar, TAUGHT: constexpr, NORMALIZE: constexpr, RAW_KEYS: constexpr,
+    SAME: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr, TILE: constexpr, TILES: constexpr,
+) -> None:  # fmt: skip
     """Blocks of rows, then tiles of keys."""
     block = tl.program_id(0)
     row_blocks = tl.cdiv(N, BLOCK_N)
@@ -254,7 +245,11 @@ def _tile(
     if TMA and not MASKED:
         return descriptor.load([start, 0])
     columns = tl.arange(0, BLOCK_D)
-    at = matrix + tl.to_tensor(start).to(tl.int64) * stride + (tl.arange(0, BLOCK_K)[:, None] * stride + columns[None, :])
+    at = (
+        matrix
+        + tl.to_tensor(start).to(tl.int64) * stride
+        + (tl.arange(0, BLOCK_K)[:, None] * stride + columns[None, :])
+    )
     if MASKED:
         return tl.load(at, mask=ok[:, None] & (columns < WIDTH)[None, :], other=0.0)
     if WIDTH == BLOCK_D:
@@ -378,8 +373,7 @@ def attend(
     key_stride: Scalar,
     key_inverse: Pointer,  # (Q,): what the keys are to be multiplied by
     momentum_keys: Pointer,  # (Q, d)
-    momentum_tiles: Pointer,
-    momentum_stride: Scalar,
+    momentum_tiles: Pointer, momentum_stride: Scalar,
     momentum_inverse: Pointer,  # (Q,)
     key_labels: Pointer,  # (Q,)
     flags: Pointer,  # (tiles,), as `prologue` leaves them
@@ -387,9 +381,7 @@ def attend(
     mean: Pointer,  # out: (3, splits, N, d)
     mean_logit: Pointer,  # out: (splits, N), in base 2: of the momentum model
     count: Pointer,  # out: (splits, N) int32: of the positive keys
-    N: Scalar,
-    Q: Scalar,
-    keys_per_split: Scalar,
+    N: Scalar, Q: Scalar, keys_per_split: Scalar,
     first_split: Scalar,  # of this part of the keys, among those of all parts
     splits: Scalar,  # of all parts
     ignore_index: Scalar,
@@ -398,15 +390,10 @@ def attend(
     SAME: constexpr,  # the momentum keys are the keys
     LOGIT: constexpr,  # whether the mean logit of the momentum model is wanted
     SCALED: constexpr,  # whether keys are to be multiplied by their `inverse`
-    TMA: constexpr,
-    WIDTH: constexpr,
-    TILE: constexpr,
-    BLOCK_Q: constexpr,
-    BLOCK_K: constexpr,
+    TMA: constexpr, WIDTH: constexpr, TILE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr,
     MASKED_K: constexpr,  # keys of a step that masks: fewer, for masks and loads that wait for them take registers
-    BLOCK_D: constexpr,
-    INTERPRETED: constexpr,
-) -> None:
+    BLOCK_D: constexpr, INTERPRETED: constexpr,
+) -> None:  # fmt: skip
     """One kind, a block of queries, one split of the keys."""
     # Neighbouring programs differ in the queries: they run at the same time and share the keys in the cache.
     kind = tl.program_id(2)
@@ -417,7 +404,7 @@ def attend(
             N, Q, keys_per_split, first_split, splits, ignore_index, 0, True, False, SCALED, TMA, WIDTH,
             TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, INTERPRETED,
         )  # fmt: skip
-    if TAUGHT:
+    if TAUGHT:  # noqa: SIM102 - one is known when the kernel is compiled, the other when it runs
         if kind == 1:
             _attend_kind(
                 momentum_query, sizes + N, query_labels, momentum_keys, momentum_tiles, momentum_stride,
@@ -425,7 +412,7 @@ def attend(
                 count, N, Q, keys_per_split, splits + first_split, splits, ignore_index, 1, SAME, LOGIT, SCALED, TMA,
                 WIDTH, TILE, BLOCK_Q, BLOCK_K, MASKED_K, BLOCK_D, INTERPRETED,
             )  # fmt: skip
-    if INSIDE:
+    if INSIDE:  # noqa: SIM102
         if kind == 1 + TAUGHT:
             _attend_kind(
                 query, sizes, query_labels, keys, key_tiles, key_stride, key_inverse,
@@ -440,27 +427,16 @@ def sum_classes(
     query_labels: Pointer,  # (N,)
     first_rows: Pointer,  # (N,)
     keys: Pointer,  # (Q, d)
-    key_tiles: Pointer,
-    key_stride: Scalar,
+    key_tiles: Pointer, key_stride: Scalar,
     key_inverse: Pointer,  # (Q,)
     key_labels: Pointer,  # (Q,)
     flags: Pointer,  # (tiles,)
     sums: Pointer,  # out: (splits, N, d), in rows that are the first of a class
     count: Pointer,  # out: (splits, N) int32, the same
-    N: Scalar,
-    Q: Scalar,
-    keys_per_split: Scalar,
-    first_split: Scalar,
-    ignore_index: Scalar,
-    SCALED: constexpr,
-    TMA: constexpr,
-    WIDTH: constexpr,
-    TILE: constexpr,
-    BLOCK_Q: constexpr,
-    BLOCK_K: constexpr,
-    BLOCK_D: constexpr,
+    N: Scalar, Q: Scalar, keys_per_split: Scalar, first_split: Scalar, ignore_index: Scalar, SCALED: constexpr,
+    TMA: constexpr, WIDTH: constexpr, TILE: constexpr, BLOCK_Q: constexpr, BLOCK_K: constexpr, BLOCK_D: constexpr,
     INTERPRETED: constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Sum and number of the positive keys of the rows of a block, of one split of the keys."""
     rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     firsts = tl.load(first_rows + rows, mask=rows < N, other=-1) == rows
@@ -508,8 +484,10 @@ def _merge_splits(
     lse: Pointer, mean: Pointer, mean_logit: Pointer, rows: Block, ok: Block, N: Scalar, splits: Scalar,
     LOGIT: constexpr, WIDTH: constexpr, BLOCK_D: constexpr, CHUNK: constexpr,
 ) -> tuple[Block, Block, Block, Block]:  # fmt: skip
-    """Of some rows over all splits, a chunk of these at a time: lse as two numbers in nats, to be added; mean key;
-    mean logit in nats. Without a key all are 0."""
+    """Some rows over all splits: the lse as two numbers in nats, to be added, the mean key, the mean logit in nats.
+
+    Without a key all are 0.
+    """
     top = tl.full((rows.shape[0],), float("-inf"), tl.float32)
     for start in range(0, splits, CHUNK):
         chunk = start + tl.arange(0, CHUNK)
@@ -541,7 +519,7 @@ def _merge_splits(
 def _logit(
     query: Pointer, sizes: Pointer, rows: Block, ok: Block, key: Block, WIDTH: constexpr, BLOCK_D: constexpr
 ) -> Block:
-    """Logits of means of keys in nats, of queries as `attend` has them: what rounding them did goes out with the lse."""
+    """Logits of means of keys in nats, of queries as they met the keys: what rounding did goes out with the lse."""
     logit = tl.sum(_rows(query, WIDTH, rows, ok, BLOCK_D, WIDTH)[0].to(tl.float32) * key, axis=1)
     if query.dtype.element_ty == tl.float16:
         logit *= tl.load(sizes + rows, mask=ok, other=1.0)
@@ -549,9 +527,7 @@ def _logit(
 
 
 @_jit()
-def _raw_gradient(
-    grad: Block, unit: Block, lengths: Pointer, rows: Block, ok: Block, NORMALIZE: constexpr
-) -> Block:
+def _raw_gradient(grad: Block, unit: Block, lengths: Pointer, rows: Block, ok: Block, NORMALIZE: constexpr) -> Block:
     """The gradient for raw rows, from that for rows of length one."""
     if NORMALIZE:
         length = tl.load(lengths + rows, mask=ok, other=1.0)
@@ -579,20 +555,11 @@ def merge(
     grad_temperatures: Pointer,  # out: (2, N)
     sums: Pointer,  # out: (blocks, 8) float64: of both terms, of rows, of those with a positive key; zeros
     temperature_sums: Pointer,  # out: (blocks, 2) float64
-    N: Scalar,
-    splits: Scalar,
-    positive_splits: Scalar,
-    ignore_index: Scalar,
-    TAUGHT: constexpr,
+    N: Scalar, splits: Scalar, positive_splits: Scalar, ignore_index: Scalar, TAUGHT: constexpr,
     LOGIT: constexpr,  # else the mean logit of the momentum model follows from its mean key
-    INSIDE: constexpr,
-    PER_POSITIVE: constexpr,
-    NORMALIZE: constexpr,
-    WIDTH: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_D: constexpr,
-    CHUNK: constexpr,
-) -> None:
+    INSIDE: constexpr, PER_POSITIVE: constexpr, NORMALIZE: constexpr, WIDTH: constexpr, BLOCK_N: constexpr,
+    BLOCK_D: constexpr, CHUNK: constexpr,
+) -> None:  # fmt: skip
     """Some rows: their statistics over all splits, their terms, and the gradients of these."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < N
@@ -650,8 +617,9 @@ def merge(
     # By the logits, to the queries and to the temperature.
     pull_temperature = -tl.sum(x * pull, axis=1) / tau / tau
     push_temperature = -tl.sum(x * push, axis=1) / tau / tau
-    pull, push = _raw_gradient(pull / tau, x, lengths, rows, ok, NORMALIZE), _raw_gradient(
-        push / tau, x, lengths, rows, ok, NORMALIZE
+    pull, push = (
+        _raw_gradient(pull / tau, x, lengths, rows, ok, NORMALIZE),
+        _raw_gradient(push / tau, x, lengths, rows, ok, NORMALIZE),
     )
     tl.store(terms + rows, supervised, mask=ok)
     tl.store(terms + N + rows, distill, mask=ok)
@@ -692,17 +660,10 @@ def finish(
     reduced: Pointer,  # out: total, supervised, distill, gradients for temperature and alpha; (5,), or by row (5, N)
     counts: Pointer,  # out: (2,) int64: rows, and those with a positive key
     grad_query: Pointer,  # out: (N, d)
-    N: Scalar,
-    blocks: Scalar,
-    sum_rows: Scalar,
+    N: Scalar, blocks: Scalar, sum_rows: Scalar,
     world: Scalar,  # how many processes the sums are of: by so much they divide the gradient
-    TAUGHT: constexpr,
-    MEAN: constexpr,
-    BY_ROW: constexpr,
-    WIDTH: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_D: constexpr,
-) -> None:
+    TAUGHT: constexpr, MEAN: constexpr, BY_ROW: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr,
+) -> None:  # fmt: skip
     """Terms, counts, and the gradient of the total; each program has the sums, and some rows."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < N
@@ -755,12 +716,8 @@ def scale(
     query_out: Pointer,  # out: (N, d), in the dtype of the queries
     temperature_out: Pointer,  # out: ()
     alpha_out: Pointer,  # out: ()
-    N: Scalar,
-    BY_ROW: constexpr,
-    WIDTH: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_D: constexpr,
-) -> None:
+    N: Scalar, BY_ROW: constexpr, WIDTH: constexpr, BLOCK_N: constexpr, BLOCK_D: constexpr,
+) -> None:  # fmt: skip
     """The gradients times that of the total."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     grad, at, mask = _rows(grad_query, WIDTH, rows, rows < N, BLOCK_D, WIDTH)
