@@ -178,6 +178,8 @@ def measured(variant, folder):
         "spills in loops over whole tiles": sum(loop["LDL"] + loop["STL"] for loop in whole),
         "shared KiB": -(-compiled.metadata.shared // 1024),
         "instructions per score": [round(loop.total() / scores, 2) for loop in whole],
+        # Each product of 16 bits starts and ends once, or the compiler makes every instruction wait for the one before.
+        "starts and waits of products": [loop["WARPGROUP"] for loop in whole],
         "tensor core instructions": [loop[TENSOR_CORES[capability]] for loop in whole],
     }
 

@@ -202,18 +202,20 @@ def prologue(
         tl.store(first_rows + rows, found, mask=rows < N)
     else:
         tile = (block - row_blocks) * TILES
-        rows = tile * TILE + tl.arange(0, TILES * TILE)
-        present = (rows < Q) & (tl.load(key_labels + rows, mask=rows < Q, other=ignore_index) != ignore_index)
+        key_rows = tile * TILE + tl.arange(0, TILES * TILE)
+        present = (key_rows < Q) & (
+            tl.load(key_labels + key_rows, mask=key_rows < Q, other=ignore_index) != ignore_index
+        )
         by_tile = tl.reshape(present.to(tl.int32), (TILES, TILE))
         flag = 1 - tl.min(by_tile, axis=1) + 2 * tl.max(by_tile, axis=1)
         tiles = tile + tl.arange(0, TILES)
         tl.store(flags + tiles, flag, mask=tiles * TILE < Q)
         if RAW_KEYS:
-            _ready_keys(keys, key_stride, inverse, copies, rows, present, Q, key_shortest, WIDTH, BLOCK_D)
+            _ready_keys(keys, key_stride, inverse, copies, key_rows, present, Q, key_shortest, WIDTH, BLOCK_D)
             if TAUGHT and not SAME:
                 after = Q.to(tl.int64)
                 _ready_keys(
-                    momentum_keys, momentum_key_stride, inverse + after, copies + after * WIDTH, rows, present, Q,
+                    momentum_keys, momentum_key_stride, inverse + after, copies + after * WIDTH, key_rows, present, Q,
                     momentum_key_shortest, WIDTH, BLOCK_D,
                 )  # fmt: skip
 
@@ -338,12 +340,17 @@ def _attend_kind(
     nothing = tl.zeros((BLOCK_Q,), tl.float32)
     state = (nothing + float("-inf"), nothing, tl.zeros((BLOCK_Q, BLOCK_D), tl.float32), nothing, nothing.to(tl.int32))
     for MASKED in tl.static_range(KIND // 2, 2):  # positive keys are always chosen by a mask
-        state = _through(
-            state, q, size, own, whole if MASKED and KIND < 2 else first, end if MASKED else whole,
-            keys, key_tiles, key_stride, key_inverse, values, value_tiles, value_stride, value_inverse,
-            key_labels, Q, ignore_index, KIND, SAME, LOGIT, SCALED, MASKED, TMA, WIDTH, BLOCK_Q,
-            MASKED_K if MASKED else BLOCK_K, BLOCK_D, INTERPRETED,
-        )  # fmt: skip
+        start = whole if MASKED and KIND < 2 else first
+        stop = end if MASKED else whole
+        # Of a loop that may be left out, registers are set where it is left out, before the wait for the last product:
+        # for that the compiler makes every product of 16 bits wait for the one before, unless the wait is left out too.
+        if values.dtype.element_ty == tl.float32 or start < stop:
+            state = _through(
+                state, q, size, own, start, stop,
+                keys, key_tiles, key_stride, key_inverse, values, value_tiles, value_stride, value_inverse,
+                key_labels, Q, ignore_index, KIND, SAME, LOGIT, SCALED, MASKED, TMA, WIDTH, BLOCK_Q,
+                MASKED_K if MASKED else BLOCK_K, BLOCK_D, INTERPRETED,
+            )  # fmt: skip
     top, total, weighted, logit, positives = state
 
     safe = tl.where(total == 0.0, 1.0, total)  # no key: lse -inf (as `top` is), mean 0
@@ -449,24 +456,27 @@ def sum_classes(
         counts = tl.zeros((BLOCK_Q, 16), tl.float32)  # a product with ones, each column the same
         ones = (tl.zeros((BLOCK_K, 16), tl.float32) + 1.0).to(keys.dtype.element_ty)
         for MASKED in tl.static_range(2):
-            for start in tl.range(whole if MASKED else first, end if MASKED else whole, BLOCK_K):
-                at = start + tl.arange(0, BLOCK_K)
-                theirs = tl.load(key_labels + at, mask=at < Q, other=ignore_index)
-                ok = theirs != ignore_index
-                value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
-                chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
-                weights = tl.where(chosen, 1.0, 0.0).to(value.dtype)
-                counts = _product(weights, ones, counts, INTERPRETED)
-                if SCALED:
-                    inverse = tl.load(key_inverse + at, mask=ok, other=0.0)
-                    if value.dtype == tl.float32:
-                        value *= inverse[:, None]
-                    else:
-                        weights = tl.where(chosen, inverse[None, :], 0.0).to(value.dtype)
-                if value.dtype == tl.float32:  # TF32 holds 0 and 1: two products are enough
-                    value, rest = _parts(value)
-                    total = _product(weights, rest, total, INTERPRETED)
-                total = _product(weights, value, total, INTERPRETED)
+            begin = whole if MASKED else first
+            stop = end if MASKED else whole
+            if keys.dtype.element_ty == tl.float32 or begin < stop:  # as in `attend`
+                for start in tl.range(begin, stop, BLOCK_K):
+                    at = start + tl.arange(0, BLOCK_K)
+                    theirs = tl.load(key_labels + at, mask=at < Q, other=ignore_index)
+                    ok = theirs != ignore_index
+                    value = _tile(keys, key_tiles, key_stride, start, ok, MASKED, TMA, WIDTH, BLOCK_K, BLOCK_D)
+                    chosen = own[:, None] == tl.where(ok & (theirs >= 0), theirs, -1)[None, :]
+                    weights = tl.where(chosen, 1.0, 0.0).to(value.dtype)
+                    counts = _product(weights, ones, counts, INTERPRETED)
+                    if SCALED:
+                        inverse = tl.load(key_inverse + at, mask=ok, other=0.0)
+                        if value.dtype == tl.float32:
+                            value *= inverse[:, None]
+                        else:
+                            weights = tl.where(chosen, inverse[None, :], 0.0).to(value.dtype)
+                    if value.dtype == tl.float32:  # TF32 holds 0 and 1: two products are enough
+                        value, rest = _parts(value)
+                        total = _product(weights, rest, total, INTERPRETED)
+                    total = _product(weights, value, total, INTERPRETED)
         at = (first_split + tl.program_id(1)).to(tl.int64) * N + rows
         columns = tl.arange(0, BLOCK_D)
         mask = (rows < N)[:, None] & (columns < WIDTH)[None, :]
