@@ -6,6 +6,7 @@ better, `python tests/test_lean.py` writes it anew; read the difference.
 """
 
 import collections
+import importlib.util
 import json
 import os
 import re
@@ -64,6 +65,17 @@ def test_the_kernels_equal_the_formulas(interpret):
     run = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
+
+
+def test_without_triton_the_kernels_import_and_take_nothing(monkeypatch):
+    monkeypatch.setattr(_triton, "triton", None)
+    monkeypatch.setattr(_triton, "tl", None)
+    spec = importlib.util.spec_from_file_location("lean_kernels_without", lean_kernels.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    row, label = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    numbers = {"temperature": 1.0, "momentum_temperature": 1.0, "alpha": 0.5}
+    assert not lean.takes(row, None, [Part(row, None, label)], label, **numbers)
 
 
 @pytest.mark.skipif(not _triton.available(), reason="Triton is not installed")

@@ -60,7 +60,8 @@ def test_two_builds_are_the_same_to_the_last_bit(builds):
 
 def test_the_wheel_holds_the_package_and_nothing_else(builds):
     names = set(zipfile.ZipFile(io.BytesIO(builds[0][WHEEL])).namelist())
-    package = {f"momentum_distill/{path.name}" for path in (ROOT / "src" / "momentum_distill").glob("*.py")}
+    source = ROOT / "src"
+    package = {path.relative_to(source).as_posix() for path in (source / "momentum_distill").rglob("*.py")}
     about = {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
     assert names == {
         *package,
