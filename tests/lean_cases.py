@@ -325,7 +325,7 @@ def test_tensor_descriptors_load_the_same_keys(dtype, monkeypatch):
     results = []
     for tma in (True, False):
         monkeypatch.setattr(lean, "TMA", tma)
-        results.append(answer(Problem(5, (300,), 24, dtype, ignored=0.002), num_splits=2))
+        results.append(answer(Problem(5, (300,), 48, dtype, ignored=0.002), num_splits=2))
     for x, y in zip([*results[0][0], *results[0][1]], [*results[1][0], *results[1][1]], strict=True):
         assert bits(x) == bits(y)
     monkeypatch.setattr(lean, "TMA", True)

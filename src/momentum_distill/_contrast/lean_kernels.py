@@ -44,7 +44,8 @@ if TYPE_CHECKING or tl is not None:
 @_jit()
 def _number(x: Scalar) -> Scalar:
     """A number that was given as it is or, where it is learned, as a tensor."""
-    x = tl.to_tensor(x)
+    if isinstance(x, float):  # in Triton's interpreter
+        return x
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x.to(tl.float32)
@@ -247,11 +248,7 @@ def _tile(
     if TMA and not MASKED:
         return descriptor.load([start, 0])
     columns = tl.arange(0, BLOCK_D)
-    at = (
-        matrix
-        + tl.to_tensor(start).to(tl.int64) * stride
-        + (tl.arange(0, BLOCK_K)[:, None] * stride + columns[None, :])
-    )
+    at = matrix + tl.cast(start, tl.int64) * stride + (tl.arange(0, BLOCK_K)[:, None] * stride + columns[None, :])
     if MASKED:
         return tl.load(at, mask=ok[:, None] & (columns < WIDTH)[None, :], other=0.0)
     if WIDTH == BLOCK_D:
@@ -583,7 +580,7 @@ def merge(
     source = rows if INSIDE else tl.load(first_rows + rows, mask=ok, other=0)
     count = tl.zeros((BLOCK_N,), tl.int32)
     for split in range(positive_splits):
-        count += tl.load(positive_count + tl.to_tensor(split).to(tl.int64) * N + source, mask=ok, other=0)
+        count += tl.load(positive_count + tl.cast(split, tl.int64) * N + source, mask=ok, other=0)
     some = count > 0
     number = tl.maximum(count, 1).to(tl.float32)
     if INSIDE:
@@ -595,7 +592,7 @@ def merge(
     else:
         positive_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for split in range(positive_splits):
-            from_split = positive_sum + tl.to_tensor(split).to(tl.int64) * N * WIDTH
+            from_split = positive_sum + tl.cast(split, tl.int64) * N * WIDTH
             positive_key += _rows(from_split, WIDTH, source, ok, BLOCK_D, WIDTH)[0]
         positive_key = positive_key / number[:, None]
         supervised = (shift - _logit(query, sizes, rows, ok, positive_key, WIDTH, BLOCK_D)) + log
