@@ -134,8 +134,8 @@ def report() -> None:
 
 
 def function_of(mutant: str) -> str:
-    """`_streaming._Sums.add` of `momentum_distill._streaming.xǁ_Sumsǁadd__mutmut_3`."""
-    module, function = mutant.split(".")[1:]
+    """`tiles._Sums.add` of `momentum_distill._contrast.tiles.xǁ_Sumsǁadd__mutmut_3`."""
+    *_, module, function = mutant.split(".")
     *owner, name = function.rpartition("__mutmut_")[0].removeprefix("x").removeprefix("ǁ").split("ǁ")
     return ".".join([module, *owner, name if owner else name.removeprefix("_")])
 

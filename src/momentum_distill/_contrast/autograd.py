@@ -1,16 +1,19 @@
 """The door to the engine: a loss whose gradient autograd finds ready."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from momentum_distill._checks import in_transform
-from momentum_distill._contrast import engine, operator
+from momentum_distill._contrast import engine, fused, operator
 from momentum_distill._contrast.formulas import Counts, Number, Terms
 from momentum_distill._contrast.problem import Problem
 from momentum_distill._precision import full_precision
+
+if TYPE_CHECKING:
+    from momentum_distill._contrast.lean import Answer
 
 
 def contrast(problem: Problem, *, only_total: bool) -> Terms:
@@ -52,6 +55,7 @@ class _Call:
         self.needs_grad = needs_grad
         self.counts: Counts = (0, 0)
         self.gradients: engine.Gradients | None = None
+        self.answer: Answer | None = None  # that of the lean kernels
         self.versions = [(tensor, _version(tensor)) for tensor in problem.tensors()]
 
 
@@ -69,10 +73,15 @@ class _Contrast(torch.autograd.Function):
         *_: Tensor | None,  # alpha and temperature if tensors, query, parts of the keys: for autograd to see
     ) -> tuple[Tensor, ...]:
         problem, wanted = call.problem, ctx.needs_input_grad[1:]
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.difference = call, None
+        answer = None if any(wanted[3:]) else fused.lean(problem)
+        if answer is not None:
+            call.answer, call.counts = answer, (answer.rows, answer.rows_with_positive)
+            return answer.total.clone(), answer.supervised, answer.distill  # which may be written over
         solved = engine.Solved(problem)
         terms = solved.terms()
-        ctx.set_materialize_grads(False)
-        ctx.call, call.counts = call, terms[3:]
+        call.counts = terms[3:]
         # Row by row, gradients for the keys are not known before the backward pass.
         if call.needs_grad and any(wanted) and not (problem.reduction == "none" and any(wanted[3:])):
             call.gradients = solved.gradients(call.counts, _shares(problem, 1.0, 0.0, 0.0), wanted[3:])
@@ -89,6 +98,8 @@ class _Contrast(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
                 _check_versions(call.versions)
                 return None, *_second(problem, upstream, wanted)
+            if call.answer is not None and all(grad is None for grad in upstream[1:]):
+                return None, *fused.scaled(call.answer, problem, upstream[0], wanted)
             grads, scale = call.gradients, upstream[0]
             if grads is None or any(grad is not None for grad in upstream[1:]):
                 _check_versions(call.versions)
