@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from loss_cases import POSITIVES, REDUCTIONS, RTOL, bits, lists
+from loss_cases import POSITIVES, REDUCTIONS, RTOL, bits, lists, without_asking
 from momentum_distill import functional
 from momentum_distill._contrast import lean, lean_kernels
 from momentum_distill._contrast.lean import Part
@@ -458,6 +458,26 @@ def test_the_loss_takes_this_way_where_it_is_asked_for(reduction, monkeypatch):
     for found, expected in zip(*answers, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert counted == ["scale"]
+
+
+def test_a_whole_call_starts_at_most_eight_times(monkeypatch):
+    """Checks, terms, backward pass and what autograd itself does, as on a device whose values nobody looks at."""
+    monkeypatch.setenv("MOMENTUM_DISTILL_TRITON", "lean")
+    without_asking(monkeypatch)
+    launched = []
+    for name in ("prologue", "attend", "sum_classes", "merge", "finish", "scale"):
+        monkeypatch.setattr(lean_kernels, name, Counted(name, getattr(lean_kernels, name), launched))
+    problem = Problem(64, (1024,), 128, BF16)
+    query, temperature = problem.query.clone().requires_grad_(), torch.tensor(0.25, device=DEVICE, requires_grad=True)
+    momentum = {"momentum_query": problem.momentum_query, "momentum_keys": problem.parts[0].momentum}
+    labels = (problem.query_labels, problem.parts[0].labels)
+    with Starts() as starts:
+        loss = functional.supcon_distill_loss(
+            query, problem.parts[0].keys, *labels, temperature=temperature, **momentum
+        )
+        loss.backward()
+    assert len(launched) == 6
+    assert len(launched + starts.names) <= 8, starts.names
 
 
 def test_what_this_way_does_not_take_goes_the_older(monkeypatch):

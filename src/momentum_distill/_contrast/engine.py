@@ -34,7 +34,7 @@ class Solved:
     """The rows of a loss, and what their gradient is made from, which is there once."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problem = problem = problem.masked()
         kernel = fused.takes(problem)
         self.queries = Queries(problem, kernel=kernel)
         way = matrices.Way if is_small(problem) and not kernel else tiles.Way
@@ -126,6 +126,7 @@ def is_fused(problem: Problem) -> bool:
 
 def by_autograd(problem: Problem) -> Terms:
     """The terms by plain autograd through the N×Q matrices."""
+    problem = problem.masked()
     return _reduced(problem, Rows.of(matrices.by_autograd(problem), problem.positives, problem.present))
 
 

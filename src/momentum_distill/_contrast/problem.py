@@ -41,9 +41,9 @@ class Part(NamedTuple):
     online: Tensor  # (Q, d), raw
     momentum: Tensor | None  # (Q, d), raw; the same object as `online` where they are the same keys
     labels: Tensor  # (Q,) int64
-    present: Tensor | None  # (Q,) bool, None if all are; what an absent row holds does not matter
     prepare: Prepare
     own: bool  # key i is row i of the batch, which does not see it: `exclude_self`
+    present: Tensor | None = None  # (Q,) bool, None if all are; what an absent row holds does not matter
 
 
 EXACT = 2**24
@@ -70,8 +70,8 @@ class Problem(NamedTuple):
     query: Tensor  # (N, d), raw
     keys: list[Part]
     labels: Tensor  # (N,) int64
-    present: Tensor | None  # (N,) bool, None if all rows are
     labelled: bool  # whether every row is known to have a class
+    whole: bool  # whether no row and no key is known to be absent
     small_labels: bool  # whether all labels are known to be exact in float32
     momentum_query: Tensor | None  # (N, d), raw
     temperature: float | Tensor
@@ -80,6 +80,15 @@ class Problem(NamedTuple):
     prepare: Prepare  # of the queries
     choices: Choices
     ranks: Ranks | None
+    present: Tensor | None = None  # (N,) bool, None if all rows are
+
+    def masked(self) -> "Problem":
+        """The same with what is present, in rows and keys."""
+        if self.whole:
+            return self
+        absent = self.choices.ignore_index
+        parts = [part._replace(present=_present(part.labels, absent)) for part in self.keys]
+        return self._replace(present=_present(self.labels, absent), keys=parts)
 
     @property
     def positives(self) -> Positives:
@@ -135,13 +144,13 @@ def problem_of(
 ) -> Problem:
     """From checked arguments and int64 labels."""
     dtype = sum_dtype(query, *keys, *momentum_keys, momentum_query)
-    prepare_keys, absent = Prepare(dtype, choices.normalize_keys), choices.ignore_index
+    prepare_keys = Prepare(dtype, choices.normalize_keys)
+    every = (seen, *seen_keys)
     parts = [
         Part(
             part,
             momentum_keys[index] if momentum_keys else None,
             key_labels[index],
-            _present(key_labels[index], seen_keys[index], absent),
             prepare_keys,
             own=choices.exclude_self and index == 0,
         )
@@ -151,9 +160,9 @@ def problem_of(
         query,
         parts,
         labels,
-        _present(labels, seen, absent),
         seen is not None and seen[0] >= 0,
-        all(pair is not None and pair[0] >= -EXACT and pair[1] <= EXACT for pair in (seen, *seen_keys)),
+        all(pair is not None and pair[0] > choices.ignore_index for pair in every),
+        all(pair is not None and pair[0] >= -EXACT and pair[1] <= EXACT for pair in every),
         momentum_query,
         temperature,
         momentum_temperature,
@@ -164,10 +173,8 @@ def problem_of(
     )
 
 
-def _present(labels: Tensor, seen: Bounds, ignore_index: int) -> Tensor | None:
+def _present(labels: Tensor, ignore_index: int) -> Tensor | None:
     """Which labels (N,) are not `ignore_index`, or None if none is."""
-    if seen is not None and seen[0] > ignore_index:
-        return None
     present = labels != ignore_index
     return None if may_ask(present) and bool(present.all()) else present
 
