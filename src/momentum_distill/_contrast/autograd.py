@@ -40,8 +40,10 @@ def _once(terms: Terms, inputs: list[Tensor | None], *, only_total: bool) -> Ter
     learned = [x for x in inputs if x is not None and x.requires_grad]
     if not learned or not torch.is_grad_enabled():
         return terms
-    count = 1 if only_total else 3
-    return Terms(*torch.ops.momentum_distill.once(list(terms[:count]), learned), *terms[count:])
+    shown = [terms.total] if only_total else [terms.total, terms.supervised, terms.distill]
+    total, *others = torch.ops.momentum_distill.once(shown, learned)
+    supervised, distill = others or (terms.supervised, terms.distill)
+    return Terms(total, supervised, distill, terms.rows, terms.rows_with_positive)
 
 
 class _Call:
