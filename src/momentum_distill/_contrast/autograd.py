@@ -113,7 +113,6 @@ class _Compiled(torch.autograd.Function):
         only_total: bool,
         *_: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        # Not problem.reduction: older compilers know no property of a NamedTuple.
         ready = only_total and not (problem.choices.reduction == "none" and any(wanted[3:]))
         given = operator.arguments(problem)
         found = torch.ops.momentum_distill.contrast(*given, [ready and any(wanted), *wanted[3:]])

@@ -120,10 +120,10 @@ def is_fused(problem: Problem) -> bool:
 
 def by_autograd(problem: Problem) -> Terms:
     """The terms by plain autograd through the N×Q matrices."""
-    return _reduced(problem, Rows.of(matrices.by_autograd(problem), problem.positives, problem.present))
+    return _reduced(problem, Rows.of(matrices.by_autograd(problem), problem.choices.positives, problem.present))
 
 
 def _reduced(problem: Problem, rows: Rows) -> Terms:
     alpha = None if problem.momentum_query is None else problem.alpha
     signature = "" if problem.ranks is None else problem.signature()
-    return reduce_rows(rows, problem.reduction, alpha, problem.ranks, signature)
+    return reduce_rows(rows, problem.choices.reduction, alpha, problem.ranks, signature)

@@ -86,6 +86,8 @@ class Problem(NamedTuple):
     choices: Choices
     ranks: Ranks | None
 
+    # What compilers trace reads `choices`: that of torch 2.8 knows no property of a NamedTuple.
+
     @property
     def positives(self) -> Positives:
         """Where the sum over the positive keys stands."""
