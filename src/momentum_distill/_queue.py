@@ -405,14 +405,9 @@ class ClassQueue(WideModule):
         device = self._buffer("labels").device
         check_labels("labels", labels, shape=("N",))
         check_device("labels", labels, device, like="the queue")
-        whole, free = False, may_ask(labels)
-        if labels.shape[0] and (self.validate or free):
-            low, high = (bound.item() for bound in labels.aminmax())
-            classes = math.inf if self.num_classes is None else self.num_classes
-            if low < 0 or high >= classes:  # these are rare: which rows, and whether they are wrong
-                wide = labels.to(torch.int64)
-                check_classes("labels", wide, absent=EMPTY, classes=classes, validate=self.validate)
-            whole = free and not self.balanced and (low >= 0 or EMPTY not in labels.tolist())
+        wide, classes = labels.to(torch.int64), math.inf if self.num_classes is None else self.num_classes
+        seen = check_classes("labels", wide, absent=EMPTY, classes=classes, validate=self.validate)
+        whole = seen is not None and may_ask(labels) and (seen[0] >= 0 or EMPTY not in labels.tolist())
         if not isinstance(features, Mapping):
             wrong_type("features", "a mapping from stream to tensor", describe(features))
         check_names("features", features, self.dims)
@@ -429,9 +424,9 @@ class ClassQueue(WideModule):
             check_floating(name, features[stream], shape=(rows, width))
             check_device(name, features[stream], device, like="the queue")
             if self.validate:
-                kept = labels != EMPTY
+                kept = wide != EMPTY
                 check_finite(name, features[stream], kept & valid[stream] if stream in valid else kept)
-        return whole
+        return whole and not self.balanced
 
     def _settings(self) -> str:
         """What has to be the same on all ranks, in words."""

@@ -43,8 +43,10 @@ def _once(terms: Terms, inputs: list[Tensor | None], *, only_total: bool) -> Ter
     learned = [x for x in inputs if x is not None and x.requires_grad]
     if not learned or not torch.is_grad_enabled():
         return terms
-    count = 1 if only_total else 3
-    return Terms(*torch.ops.momentum_distill.once(list(terms[:count]), learned), *terms[count:])
+    shown = [terms.total] if only_total else [terms.total, terms.supervised, terms.distill]
+    total, *others = torch.ops.momentum_distill.once(shown, learned)
+    supervised, distill = others or (terms.supervised, terms.distill)
+    return Terms(total, supervised, distill, terms.rows, terms.rows_with_positive)
 
 
 class _Call:
@@ -83,7 +85,7 @@ class _Contrast(torch.autograd.Function):
         terms = solved.terms()
         call.counts = terms[3:]
         # Row by row, gradients for the keys are not known before the backward pass.
-        if call.needs_grad and any(wanted) and not (problem.reduction == "none" and any(wanted[3:])):
+        if call.needs_grad and any(wanted) and not (problem.choices.reduction == "none" and any(wanted[3:])):
             call.gradients = solved.gradients(call.counts, _shares(problem, 1.0, 0.0, 0.0), wanted[3:])
         ctx.difference = terms.distill - terms.supervised if wanted[0] else None
         return terms[:3]
@@ -122,7 +124,6 @@ class _Compiled(torch.autograd.Function):
         only_total: bool,
         *_: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        # Not problem.reduction: older compilers know no property of a NamedTuple.
         ready = only_total and not (problem.choices.reduction == "none" and any(wanted[3:]))
         given = operator.arguments(problem)
         found = torch.ops.momentum_distill.contrast(*given, [ready and any(wanted), *wanted[3:]])

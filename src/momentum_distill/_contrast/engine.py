@@ -9,7 +9,7 @@ from torch import Tensor
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast import fused, matrices, tiles
 from momentum_distill._contrast.formulas import Counts, Number, Rows, Terms, reduce_rows, row_gradients, weights
-from momentum_distill._contrast.problem import Problem, negated
+from momentum_distill._contrast.problem import Problem, masked, negated
 from momentum_distill._rows import row_lengths, shortest
 
 DENSE_SCORES, DENSE_KEYS = 2**18, 2**20
@@ -34,12 +34,12 @@ class Solved:
     """The rows of a loss, and what their gradient is made from, which is there once."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem = problem.masked()
+        self.problem = problem = masked(problem)
         kernel = fused.takes(problem)
         self.queries = Queries(problem, kernel=kernel)
         way = matrices.Way if is_small(problem) and not kernel else tiles.Way
         self.way = way(problem, self.queries.online, self.queries.momentum)
-        self.rows = Rows.of(self.way.sums, problem.positives, problem.present)
+        self.rows = Rows.of(self.way.sums, problem.choices.positives, problem.present)
 
     def terms(self) -> Terms:
         """The loss; the one collective, where there are ranks."""
@@ -51,8 +51,8 @@ class Solved:
         `counts` are the rows, and the rows with a positive, of `Terms`.
         """
         problem = self.problem
-        by_row = row_gradients(self.rows, problem.reduction, problem.ranks, counts, upstream)
-        pull = weights(*by_row, self.way.sums.positive_count, problem.positives)
+        by_row = row_gradients(self.rows, problem.choices.reduction, problem.ranks, counts, upstream)
+        pull = weights(*by_row, self.way.sums.positive_count, problem.choices.positives)
         grad, grad_keys = self.way.backward(pull, wanted)
         return Gradients(*self.queries.backward(grad), grad_keys)
 
@@ -126,11 +126,11 @@ def is_fused(problem: Problem) -> bool:
 
 def by_autograd(problem: Problem) -> Terms:
     """The terms by plain autograd through the N×Q matrices."""
-    problem = problem.masked()
-    return _reduced(problem, Rows.of(matrices.by_autograd(problem), problem.positives, problem.present))
+    problem = masked(problem)
+    return _reduced(problem, Rows.of(matrices.by_autograd(problem), problem.choices.positives, problem.present))
 
 
 def _reduced(problem: Problem, rows: Rows) -> Terms:
     alpha = None if problem.momentum_query is None else problem.alpha
     signature = "" if problem.ranks is None else problem.signature()
-    return reduce_rows(rows, problem.reduction, alpha, problem.ranks, signature)
+    return reduce_rows(rows, problem.choices.reduction, alpha, problem.ranks, signature)

@@ -94,7 +94,7 @@ class Terms(NamedTuple):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The same as tensors."""
-        counts = (torch.as_tensor(count, device=self.total.device) for count in self[3:])
+        counts = (torch.as_tensor(count, device=self.total.device) for count in (self.rows, self.rows_with_positive))
         return (self.total, self.supervised, self.distill, *counts)
 
 

@@ -93,7 +93,7 @@ def attend(problem: Problem, queries: Tensor, momentum: Tensor | None) -> Statis
         )
         for part in problem.keys
     ]
-    inside = by_softmax(problem.positives)
+    inside = by_softmax(problem.choices.positives)
     return kernel.attend(queries, problem.labels, parts, momentum_query=momentum, inside=inside)
 
 

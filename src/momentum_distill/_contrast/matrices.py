@@ -31,7 +31,7 @@ class Way:
             log_u = self._log_softmax(logits)
             self.u = logits.softmax(dim=1) if self.hidden is None else log_u.exp().masked_fill_(self.hidden, 0.0)
             kl = log_u.sub_(self.log_v).mul_(self.u).sum(dim=1)
-        if by_softmax(problem.positives):
+        if by_softmax(problem.choices.positives):
             positive_log = _logsumexp(self.log_v, pairs > 0)
             self.p = torch.where(pairs > 0, self.log_v - positive_log[:, None], -torch.inf).exp_()
         else:
@@ -113,11 +113,6 @@ def _pairs(problem: Problem, hidden: Tensor | None) -> Tensor:
 def by_autograd(problem: Problem) -> Sums:
     """The sums as they are defined: what autograd, the transforms of `torch.func` and second derivatives go through."""
 
-    def ready(raw: Tensor, present: Tensor | None, prepare: Prepare) -> Tensor:
-        rows = raw.to(prepare.dtype)
-        rows = rows if present is None else torch.where(present[:, None], rows, 0.0)
-        return normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
-
     def log_softmax(scores: Tensor) -> Tensor:
         if hidden is None:
             return scores.log_softmax(dim=1)
@@ -127,22 +122,29 @@ def by_autograd(problem: Problem) -> Sums:
     labels = problem.labels[:, None]
     pairs = (labels == joined([part.labels for part in problem.keys])) & (labels >= 0)
     pairs = pairs if hidden is None else pairs & ~hidden
-    queries = ready(problem.query, problem.present, problem.prepare) / problem.temperature
-    log_v = log_softmax(queries @ joined([ready(part.online, part.present, part.prepare) for part in problem.keys]).T)
+    queries = _ready(problem.query, problem.present, problem.prepare) / problem.temperature
+    log_v = log_softmax(queries @ joined([_ready(part.online, part.present, part.prepare) for part in problem.keys]).T)
     count = pairs.sum(dim=1)
-    if by_softmax(problem.positives):
+    if by_softmax(problem.choices.positives):
         positive_log = _logsumexp(log_v, pairs)
     else:
         positive_log = torch.linalg.vecdot(pairs.to(log_v.dtype), log_v) / count.clamp(min=1)
     if problem.momentum_query is None:
         return Sums(count, positive_log, None)
     with torch.no_grad():
-        momentum = ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
+        momentum = _ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
         parts = [(part, part.momentum) for part in problem.keys if part.momentum is not None]
-        seen = momentum @ joined([ready(raw, part.present, part.prepare) for part, raw in parts]).T
+        seen = momentum @ joined([_ready(raw, part.present, part.prepare) for part, raw in parts]).T
         log_u = log_softmax(seen.detach())  # for no_grad() does not stop forward-mode derivatives
         u = log_u.exp() if hidden is None else log_u.exp().masked_fill_(hidden, 0.0)
     return Sums(count, positive_log, torch.linalg.vecdot(u, log_u - log_v))
+
+
+def _ready(raw: Tensor, present: Tensor | None, prepare: Prepare) -> Tensor:
+    """Rows prepared, zeros for absent ones, by operations that have derivatives."""
+    rows = raw.to(prepare.dtype)
+    rows = rows if present is None else torch.where(present[:, None], rows, 0.0)
+    return normalize_rows(rows, shortest(raw)) if prepare.normalize else rows
 
 
 def hidden_keys(problem: Problem) -> Tensor | None:

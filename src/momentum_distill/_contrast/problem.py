@@ -82,24 +82,6 @@ class Problem(NamedTuple):
     ranks: Ranks | None
     present: Tensor | None = None  # (N,) bool, None if all rows are
 
-    def masked(self) -> "Problem":
-        """The same with what is present, in rows and keys."""
-        if self.whole:
-            return self
-        absent = self.choices.ignore_index
-        parts = [part._replace(present=_present(part.labels, absent)) for part in self.keys]
-        return self._replace(present=_present(self.labels, absent), keys=parts)
-
-    @property
-    def positives(self) -> Positives:
-        """Where the sum over the positive keys stands."""
-        return self.choices.positives
-
-    @property
-    def reduction(self) -> Reduction:
-        """How rows become one loss."""
-        return self.choices.reduction
-
     @property
     def same_keys(self) -> bool:
         """Whether the momentum model has the very keys of the online one, so that one product serves both."""
@@ -123,7 +105,7 @@ class Problem(NamedTuple):
         targets = "without" if self.momentum_query is None else "with"
         return (
             f"SupConDistillLoss of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
-            f"positives={self.positives!r}, exclude_self={self.keys[0].own}, reduction={self.reduction!r}"
+            f"positives={self.choices.positives!r}, exclude_self={self.keys[0].own}, reduction={self.choices.reduction!r}"
         )
 
 
@@ -171,6 +153,15 @@ def problem_of(
         choices,
         ranks,
     )
+
+
+def masked(problem: Problem) -> Problem:
+    """The same with what is present, in rows and keys."""
+    if problem.whole:
+        return problem
+    absent = problem.choices.ignore_index
+    parts = [part._replace(present=_present(part.labels, absent)) for part in problem.keys]
+    return problem._replace(present=_present(problem.labels, absent), keys=parts)
 
 
 def _present(labels: Tensor, ignore_index: int) -> Tensor | None:

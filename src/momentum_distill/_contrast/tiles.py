@@ -42,7 +42,7 @@ class Way:
     def __init__(self, problem: Problem, queries: Tensor, momentum: Tensor | None) -> None:
         """From prepared queries (N, d), divided by the temperature."""
         self.problem, self.queries, self.momentum = problem, queries, momentum
-        self.softmax = by_softmax(problem.positives)
+        self.softmax = by_softmax(problem.choices.positives)
         if fused.takes(problem):
             self.statistics = fused.attend(problem, queries, momentum)
         else:
@@ -218,7 +218,7 @@ class _Positives:
         count, width = queries.shape
         self.classes = _Classes(problem.labels)
         # A row may have no positive key, so a plain sum of exponentials may well be 0.
-        self.softmax = _Sums(count, queries, online=True) if by_softmax(problem.positives) else None
+        self.softmax = _Sums(count, queries, online=True) if by_softmax(problem.choices.positives) else None
         # By index among the sorted labels; the last is of no query's class.
         self.counts = problem.labels.new_zeros(count + 1)
         self.sums = queries.new_zeros(0 if self.softmax else count + 1, width)
