@@ -105,7 +105,8 @@ class Problem(NamedTuple):
         targets = "without" if self.momentum_query is None else "with"
         return (
             f"SupConDistillLoss of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
-            f"positives={self.choices.positives!r}, exclude_self={self.keys[0].own}, reduction={self.choices.reduction!r}"
+            f"positives={self.choices.positives!r}, exclude_self={self.keys[0].own}, "
+            f"reduction={self.choices.reduction!r}"
         )
 
 
@@ -160,8 +161,27 @@ def masked(problem: Problem) -> Problem:
     if problem.whole:
         return problem
     absent = problem.choices.ignore_index
-    parts = [part._replace(present=_present(part.labels, absent)) for part in problem.keys]
-    return problem._replace(present=_present(problem.labels, absent), keys=parts)
+    # Field by field, for the compiler of torch 2.8 looks neither into _replace nor at a slice.
+    parts = [
+        Part(part.online, part.momentum, part.labels, part.prepare, part.own, _present(part.labels, absent))
+        for part in problem.keys
+    ]
+    return Problem(
+        problem.query,
+        parts,
+        problem.labels,
+        problem.labelled,
+        problem.whole,
+        problem.small_labels,
+        problem.momentum_query,
+        problem.temperature,
+        problem.momentum_temperature,
+        problem.alpha,
+        problem.prepare,
+        problem.choices,
+        problem.ranks,
+        _present(problem.labels, absent),
+    )
 
 
 def _present(labels: Tensor, ignore_index: int) -> Tensor | None:
