@@ -168,7 +168,7 @@ def test_value_and_gradients_of_the_grid(parts, momentum, dynamic):
     names = LEARNED[: 3 + parts]
     every = itertools.product(POSITIVES, REDUCTIONS, [False, True] if parts == 2 else [False], subsets(names))
     for index, (positives, reduction, exclude_self, learned) in enumerate(every):
-        if index % 7:  # no divisor of any number of values: a seventh in which all of them meet
+        if index % 41:  # no divisor of any number of values: a few points from all over the grid
             continue
         torch._dynamo.reset()
         options = {"positives": positives, "reduction": reduction, "exclude_self": exclude_self}
