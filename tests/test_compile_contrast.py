@@ -285,7 +285,7 @@ def test_the_operators_are_what_they_tell_the_compiler(name, tiled, monkeypatch)
     dtype = torch.float32 if "bfloat16" in name else torch.float64
     shape = (len(given[0]),) if "by row" in name else ()
     shares = (torch.full(shape, share, dtype=dtype) for share in (0.6, 0.4))
-    torch.library.opcheck(GRADIENTS, (*given, wanted, *shares))
+    torch.library.opcheck(GRADIENTS, (*given, wanted, torch.tensor(3), torch.tensor(2), *shares))
 
 
 def test_the_operator_that_is_to_be_differentiated_once_is_what_it_tells_the_compiler():
@@ -583,7 +583,10 @@ def test_flops_of_the_operators_are_those_of_their_matrix_products():
     whole = 4 * product
     assert flops(lambda: CONTRAST(*operands(given), [True, True, True])) == whole
     shares = [torch.tensor(share, dtype=torch.float64) for share in (0.6, 0.4)]
-    assert flops(lambda: GRADIENTS(*operands(given), [True, True, True], *shares)) == whole
+    assert (
+        flops(lambda: GRADIENTS(*operands(given), [True, True, True], torch.tensor(3), torch.tensor(2), *shares))
+        == whole
+    )
     # As without a compiler, through the matrices.
     leaves = with_leaves(given, LEARNED)
     assert flops(lambda: F.supcon_distill_loss(**leaves).backward()) == whole
