@@ -43,10 +43,12 @@ def _triton_state() -> str:
         return "off: the package triton is not installed"
     if not torch.cuda.is_available():
         return "off: no CUDA device"
-    if os.environ.get("MOMENTUM_DISTILL_TRITON") == "0":
+    asked = os.environ.get("MOMENTUM_DISTILL_TRITON")
+    if asked == "0":
         return "off: MOMENTUM_DISTILL_TRITON=0"
-    works = kernel.works(torch.device("cuda", torch.cuda.current_device()))
-    return "on" if works else "off: it does not work on this GPU"
+    if not kernel.works(torch.device("cuda", torch.cuda.current_device())):
+        return "off: it does not work on this GPU"
+    return "on, lean" if asked == "lean" else "on"
 
 
 if __name__ == "__main__":
