@@ -1047,3 +1047,16 @@ def test_a_state_goes_to_its_streams_in_whatever_order_they_stand():
             for one, two in zip(saved.read(stream, padded=padded), loaded.read(stream, padded=padded), strict=True):
                 assert torch.equal(one, two)
     assert loaded.read("audio")[1].tolist() == [0, 2, 3]
+
+
+def test_a_state_shares_no_memory_within_itself_or_with_the_queue():
+    """As safetensors wants it, and `accelerate`, which saves with it."""
+    queue = md.ClassQueue(4, {"text": 2, "audio": 2, "video": 3})
+    queue.enqueue(torch.arange(2), {name: torch.ones(2, width) for name, width in queue.dims.items()})
+    keys = {name: x for name, x in queue.state_dict().items() if "keys_" in name}
+    assert len(keys) == 3
+    assert len({x.untyped_storage().data_ptr() for x in keys.values()}) == 3
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in keys.values())
+    before = keys["keys_text"].clone()
+    queue.reset()
+    assert torch.equal(keys["keys_text"], before)

@@ -382,8 +382,8 @@ class ClassQueue(WideModule):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         extra = destination.pop(f"{prefix}_extra_state")
-        for stream in self.dims:
-            destination[f"{prefix}keys_{stream}"] = self._keys(stream, self.size + 1)
+        for stream in self.dims:  # copies: safetensors, for one, refuses tensors that share their memory
+            destination[f"{prefix}keys_{stream}"] = self._keys(stream, self.size + 1).clone()
         destination[f"{prefix}_extra_state"] = extra
 
     @override
