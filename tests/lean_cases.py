@@ -186,6 +186,7 @@ def test_the_terms_equal_slow_loops():
             torch.testing.assert_close(x.cpu().double(), torch.tensor(y).double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("d", [1, 100, 128])
@@ -194,6 +195,7 @@ def test_any_width_and_any_block_of_rows(n, d, dtype):
     check(Problem(n, (140,), d, dtype, seed=d))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("normalize", ["query", True], ids=str)
 def test_dtypes_may_differ_and_parts_may_share_their_momentum_keys(normalize):
     problem = Problem(9, (40, 150, 30), 20, lengths=normalize is True)
@@ -215,6 +217,7 @@ def test_one_class_for_each_row():
     check(problem)
 
 
+@pytest.mark.long
 def test_labels_of_64_bits_stay_apart():
     problem = Problem(4, (6,), momentum="none", ignored=0.0)
     problem.query_labels = torch.tensor([0, 2**32, 2**62, 1]).to(DEVICE)
@@ -223,6 +226,7 @@ def test_labels_of_64_bits_stay_apart():
         check(problem, positives=positives, reduction="none")
 
 
+@pytest.mark.long
 def test_a_label_to_ignore_may_be_a_class():
     problem = Problem(ignored=0.0)
     for positives in POSITIVES:
@@ -276,6 +280,7 @@ def test_without_a_key_or_a_row_the_loss_is_0():
         assert all((x == 0).all() for x in grads)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [50, 3])
 def test_nan_in_a_present_key_makes_every_row_nan(at):
     problem = Problem(5, (200,), ignored=0.0, momentum="other")
@@ -292,6 +297,7 @@ def test_nan_in_a_present_key_makes_every_row_nan(at):
     assert grad.isnan().all()
 
 
+@pytest.mark.long
 def test_nan_in_a_query_stays_in_its_row():
     problem = Problem(5, (70,), ignored=0.0)
     clean, (clean_grad, *_) = answer(problem, reduction="none")
@@ -307,6 +313,7 @@ def test_nan_in_a_query_stays_in_its_row():
         assert grad[2].isnan().all()
 
 
+@pytest.mark.long
 def test_splits_agree_with_the_whole_and_equal_inputs_give_equal_bits():
     problem = Problem(3, (300,), 20)
     for positives in ("outside", "inside"):
@@ -317,6 +324,7 @@ def test_splits_agree_with_the_whole_and_equal_inputs_give_equal_bits():
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_tensor_descriptors_load_the_same_keys(dtype, monkeypatch):
     """Widths with padding, strides, a last tile that is not full; unaligned rows go without."""
@@ -332,6 +340,7 @@ def test_tensor_descriptors_load_the_same_keys(dtype, monkeypatch):
     check(Problem(5, (70,), 17, dtype))  # rows of 34 or 68 bytes
 
 
+@pytest.mark.long
 def test_rows_may_lie_apart_or_across():
     problem = Problem()
     expected = answer(problem)
@@ -345,6 +354,7 @@ def test_rows_may_lie_apart_or_across():
     assert [bits(x) for x in [*found[0], *found[1]]] == [bits(x) for x in [*expected[0], *expected[1]]]
 
 
+@pytest.mark.long
 def test_learned_numbers_are_read_on_the_device():
     problem = Problem()
     numbers = {"temperature": 0.25, "momentum_temperature": 0.5, "alpha": 0.375}
@@ -355,6 +365,7 @@ def test_learned_numbers_are_read_on_the_device():
         assert [bits(x) for x in [*found[0], *found[1]]] == [bits(x) for x in [*expected[0], *expected[1]]]
 
 
+@pytest.mark.long
 def test_sums_of_several_processes_make_their_common_terms():
     """Two halves of a batch, each finished with the sums of both: terms as of all, gradients as DDP averages them."""
     whole = Problem(12, (70,), d=16, seed=5)
@@ -417,6 +428,7 @@ class Counted:
         return launch
 
 
+@pytest.mark.long
 def test_few_launches_and_no_operation_besides(monkeypatch):
     launched = []
     names = ("prologue", "attend", "sum_classes", "merge", "finish", "scale")

@@ -171,7 +171,8 @@ def change_one_queue(where: str) -> tuple[str, str]:
     queue.enqueue(*own_rows(2, 0))
     queue.check_in_sync()
     if rank_and_world()[0] == 1:
-        queue.state_dict()[where].view(-1)[0] += 1
+        buffer = queue.read("audio", padded=True)[0] if where == "keys_audio" else queue.get_buffer(where)
+        buffer.view(-1)[0] += 1
     return raised(queue.check_in_sync)
 
 
@@ -465,7 +466,7 @@ def compiled(case: LossCase, fused_scores: int) -> dict[str, tuple[float, float]
                 loss = loss_fn(given)
             inputs = [query, temperature, alpha]
             grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-            answers.append([loss.detach(), *grads])
+            answers.append([loss.detach(), *(grad.detach() for grad in grads)])
         far = max(float((a - b).abs().max()) for a, b in zip(*answers, strict=True))
         found[name] = float(answers[1][0]), far
     return found

@@ -387,6 +387,7 @@ def test_a_backward_pass_may_be_repeated():
 # ------------------------------------------------------------------------------------------------------- transforms
 
 
+@pytest.mark.long
 def test_transforms_inside_a_compiler():
     case = supcon_case(0, 4, 6, 3)
     queries = torch.stack([case.query, 2 * case.query, case.query - 1])

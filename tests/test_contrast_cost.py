@@ -33,13 +33,17 @@ def operations(n, q, **options):
     return counted.names
 
 
+SPARE = 0 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14) else 5
+"""Older versions dispatch one call as two here and there."""
+
+
 @pytest.mark.parametrize(("n", "q", "most"), [(16, 64, 60), (64, 1024, 70)])
 def test_a_small_call_starts_few_operations(n, q, most):
     names = operations(n, q)
-    assert 30 < len(names) <= most, names
+    assert 30 < len(names) <= most + SPARE, names
 
 
 def test_every_reading_takes_about_as_many():
     for positives in ("inside", "inside_per_positive"):
-        assert len(operations(16, 64, positives=positives)) <= 80
-    assert len(operations(16, 64, exclude_self=False, reduction="sum")) <= 62
+        assert len(operations(16, 64, positives=positives)) <= 80 + SPARE
+    assert len(operations(16, 64, exclude_self=False, reduction="sum")) <= 62 + SPARE

@@ -68,6 +68,8 @@ def broken_links(page, text):
     return broken
 
 
+# Of the compiler of torch 2.8, about what it does itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @every_page
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what a block writes does not stay
