@@ -168,7 +168,9 @@ def test_value_and_gradients_of_the_grid(parts, momentum, dynamic):
     names = LEARNED[: 3 + parts]
     every = itertools.product(POSITIVES, REDUCTIONS, [False, True] if parts == 2 else [False], subsets(names))
     for index, (positives, reduction, exclude_self, learned) in enumerate(every):
-        if index % 41:  # no divisor of any number of values: a few points from all over the grid
+        if index % 101:  # no divisor of any number of values: a few points from all over the grid
+            continue
+        if momentum == "none" and set(learned) <= {"alpha"}:  # nothing has a gradient
             continue
         torch._dynamo.reset()
         options = {"positives": positives, "reduction": reduction, "exclude_self": exclude_self}
@@ -177,7 +179,7 @@ def test_value_and_gradients_of_the_grid(parts, momentum, dynamic):
 
 @pytest.mark.long
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
-@pytest.mark.parametrize("point", POINTS, ids=lambda point: "-".join(map(str, point[:4])))
+@pytest.mark.parametrize("point", POINTS[::2], ids=lambda point: "-".join(map(str, point[:4])))
 @pytest.mark.usefixtures("way")
 def test_the_default_compiler_gives_the_same(point, dynamic):
     parts, momentum, positives, reduction, exclude_self, _, learned = point

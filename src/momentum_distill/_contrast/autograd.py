@@ -10,7 +10,7 @@ from momentum_distill._checks import in_transform
 from momentum_distill._contrast import engine, fused, operator
 from momentum_distill._contrast.formulas import Counts, Number, Terms
 from momentum_distill._contrast.problem import Problem
-from momentum_distill._precision import full_precision
+from momentum_distill._precision import as_variable, full_precision
 
 if TYPE_CHECKING:
     from momentum_distill._contrast.lean import Answer
@@ -139,7 +139,9 @@ class _Compiled(torch.autograd.Function):
         difference, rows, rows_with_positive, *grads = ctx.saved_tensors
         scale = upstream[0]
         if not ctx.ready:
-            shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream[:3]))
+            like = problem.query.new_empty((), dtype=problem.prepare.dtype)
+            upstream_terms = (like.new_zeros(()) if grad is None else grad for grad in upstream[:3])
+            shares = (as_variable(share, like) for share in _shares(problem, *upstream_terms))
             counts = (rows, rows_with_positive)
             grads = torch.ops.momentum_distill.contrast_gradients(*ctx.given, [True, *wanted[3:]], *counts, *shares)
             scale = None
