@@ -140,7 +140,7 @@ def timed(plan: Plan, name: str, build: Callable[[], Run], size: tuple[int, int]
             row["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         row["graph_ms"] = median_ms(plan, captured(plan, run), calls=10)
         row["tflops"] = 8 * size[0] * size[1] * DIM / row["graph_ms"] / 1e9
-    except Exception as error:
+    except Exception as error:  # whatever it is, of a rival too: the other rows of the step are to come
         row["error"] = f"{type(error).__name__}: {error}"[:500]
     return row
 
@@ -284,7 +284,7 @@ def run_step(name: str, plan: Plan, out: Path) -> bool:
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
             print(f"{name}: {', '.join(shown)}", flush=True)
-    except Exception:
+    except Exception:  # told and saved; the shell script goes on with the next step
         content["error"] = traceback.format_exc()
         save()
         print(f"{name}: FAILED\n{content['error']}", flush=True)

@@ -1,6 +1,6 @@
 """The lean kernels against the formulas in float64, on the GPU or in Triton's interpreter.
 
-`test_lean.py` runs this file in a process of its own: the interpreter must be chosen before Triton is imported, and
+`test_triton.py` runs this file in a process of its own: the interpreter must be chosen before Triton is imported, and
 for the whole process. By hand, from the root of the repository:
 
     python -m pytest tests/lean_cases.py                      # on the GPU
@@ -510,14 +510,13 @@ def test_what_is_taken():
     def takes(**changes):
         arguments = {
             "query": problem.query, "momentum_query": problem.momentum_query, "keys": problem.parts,
-            "query_labels": problem.query_labels, "temperature": 0.1, "momentum_temperature": 0.1, "alpha": 0.5,
+            "query_labels": problem.query_labels, "temperature": 0.1,
         }  # fmt: skip
-        return lean.takes(**arguments | changes)
+        return lean.takes(*(arguments | changes).values(), 0.1, 0.5)
 
     part = problem.parts[0]
     assert takes()
     assert takes(momentum_query=None, keys=[part._replace(momentum=None)])
-    assert not takes(exclude_self=True)
     assert not takes(query=problem.query.double())
     assert not takes(keys=[part._replace(keys=part.keys.double())])
     assert not takes(keys=[part, part._replace(keys=part.keys[:0], labels=part.labels[:0])])

@@ -1,4 +1,4 @@
-"""The lean kernels: `lean_cases.py` in a process of its own, and what the compiler makes of them for GPUs not here.
+"""The lean kernels: what the compiler makes of them for GPUs not here. `test_triton.py` runs `lean_cases.py`.
 
 Of each kernel that goes through the keys `kernel_budget.json` holds what it may take: registers, bytes of spilled ones,
 KiB of shared memory, and lane instructions for each score in its loops over whole tiles. After a change for the
@@ -20,7 +20,6 @@ import torch
 from momentum_distill._contrast import kernel as present
 from momentum_distill._contrast import lean, lean_kernels
 from momentum_distill._contrast.lean import Part
-from tiers import TIER
 
 BUDGET = Path(__file__).with_name("kernel_budget.json")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -41,32 +40,6 @@ def name_of(variant):
     return f"{kernel}, {str(dtype).removeprefix('torch.')}, N={n}, sm_{capability}"
 
 
-@pytest.mark.skipif(not present.available(), reason="Triton is not installed")
-@pytest.mark.parametrize(
-    "interpret",
-    [
-        pytest.param("1", id="interpreter", marks=pytest.mark.repeated),
-        pytest.param(
-            "0",
-            id="gpu",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.long,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
-def test_the_kernels_equal_the_formulas(interpret):
-    tests = Path(__file__).resolve().parent
-    chosen = ["-m", "not long"] if TIER == "test" else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(tests / "lean_cases.py")]
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-
-
 def test_without_triton_the_kernels_import_and_take_nothing(monkeypatch):
     monkeypatch.setattr(present, "triton", None)
     monkeypatch.setattr(present, "tl", None)
@@ -74,8 +47,7 @@ def test_without_triton_the_kernels_import_and_take_nothing(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     row, label = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-    numbers = {"temperature": 1.0, "momentum_temperature": 1.0, "alpha": 0.5}
-    assert not lean.takes(row, None, [Part(row, None, label)], label, **numbers)
+    assert not lean.takes(row, None, [Part(row, None, label)], label, 1.0, 1.0, 0.5)
 
 
 @pytest.mark.skipif(not present.available(), reason="Triton is not installed")

@@ -1,4 +1,4 @@
-"""The fused kernel: what needs no GPU, and `triton_cases.py` in a process of its own."""
+"""The fused kernels: what needs no GPU, and `triton_cases.py` and `lean_cases.py` in processes of their own."""
 
 import importlib.util
 import os
@@ -34,10 +34,11 @@ needs_triton = pytest.mark.skipif(not kernel.available(), reason="Triton is not 
         ),
     ],
 )
-def test_the_kernel_equals_the_formulas(interpret):
+@pytest.mark.parametrize("cases", ["triton_cases.py", "lean_cases.py"])
+def test_the_kernels_equal_the_formulas(cases, interpret):
     tests = Path(__file__).resolve().parent
     chosen = ["-m", "not long"] if TIER == "test" else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(tests / "triton_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(tests / cases)]
     environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

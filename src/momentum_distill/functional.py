@@ -205,9 +205,9 @@ def supcon_distill_loss(
     More than $2^{18}$ scores (N·Q), or those of more than $2^{20}$ numbers in the keys (Q·d), are made tile by tile,
     and nothing of size N×Q is kept, forward or backward. Three cases take the N×Q matrices: fewer of both, which is
     faster so; the transforms of `torch.func` (grad, jvp, vmap); and a backward pass with `create_graph=True`.
-    `torch.compile` takes the whole as one operator, which does the same, and has no second derivative. On an NVIDIA GPU
-    a fused kernel (Triton) takes all sizes, but in float64 and with `exclude_self`: keys in 16 bits are multiplied as
-    they are, and queries rounded to their dtype.
+    `torch.compile` fuses the formula of up to $2^{14}$ scores and takes more as one operator, which does the same; it
+    has no second derivative. On an NVIDIA GPU a fused kernel (Triton) takes all sizes, but in float64 and with
+    `exclude_self`: keys in 16 bits are multiplied as they are, and queries rounded to their dtype.
 
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.

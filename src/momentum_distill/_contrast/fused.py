@@ -40,23 +40,12 @@ def lean(problem: Problem) -> "Answer | None":
     from momentum_distill._contrast import lean
 
     parts = [lean.Part(part.online, part.momentum, part.labels) for part in problem.keys]
-    choices = problem.choices
-    takes_it = lean.takes(
-        problem.query,
-        problem.momentum_query,
-        parts,
-        problem.labels,
-        temperature=problem.temperature,
-        momentum_temperature=problem.momentum_temperature,
-        alpha=problem.alpha,
-    )
-    if not takes_it:
+    rows = (problem.query, problem.momentum_query, parts, problem.labels)
+    if not lean.takes(*rows, problem.temperature, problem.momentum_temperature, problem.alpha):
         return None
+    choices = problem.choices
     return lean.contrast(
-        problem.query,
-        problem.momentum_query,
-        parts,
-        problem.labels,
+        *rows,
         temperature=problem.temperature,
         momentum_temperature=problem.momentum_temperature,
         alpha=problem.alpha,

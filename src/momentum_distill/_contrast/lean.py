@@ -101,19 +101,14 @@ def takes(
     momentum_query: Tensor | None,
     keys: Sequence[Part],
     query_labels: Tensor,
-    *,
-    temperature: float | Tensor,
-    momentum_temperature: float | Tensor,
-    alpha: float | Tensor,
-    exclude_self: bool = False,
+    *numbers: float | Tensor,
 ) -> bool:
-    """Whether :func:`contrast` can take this problem; the caller has checked shapes."""
+    """Whether :func:`contrast` can take this problem, `numbers` being temperatures and alpha; shapes are checked."""
     features = [query, momentum_query, *(x for part in keys for x in (part.keys, part.momentum))]
-    others = [query_labels, *(part.labels for part in keys), temperature, momentum_temperature, alpha]
+    others = [query_labels, *(part.labels for part in keys), *numbers]
     tensors = [x for x in [*features, *others] if isinstance(x, Tensor)]
     return (
         available()
-        and not exclude_self
         and query.shape[0] > 0
         and 0 < query.shape[1] <= MAX_WIDTH
         and all(len(part.keys) > 0 for part in keys)
