@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import tiers
 from momentum_distill._contrast import engine
@@ -16,6 +17,11 @@ MOSI = Path(os.environ.get("MOMENTUM_DISTILL_MOSI") or ROOT.parent / "shared" / 
 # has another (ATEN_CPU_CAPABILITY): the name under which it is kept does not tell of that.
 COMPILED = ROOT / ".pytest_cache" / "inductor" / f"{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+
+
+# What decides whether a change lands draws the same examples every time; new ones are what `make stress` is for.
+settings.register_profile("momentum_distill", deadline=None, derandomize=not tiers.STRESS)
+settings.load_profile("momentum_distill")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by these marks

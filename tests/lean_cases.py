@@ -131,6 +131,8 @@ def assert_equal(actual, expected, dtype, taught):
         x, y = x.nan_to_num(), y.nan_to_num()
         # A gradient is a difference of means of keys: what rounding costs is seen beside these, not beside itself.
         bound = 3 * RTOL[dtype] * y.norm().clamp_min(0.1)
+        # A scalar's is summed in float32 from logits up to 4, over a temperature of 0.25: of 16, 1e-5 is ten roundings.
+        bound += 0 if name == "query" else 1e-5
         assert (x - y).norm() <= bound, f"{name}: error {(x - y).norm()}, bound {bound}"
 
 
@@ -141,7 +143,7 @@ def check(problem, upstream=None, num_splits=None, **options):
     return actual
 
 
-@settings(max_examples=times(6, 100, 300), deadline=None)
+@settings(max_examples=times(6, 100, 300))
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 70),

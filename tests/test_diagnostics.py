@@ -18,7 +18,7 @@ def rows(seed=0, n=6, d=4, dtype=torch.float64, shift=0.0):
     return (torch.randn(n, d, generator=generator, dtype=torch.float64) + shift).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(2, 8),

@@ -850,7 +850,7 @@ def every_name(module):
     return parameters, dict(module.named_buffers(remove_duplicate=False))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     tree=TREES,
     buffers=st.sampled_from(["copy", "ema", "frozen"]),

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mtmd.metrics import msa_metrics
@@ -57,7 +57,6 @@ halves = st.integers(-8, 8).map(lambda n: n / 2)  # every border and every zero
 scores = halves | st.floats(-4, 4, width=32)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(scores, scores), min_size=1, max_size=40))
 def test_same_as_scikit_learn(pairs):
     predictions, targets = zip(*pairs, strict=True)
@@ -67,7 +66,6 @@ def test_same_as_scikit_learn(pairs):
         assert metrics[key] == pytest.approx(value, abs=1e-6), key
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(halves, halves), min_size=2, max_size=40))
 def test_correlation_is_that_of_scipy(pairs):
     stats = pytest.importorskip("scipy.stats")

@@ -16,7 +16,7 @@ def rows(seed=0, n=6, d=4, dtype=torch.float64):
     return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 6),

@@ -76,7 +76,7 @@ def test_the_gradient_goes_straight_through_to_the_parameter():
         assert_close(x[name].grad, lists(factor * upstream[name]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     values=st.lists(st.floats(-3, 3, width=32), max_size=30),
     decay=st.sampled_from([0.0, 0.5, 0.9, 0.995, 1.0]),

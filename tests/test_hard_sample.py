@@ -58,7 +58,7 @@ def expect(kwargs, **options):
     return reference.hard_sample_fusion(**{k: lists(v) for k, v in kwargs.items()}, **options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 8),

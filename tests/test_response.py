@@ -35,7 +35,7 @@ def inputs(task, seed=0, n=6, dtype=torch.float64):
     return tuple(logits_case(seed, n, TASKS[task], dtype))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 7),

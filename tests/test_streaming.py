@@ -43,7 +43,7 @@ def dense_terms(case, *, temperature, alpha, positives, normalize):
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 6),

@@ -23,7 +23,7 @@ from momentum_distill import functional as F
 pytestmark = [pytest.mark.usefixtures("both_ways"), numbers_alone]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 7),
@@ -189,7 +189,7 @@ def test_gradient_reaches_the_later_part_alone():
     assert_gradient_close(keys[1].grad, whole.keys.grad[7:], torch.float64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), positives=st.sampled_from(POSITIVES))
 def test_the_order_of_the_keys_does_not_matter(seed, positives):
     case = supcon_case(seed, 5, 12, 4, ignored=0.2, unlabelled=0.1).requires_grad()

@@ -148,7 +148,7 @@ def check(args, options, dtype=F32):
     return actual
 
 
-@settings(max_examples=times(5, 25, 25), deadline=None)
+@settings(max_examples=times(5, 25, 25))
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 70),
