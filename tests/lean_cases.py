@@ -113,8 +113,8 @@ def formulas(problem, upstream=None, **options):
     return terms, [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
-def assert_equal(actual, expected, dtype, taught):
-    """Numbers relative, below 0.1 absolute; gradients as vectors, over all rows."""
+def assert_equal(actual, expected, dtype, taught, upstream):
+    """Numbers relative, below 0.1 absolute; gradients, times an upstream of this length, as vectors over all rows."""
     (terms, grads), (exact_terms, exact_grads) = actual, expected
     for name in TERMS:
         x, y = getattr(terms, name).double().cpu(), getattr(exact_terms, name).double()
@@ -130,16 +130,17 @@ def assert_equal(actual, expected, dtype, taught):
         assert torch.equal(x.isnan(), y.isnan()), name
         x, y = x.nan_to_num(), y.nan_to_num()
         # A gradient is a difference of means of keys: what rounding costs is seen beside these, not beside itself.
-        bound = 3 * RTOL[dtype] * y.norm().clamp_min(0.1)
-        # A scalar's is summed in float32 from logits up to 4, over a temperature of 0.25: of 16, 1e-5 is ten roundings.
-        bound += 0 if name == "query" else 1e-5
+        # A scalar's is a sum over rows that may cancel, each with the rounding of logits up to 4.
+        size = y.norm().clamp_min(0.1) if name == "query" else y.norm().clamp_min(max(0.1, upstream))
+        bound = 3 * RTOL[dtype] * size
         assert (x - y).norm() <= bound, f"{name}: error {(x - y).norm()}, bound {bound}"
 
 
 def check(problem, upstream=None, num_splits=None, **options):
     actual = answer(problem, upstream, num_splits, **options)
     taught = problem.momentum_query is not None
-    assert_equal(actual, formulas(problem, upstream, **options), problem.dtype, taught)
+    length = 1.0 if upstream is None else upstream.norm().item()
+    assert_equal(actual, formulas(problem, upstream, **options), problem.dtype, taught, length)
     return actual
 
 

@@ -24,6 +24,7 @@ from mtmd.data import (
     presence,
     tokenize,
 )
+from mtmd.needs import texts_before
 from mtmd.safe_pickle import UnsafePickleError
 
 SIZES = {"train": 7, "valid": 3, "test": 4}
@@ -722,6 +723,25 @@ def test_tokenize_with_a_real_tokenizer(bert_tokenizer):
     assert tokens[1].tolist() == [[101, 2053, 102, 0, 0], [1, 1, 1, 0, 0], [0] * 5]
     assert not tokens[2].any()
     assert tokenize(["a " * 100], bert_tokenizer, 8).shape == (1, 3, 8)
+
+
+def test_a_text_stands_behind_as_much_of_its_context_as_there_is_room_for(bert_tokenizer):
+    begin, end, a, b, c, x, y = bert_tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", *"abcxy"])
+    tokens = tokenize(["x y", "x", "x y " * 5, ""], bert_tokenizer, 7, before=["a b c", "", "a b c", "a"])
+    assert tokens.tolist() == [
+        [[begin, b, c, end, x, y, end], [1] * 7, [0, 0, 0, 0, 1, 1, 1]],
+        [[begin, x, end, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0], [0] * 7],
+        [[begin, x, y, x, y, x, end], [1] * 7, [0] * 7],
+        [[0] * 7] * 3,
+    ]
+    del a
+
+
+def test_the_context_of_a_text_is_what_was_said_before_it_in_its_video():
+    ids = ["v$_$10", "v$_$2", "w$_$1", "v$_$9", "noname", "$_$1", "v$_$x"]
+    fold = Fold(ids, np.zeros(7, np.float32), ["ten", "two", "one", "nine", "none", "lone", "ex"], None, {}, {})
+    assert texts_before(fold, 1) == ["nine", "", "", "two", "", "", ""]
+    assert texts_before(fold, 2) == ["two nine", "", "", "two", "", "", ""]
 
 
 # The real file

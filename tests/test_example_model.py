@@ -253,6 +253,50 @@ def test_each_parameter_has_one_of_the_three_learning_rates_once(parts):
     assert {rates[id(p)] for p in model.fusion.parameters()} == {1e-3}
 
 
+@pytest.mark.parametrize("modalities", [["text", "audio", "vision"], ["text", "vision"]])
+def test_a_fusion_that_starts_from_text_says_what_the_text_branch_says(parts, modalities):
+    build, batch = parts
+    _, model, objective = build(fusion_start="text", fused_width=16, modalities=modalities)
+    outputs = model(batch)
+    text = outputs.unimodal["text"]
+    for fused, own in zip(outputs.fused, text, strict=True):
+        torch.testing.assert_close(fused, own, rtol=1e-12, atol=1e-15)
+    warm_up(model, objective, batch)  # and learns from there, from every branch
+    columns = model.fusion.mix[0].weight.detach().split(16, dim=1)
+    assert all(block.abs().sum(dim=1).min() < block.abs().sum(dim=1).max() for block in columns[1:])
+    with pytest.raises(ValueError, match=r"fused_width: expected width \(16\) with fusion_start 'text', got 12"):
+        build(fusion_start="text")
+
+
+def test_layers_of_a_text_encoder_have_rates_that_fall_towards_the_words():
+    from transformers import BertConfig
+
+    small = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+    encoder = PretrainedTextEncoder("bert", small.to_dict())
+    groups = encoder.parameter_groups(0.1, 0.5)
+    assert [rate for _, rate in groups] == pytest.approx([0.1 / 8, 0.1 / 4, 0.1 / 2, 0.1])
+    rates = {id(parameter): rate for parameters, rate in groups for parameter in parameters}
+    assert rates[id(encoder.bert.get_input_embeddings().weight)] == pytest.approx(0.1 / 8)
+    assert rates[id(encoder.bert.encoder.layer[1].output.dense.weight)] == 0.1 / 2
+    listed = [id(parameter) for parameters, _ in groups for parameter in parameters]
+    assert sorted(listed) == sorted(map(id, encoder.parameters()))
+    assert [rate for _, rate in encoder.parameter_groups(0.1, 1.0)] == [0.1]
+
+
+def test_the_mean_of_a_text_behind_others_is_over_the_text_alone():
+    from transformers import BertConfig
+
+    torch.manual_seed(0)
+    small = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    encoder = PretrainedTextEncoder("bert", small.to_dict(), pooling="mean").eval()
+    ids = torch.tensor([[1, 5, 6, 2, 7, 8, 2], [1, 7, 8, 2, 0, 0, 0]])
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0] * 7])
+    tokens = torch.stack([ids, (ids > 0).long(), segments], dim=1)
+    states = encoder.bert(ids, attention_mask=tokens[:, 1], token_type_ids=segments).last_hidden_state
+    expected = torch.stack([states[0, 4:].mean(dim=0), states[1, :4].mean(dim=0)])
+    torch.testing.assert_close(encoder(tokens), expected)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_schedule(schedule):
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -100,7 +100,7 @@ def assert_same_run(first, second):
     "settings",
     [
         pytest.param({"save_every": 1}, marks=pytest.mark.long),
-        {"save_every": 2, "batch_size": 8, "accumulate": 2, "drop_text": 0.2, "drop_audio": 0.4},
+        {"save_every": 2, "batch_size": 8, "accumulate": 2, "drop_text": 0.2, "drop_audio": 0.4, "average": 0.8},
         {"save_every": 0, "epochs": 8, "patience": 1, "schedule": "constant", "unimodal_lr": 0.1, "other_lr": 0.1},
         pytest.param(
             {"save_every": 2, "amp": True, "deterministic": True, "balanced_queue": True}, marks=pytest.mark.long
@@ -145,6 +145,7 @@ def all_of(training_now):
         {
             "model": training_now.run.model.state_dict(),
             "objective": training_now.objective.state_dict(),
+            "average": training_now.average.state_dict(),
             "optimizer": training_now.optimizer.state_dict(),
             "schedule": training_now.schedule.state_dict(),
             "torch": torch.get_rng_state(),
@@ -157,7 +158,7 @@ def all_of(training_now):
 @pytest.mark.long
 def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path, monkeypatch):
     """Everything live is compared, not what was saved of it: what the state forgets would show."""
-    config = Config(**{**SMALL, "batch_size": 4, "epochs": 3}, save_every=1)
+    config = Config(**{**SMALL, "batch_size": 4, "epochs": 3}, save_every=1, average=0.9)
     dataset = small_dataset()
     folds, _ = prepare(dataset, config)
     trainings, saved = [], []

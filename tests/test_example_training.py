@@ -276,6 +276,25 @@ def small_run(dataset=None, **settings):
     return train(config, folds, dataset.widths, 1, torch.device("cpu"))
 
 
+def test_what_is_kept_is_the_moving_average_where_one_is_asked_for(monkeypatch):
+    step, average = training.train_step, {}
+
+    def recording(now, *arguments):
+        if not average:
+            average.update({name: value.double() for name, value in now.run.model.named_parameters()})
+        record = step(now, *arguments)
+        for name, value in now.run.model.named_parameters():
+            average[name] = 0.7 * average[name] + 0.3 * value.detach().double()
+        return record
+
+    monkeypatch.setattr(training, "train_step", recording)
+    run = small_run(epochs=1, batch_size=16, average=0.7)
+    assert len(run.steps) > 1
+    for name, value in run.model.named_parameters():
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)
+    assert run.metrics["valid"] == run.epochs[-1]["valid"]  # what was validated
+
+
 def test_accumulated_batches_are_one_large_batch():
     """Without dropout, distillation and missing modalities, whose means are not those of the samples."""
     dataset = synthetic_dataset(seed=5, sizes=(40, 20, 20), missing={"audio": 0, "vision": 0})

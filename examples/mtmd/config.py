@@ -43,7 +43,8 @@ RANGES = (
         lambda value: 0 <= value <= 1,
     ),
     (("alpha", "decay"), "a finite number in [0, 1]", lambda value: 0 <= value <= 1),
-    (("dropout",), "a share in [0, 1)", lambda value: 0 <= value < 1),
+    (("layer_decay",), "a finite number above 0, at most 1", lambda value: 0 < value <= 1),
+    (("dropout", "average"), "a share in [0, 1)", lambda value: 0 <= value < 1),
     (("unimodal_lr", "other_lr"), "a finite number above 0", lambda value: 0 < value < math.inf),
     (
         ("bert_lr", "clip", "gamma_reg", "gamma_cls", "gamma_feat", "gamma_fusion"),
@@ -63,7 +64,11 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[["Config"], bool]], ...] = (
         "the synthetic set",
         lambda config: config.data is None,
     ),
-    (("max_tokens", "pooling", "bert_lr"), "a --text-encoder", lambda config: config.text_encoder != "features"),
+    (
+        ("max_tokens", "pooling", "bert_lr", "layer_decay", "context"),
+        "a --text-encoder",
+        lambda config: config.text_encoder != "features",
+    ),
     (("text_hidden",), "--text-encoder features", lambda config: config.text_encoder == "features"),
     *(
         ((f"drop_{name}",), f"{name} as a modality", lambda config, name=name: name in config.modalities)
@@ -111,6 +116,7 @@ class Config:
     signal_vision: float = setting(0.35, "synthetic set: share of the opinion's variance that vision can explain")
     wrong_text: float = setting(0.0, "synthetic set: share of samples whose text says nothing true (a wrong teacher)")
     max_tokens: int = setting(50, "longest text, in tokens, where raw text is tokenised here; MMSA's files: 50")
+    context: int = setting(0, "how many texts of the same video, before its own, the text encoder reads with a text")
     drop_text: float = setting(0.0, "share of the training samples that lose their text, drawn anew each epoch")
     drop_audio: float = setting(0.0, "share of the training samples that lose their audio, drawn anew each epoch")
     drop_vision: float = setting(0.0, "share of the training samples that lose their vision, drawn anew each epoch")
@@ -136,6 +142,11 @@ class Config:
     layers: int = setting(3, "Transformer layers (paper)")
     heads: int = setting(4, "attention heads (paper)")
     dropout: float = setting(0.1, "dropout rate (paper)")
+    fusion_start: str = setting(
+        "random",
+        "weights with which the fusion begins: random ones, or 'text': it says what the text branch says",
+        choices=("random", "text"),
+    )
     relu_heads: bool = setting(
         False, "end the heads in a ReLU as Eq. 4 prints: no negative score can then be predicted"
     )
@@ -184,6 +195,9 @@ class Config:
         "Adam learning rate of a pretrained text encoder, 0: frozen; the default is best on validation with MiniLM "
         "(paper, BERT-base: 5e-5)",
     )
+    layer_decay: float = setting(
+        1.0, "learning rate of a layer of a pretrained text encoder, as a share of that of the layer above"
+    )
     unimodal_lr: float = setting(5e-3, "Adam learning rate of the audio and vision models (paper)")
     other_lr: float = setting(1e-3, "Adam learning rate of everything else (paper)")
     schedule: str = setting(
@@ -193,6 +207,9 @@ class Config:
     )
     clip: float = setting(1.0, "largest gradient norm, 0 for no limit (paper: does not say)")
     accumulate: int = setting(1, "batches whose gradients are averaged for one optimiser step")
+    average: float = setting(
+        0.0, "share that a moving average of the model keeps at a step; it is what is validated and kept; 0: none"
+    )
     amp: bool = setting(
         False,
         "train in bfloat16 where that is safe (autocast); evaluation stays in float32, and so does training on a device"
@@ -229,7 +246,7 @@ class Config:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("save_every", "synthetic_seed"):
+        for name in ("save_every", "synthetic_seed", "context"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for names, expected, fits in RANGES:
@@ -261,6 +278,10 @@ class Config:
             hidden = getattr(self, f"{name}_hidden")
             if (name != "text" or self.text_encoder == "features") and hidden % self.heads:
                 raise ValueError(f"{name}_hidden: expected a multiple of heads ({self.heads}), got {hidden}")
+        if self.fusion_start == "text" and self.fused_width != self.width:
+            raise ValueError(
+                f"fused_width: expected width ({self.width}) with fusion_start 'text', got {self.fused_width}"
+            )
         if self.balanced_queue and self.sampling == "instance":
             raise ValueError(
                 "balanced_queue: expected sampling 'class', for it shares the queue among the classes, got 'instance'"

@@ -794,6 +794,7 @@ def run_export(arguments: argparse.Namespace, console: Console) -> None:
         "classes": list(trained.classes),
         "text_encoder": trained.config.text_encoder if trained.reads_tokens else None,
         "max_tokens": trained.config.max_tokens if trained.reads_tokens else None,
+        "context": trained.config.context if trained.reads_tokens else None,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as part:

@@ -1,6 +1,7 @@
 """The MTMD model: one branch per modality, and their fusion (Section III-C and III-F; Eq. 1-4, 12, 13)."""
 
 import importlib
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -115,8 +116,21 @@ class PretrainedTextEncoder(nn.Module):
         states = self.bert(inputs_embeds=words, attention_mask=attention, **extra).last_hidden_state
         if self.pooling == "cls":
             return states[:, 0]
-        weights = attention[:, :, None].to(states.dtype)
+        # Behind its context (segment 0) a text is segment 1, and the mean is over the text alone.
+        own = attention * (segments == segments.amax(dim=1, keepdim=True))
+        weights = own[:, :, None].to(states.dtype)
         return (weights * states).sum(dim=1) / weights.sum(dim=1)
+
+    def parameter_groups(self, rate: float, decay: float) -> list[tuple[list[nn.Parameter], float]]:
+        """Parameters with learning rates: `rate` in the top layer, `decay` of it in the next, embeddings the least."""
+        if decay == 1:
+            return [(list(self.parameters()), rate)]
+        layers: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            found = re.search(r"\blayers?\.(\d+)\.", name)
+            layers.setdefault(int(found[1]) if found else -1, []).append(parameter)
+        top = max(layers)
+        return [(parameters, rate * decay ** (top - layer)) for layer, parameters in sorted(layers.items())]
 
 
 def text_positions(bert: nn.Module) -> int | None:
@@ -174,6 +188,15 @@ class Fusion(nn.Module):
         self.mix = nn.Sequential(nn.Linear(width, config.fused_width), nn.ReLU(), nn.Dropout(config.dropout))
         self.heads = Heads(config.fused_width, relu=config.relu_heads)
 
+    @torch.no_grad()
+    def start_from(self, place: int, heads: Heads) -> None:
+        """Say what the branch in this place says: its features, which are not negative, pass, and the others do not."""
+        linear = self.mix[0]
+        linear.weight.zero_(), linear.bias.zero_()
+        columns = slice(place * linear.out_features, (place + 1) * linear.out_features)
+        linear.weight[:, columns].fill_diagonal_(1.0)
+        self.heads.load_state_dict(heads.state_dict())
+
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Prediction:
         # A missing modality is zeros: it adds nothing, whatever its branch made of the padding.
         kept = {name: torch.where(present[name][:, None], rows, 0.0) for name, rows in features.items()}
@@ -219,6 +242,8 @@ class MTMD(nn.Module):
             self.branches[name] = Branch(encoder, config)
         # A single modality is its own prediction.
         self.fusion = Fusion(config, self.modalities) if len(self.modalities) > 1 else None
+        if self.fusion is not None and config.fusion_start == "text" and TEACHER in self.modalities:
+            self.fusion.start_from(self.modalities.index(TEACHER), self.branches[TEACHER].heads)
 
     def inputs(self, batch: Batch, name: str) -> tuple[Tensor, ...]:
         """What the branch of this modality reads."""
@@ -251,9 +276,10 @@ class MTMD(nn.Module):
         """The three learning rates of Section V-B."""
         students = [branch for name, branch in self.branches.items() if name in STUDENTS]
         text = self.branches[TEACHER].encoder if TEACHER in self.modalities and self.reads_tokens else None
-        pretrained = [] if text is None else list(text.parameters())
+        pretrained = [] if text is None else text.parameter_groups(config.bert_lr, config.layer_decay)
         unimodal = [parameter for branch in students for parameter in branch.parameters()]
-        special = {id(parameter) for parameter in pretrained + unimodal}
+        groups = [*pretrained, (unimodal, config.unimodal_lr)]
+        special = {id(parameter) for parameters, _ in groups for parameter in parameters}
         rest = [parameter for parameter in self.parameters() if id(parameter) not in special]
-        groups = [(pretrained, config.bert_lr), (unimodal, config.unimodal_lr), (rest, config.other_lr)]
+        groups.append((rest, config.other_lr))
         return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]

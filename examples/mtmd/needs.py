@@ -31,6 +31,7 @@ class TextReader(NamedTuple):
     forms: tuple[str, ...] = ("text",)  # the keys that it can read; the first that is there is read
     tokenizer: Any = None
     limits: tuple[int | None, int | None, int | None] = (None, None, None)  # words, segments, positions; None: no limit
+    context: int = 0  # how many texts before its own are read with a text
 
 
 def text_reader(config: Config, encoder: PretrainedTextEncoder | None = None) -> TextReader:
@@ -64,7 +65,8 @@ def text_reader(config: Config, encoder: PretrainedTextEncoder | None = None) ->
     is_uncased_bert = tokenizer.convert_tokens_to_ids(list(UNCASED_BERT)) == list(UNCASED_BERT.values())
     segments = encoder.bert.config.type_vocab_size if encoder.has_segments else None
     limits = (encoder.bert.get_input_embeddings().num_embeddings, segments, text_positions(encoder.bert))
-    return TextReader(name, ("text_bert", "raw_text") if is_uncased_bert else ("raw_text",), tokenizer, limits)
+    forms = ("text_bert", "raw_text") if is_uncased_bert and not config.context else ("raw_text",)
+    return TextReader(name, forms, tokenizer, limits, config.context)
 
 
 def check_encoder(config: Config) -> None:
@@ -151,9 +153,32 @@ def with_text(fold: Fold, reader: TextReader, max_tokens: int, where: str) -> Fo
     if reader.tokenizer is None:
         return one_text(fold, tokens=False)
     form = next(form for form in reader.forms if form in fold.filled)
-    tokens = fold.text_bert if form == "text_bert" else tokenize(fold.raw_text, reader.tokenizer, max_tokens)
+    if form == "text_bert":
+        tokens = fold.text_bert
+    else:
+        before = texts_before(fold, reader.context) if reader.context else None
+        tokens = tokenize(fold.raw_text, reader.tokenizer, max_tokens, before=before)
     check_tokens(tokens, reader, f"{where}: {form}")
     return replace(one_text(fold, tokens=True), text_bert=tokens)
+
+
+def texts_before(fold: Fold, count: int) -> list[str]:
+    """Of each sample the texts before it in its video, at most `count`, joined.
+
+    MMSA's ids are VIDEO$_$CLIP, clips numbered in their order. A clip that is not in the fold is passed over, and an id
+    of another form is a video of its own.
+    """
+    videos: dict[str, list[tuple[int, int]]] = {}
+    for row, name in enumerate(fold.ids):
+        video, _, clip = name.rpartition("$_$")
+        if video and clip.isdecimal():
+            videos.setdefault(video, []).append((int(clip), row))
+    before = [""] * len(fold)
+    for clips in videos.values():
+        rows = [row for _, row in sorted(clips)]
+        for place, row in enumerate(rows):
+            before[row] = " ".join(fold.raw_text[earlier] for earlier in rows[max(0, place - count) : place])
+    return before
 
 
 def check_tokens(tokens: np.ndarray, reader: TextReader, where: str) -> None:

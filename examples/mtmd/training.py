@@ -92,8 +92,14 @@ class Training:
     precision: str
     epoch: int = 1
     step: int = 0  # optimiser steps made in this epoch
+    average: md.EMAWrapper | None = None  # of the model, where one is asked for: validated and kept in its place
     best_mae: float = math.inf
     best_weights: dict[str, Tensor] | None = None
+
+    @property
+    def kept(self) -> MTMD:
+        """What is validated, and in the end the model."""
+        return self.run.model if self.average is None else self.average.module
 
 
 def train(
@@ -158,7 +164,7 @@ def train(
 
             mae = math.nan
             if leads():
-                scores = score_fold(run.model, folds["valid"], config.batch_size, device)
+                scores = score_fold(training.kept, folds["valid"], config.batch_size, device)
                 check_finite(scores, folds["valid"], f"seed {seed}, epoch {training.epoch}")
                 valid = metrics(scores.fused, folds["valid"].scores)
                 records = run.steps[-training.steps_per_epoch :]
@@ -178,7 +184,7 @@ def train(
             mae = from_leader(mae)  # all stop at the same epoch
             if mae < training.best_mae:
                 training.best_mae, run.best_epoch = mae, training.epoch
-                training.best_weights = copy.deepcopy(run.model.state_dict())
+                training.best_weights = copy.deepcopy(training.kept.state_dict())
             training.epoch, training.step = training.epoch + 1, 0
             save()
 
@@ -220,7 +226,9 @@ def begin(config: Config, folds: dict[str, Fold], widths: dict[str, int], seed: 
     step_module: nn.Module = Step(model, objective)
     if place()[1] > 1:
         step_module = in_parallel(step_module)
-    return Training(run, objective, step_module, optimizer, schedule, steps_per_epoch, precision_of(config, device))
+    average = md.EMAWrapper(model, decay=config.average) if config.average else None
+    precision = precision_of(config, device)
+    return Training(run, objective, step_module, optimizer, schedule, steps_per_epoch, precision, average=average)
 
 
 class Step(nn.Module):
@@ -321,6 +329,8 @@ def train_step(training: Training, group: list[Batch], config: Config, device: t
         nn.utils.clip_grad_norm_(learned, config.clip)
     optimizer.step()
     objective.after_step(model)
+    if training.average is not None:
+        training.average.update(model)
 
     # One transfer for all terms: each one that waits for the device costs a step its head start.
     record = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
@@ -430,6 +440,7 @@ def save_training(folder: Path, training: Training, identity: dict[str, Any], de
         "model": run.model.state_dict(),
         "objective": training.objective.state_dict(),
         "best": training.best_weights or {},
+        "average": {} if training.average is None else training.average.state_dict(),
     }
     tensors = {f"{part}.{name}": value for part, state in weights.items() for name, value in state.items()}
     values = {
@@ -464,6 +475,8 @@ def restore_training(
     run = training.run
     run.model.load_state_dict(section(tensors, "model."))
     training.objective.load_state_dict(section(tensors, "objective."))
+    if training.average is not None:
+        training.average.load_state_dict(section(tensors, "average."))
     training.best_weights = {name: value.to(device) for name, value in section(tensors, "best.").items()} or None
     training.schedule.load_state_dict(values["schedule"])
     unpack_optimizer(training.optimizer, tensors, values)
