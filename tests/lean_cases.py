@@ -144,7 +144,7 @@ def check(problem, upstream=None, num_splits=None, **options):
     return actual
 
 
-@settings(max_examples=times(6, 100, 300))
+@settings(max_examples=times(6, 40, 300))
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 70),
