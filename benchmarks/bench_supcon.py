@@ -139,7 +139,6 @@ def build_ours(*, momentum: bool, **parameters: Any) -> Run:
 
 
 def build_module(*, compiled: bool = False, **parameters: Any) -> Run:
-    torch._dynamo.reset()
     module = SupConDistillLoss(temperature=TEMPERATURE, alpha=ALPHA, group=None).to(parameters["device"])
     loss = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
 
@@ -165,7 +164,6 @@ def build_dense(**parameters: Any) -> Run:
 
 
 def build_compiled(**parameters: Any) -> Run:
-    torch._dynamo.reset()
     return forward_and_backward(torch.compile(dense_loss, fullgraph=True, dynamic=False), make_sides(**parameters))
 
 
@@ -183,7 +181,6 @@ class DenseModule(nn.Module):
 
 
 def build_dense_module(*, compiled: bool = False, **parameters: Any) -> Run:
-    torch._dynamo.reset()
     module = DenseModule().to(parameters["device"])
     loss = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
     return forward_and_backward(loss, make_sides(**parameters), list(module.parameters()))
@@ -221,7 +218,6 @@ def build_lightly(**parameters: Any) -> Run:
 
 
 def build_ours_compiled(**parameters: Any) -> Run:
-    torch._dynamo.reset()
     return forward_and_backward(torch.compile(ours_loss, fullgraph=True, dynamic=False), make_sides(**parameters))
 
 

@@ -143,21 +143,16 @@ def mutual_information() -> None:
     torch.manual_seed(0)
     counts = [2**power for power in range(1, 13)]
     axes = _axes(3.2)
-    for rho, colour, marker, side in (
-        (0.4, GREEN, "s", "right"),
-        (0.7, ORANGE, "^", "right"),
-        (0.9, BLUE, "o", "left"),
-    ):
+    axes.plot(counts, [math.log(count) for count in counts], color=GREY, linewidth=1.0)
+    for rho, colour, marker in ((0.4, GREEN, "s"), (0.7, ORANGE, "^"), (0.9, BLUE, "o")):
         truth = -4 * math.log(1 - rho**2)
         bounds = [mean(_bound(rho, count) for _ in range(max(1, 1024 // count))) for count in counts]
         axes.plot(counts, bounds, color=colour, marker=marker, markersize=4)
         axes.axhline(truth, color=colour, linestyle="--", linewidth=1.0)
-        place = 1.8 if side == "left" else 4500
-        axes.text(place, truth + 0.15, f"rho {rho}: {truth:.2f} nats", ha=side, color=colour)
-    axes.plot(counts, [math.log(count) for count in counts], color=GREY, linewidth=1.0)
-    axes.text(1500, math.log(1500) + 0.35, "log K", ha="right")
+        axes.text(5600, truth, f"rho {rho}: {truth:.2f} nats", va="center", color=colour)
+    axes.text(5600, math.log(5000), "log K", va="center")
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="keys K", ylabel="nats", xlim=(1.6, 5000), ylim=(0, 8.6))
+    axes.set(xlabel="keys K", ylabel="nats", xlim=(1.6, 5000), ylim=(0, 8.9))
 
 
 def _bound(rho: float, num_keys: int) -> float:

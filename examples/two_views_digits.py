@@ -38,6 +38,7 @@ from typing import NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "two_views_digits"  # the same bytes each time
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -302,8 +303,8 @@ def scores(results: list[Result], setting: str, arm: str, what: str = "weak") ->
     return np.array([getattr(r, what) for r in results if (r.setting, r.arm) == (setting, arm)])
 
 
-def plot(results: list[Result], path: Path, title: str) -> None:
-    """The weak view alone: a line for each seed, mean and deviation of each arm."""
+def plot(results: list[Result], path: Path) -> None:
+    """The weak view alone: a line for each seed, mean and deviation of each arm, which its name on the axis says."""
     figure, panels = plt.subplots(1, len(SETTINGS), figsize=(9, 4), sharey=True, layout="constrained")
     places = range(len(ARMS))
     for axes, setting in zip(panels, SETTINGS, strict=True):
@@ -311,13 +312,12 @@ def plot(results: list[Result], path: Path, title: str) -> None:
         axes.plot(places, columns, color="0.8", linewidth=1, zorder=1)
         for place, arm, values in zip(places, ARMS, columns, strict=True):
             axes.errorbar(place, values.mean(), values.std(ddof=1), fmt="o", color=arm.colour, capsize=4, zorder=2)
-            axes.annotate(f"{values.mean():.1f}", (place + 0.1, values.mean()), va="center")
         axes.set(title=f"labels: {setting}", xlim=(-0.4, len(ARMS) - 0.5))
-        axes.set_xticks(places, [arm.name for arm in ARMS])
+        means = zip(ARMS, columns.mean(axis=1), columns.std(axis=1, ddof=1), strict=True)
+        axes.set_xticks(places, [f"{arm.name}\n{mean:.1f} ± {spread:.1f}" for arm, mean, spread in means])
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy of the weak view alone, %")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix])
     plt.close(figure)
 
 
@@ -330,6 +330,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
     parser.add_argument("--hard-attention", action="store_true", help="weigh the fusion term as the paper does")
     parser.add_argument("--out", type=Path, default=Path("runs/two_views_digits"))
+    parser.add_argument("--format", choices=("svg", "pdf"), default="svg", help="of the figure")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds: expected 2 or more, for a deviation")
@@ -344,8 +345,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     with (options.out / f"{options.views}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([Result._fields, *results])
-    plot(results, options.out / f"{options.views}.png", title)
-    print(f"results and figure: {options.out / options.views}.csv, .png")
+    plot(results, options.out / f"{options.views}.{options.format}")
+    print(f"results and figure: {options.out / options.views}.csv, .{options.format}")
     return results
 
 

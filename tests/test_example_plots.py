@@ -42,12 +42,18 @@ def make_steps(count, *, start=0.0):
     ]
 
 
+def labels(axes):
+    """The names beside the lines, in the order of the lines."""
+    found = {text.get_text() for text in axes.texts}
+    return [line.get_label() for line in axes.get_lines() if line.get_label() in found]
+
+
 def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_losses_are_means_of_five_steps_with_the_numbers_beside(tmp_path, figures):
-    plots.plot_losses(make_steps(12), tmp_path / "losses.png", title="Title, seed 1")
+    plots.plot_losses(make_steps(12), tmp_path / "losses.png")
     assert is_png(tmp_path / "losses.png")
     rows = read(tmp_path / "losses.csv")
     assert [row["step"] for row in rows] == ["1", "6", "11"]
@@ -55,50 +61,49 @@ def test_losses_are_means_of_five_steps_with_the_numbers_beside(tmp_path, figure
     assert [float(row["feat_specific"]) for row in rows] == [53.0, 58.0, 61.5]
     (figure,) = figures
     left, right = figure.axes
-    assert figure.get_suptitle() == "Title, seed 1"
     assert left.get_yscale() == right.get_yscale() == "log"
     assert left.get_xlabel() == right.get_xlabel() == "training step"
-    assert legend(left) == ["ground truth $L_{gt}$", "scores $L_{reg}$", "classes $L_{cls}$", "fusion $L_{fusion}$"]
-    assert legend(right) == ["modality-shared: supervised, Eq. 9", "modality-specific: KL, Eq. 11"]
+    assert labels(left) == ["ground truth $L_{gt}$", "scores $L_{reg}$", "classes $L_{cls}$", "fusion $L_{fusion}$"]
+    assert labels(right) == ["modality-shared:\nsupervised, Eq. 9", "modality-specific:\nKL, Eq. 11"]
 
 
 def test_several_runs_give_mean_and_band_up_to_the_shortest(tmp_path, figures):
     runs = [make_steps(12), make_steps(7, start=4.0)]
-    plots.plot_losses(runs, tmp_path / "losses.png", title="", chosen=[5, 6])
+    plots.plot_losses(runs, tmp_path / "losses.png", chosen=[5, 6])
     rows = read(tmp_path / "losses.csv")
     assert [row["step"] for row in rows] == ["1", "6"]
     assert [float(row["gt"]) for row in rows] == [5.0, 8.5]  # (3 + 7) / 2, and of the steps 6 and 7 alone
     assert float(rows[0]["gt_sd"]) == pytest.approx(np.std([3.0, 7.0], ddof=1), rel=1e-5)
     left, _ = figures[0].axes
     assert len(left.collections) == 4  # bands
-    assert legend(left)[-1] == "chosen epochs"
+    assert "chosen epochs" in [text.get_text() for text in left.texts]
 
 
 def test_terms_that_were_switched_off_are_left_out_and_an_empty_panel_says_so(tmp_path, figures):
     steps = [{"gt": 1.0 + number, "feat_specific": 0.0} for number in range(6)]
-    plots.plot_losses(steps, tmp_path / "losses.png", title="", chosen=[3])
+    plots.plot_losses(steps, tmp_path / "losses.png", chosen=[3])
     left, right = figures[0].axes
-    assert legend(left) == ["ground truth $L_{gt}$", "chosen epoch"]
+    assert [text.get_text() for text in left.texts] == ["chosen epoch", "ground truth $L_{gt}$"]
     assert [text.get_text() for text in right.texts] == ["switched off in this experiment"]
     assert list(read(tmp_path / "losses.csv")[0]) == ["step", "gt"]
 
 
 def test_a_narrow_range_of_losses_still_has_labels_on_its_axis(tmp_path, figures):
     steps = [{"gt": 5.2 + 0.3 * number} for number in range(11)]
-    plots.plot_losses(steps, tmp_path / "losses.png", title="")
+    plots.plot_losses(steps, tmp_path / "losses.png")
     axes = figures[0].axes[0]
     low, high = axes.get_ylim()
-    labels = [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
-    assert len(labels) >= 2
-    assert all(label == f"{float(label):g}" for label in labels)
+    shown = [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert len(shown) >= 2
+    assert all(label == f"{float(label):g}" for label in shown)
 
 
 def test_factors_are_drawn_step_by_step(tmp_path, figures):
-    plots.plot_factors(make_steps(8), tmp_path / "factors.png", title="Factors")
+    plots.plot_factors(make_steps(8), tmp_path / "factors.png")
     rows = read(tmp_path / "factors.csv")
     assert [float(row["factor_audio"]) for row in rows] == pytest.approx([1 - number / 100 for number in range(8)])
     (axes,) = figures[0].axes
-    assert legend(axes) == ["text", "audio", "vision"]
+    assert labels(axes) == ["text", "audio", "vision"]
     assert axes.get_ylabel() == "fusion factor (moving average)"
     styles = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()[:3]}
     assert len(styles) == 3
@@ -106,16 +111,16 @@ def test_factors_are_drawn_step_by_step(tmp_path, figures):
 
 def test_a_model_of_text_alone_has_one_factor_and_without_factors_none(tmp_path, figures):
     text = [{"gt": 1.0, "factor_text": 1.0} for _ in range(4)]
-    plots.plot_factors(text, tmp_path / "factors.png", title="")
-    assert legend(figures[0].axes[0]) == ["text"]
-    plots.plot_factors([{"gt": 1.0} for _ in range(4)], tmp_path / "none.png", title="")
+    plots.plot_factors(text, tmp_path / "factors.png")
+    assert labels(figures[0].axes[0]) == ["text"]
+    plots.plot_factors([{"gt": 1.0} for _ in range(4)], tmp_path / "none.png")
     assert [text.get_text() for text in figures[1].axes[0].texts] == ["switched off in this experiment"]
 
 
 def test_the_embedding_has_a_panel_each_and_the_papers_signs(tmp_path, figures):
     scores = np.array([-1.0, -0.2, 0.0, 0.4, 3.0])
     points = {"before": np.arange(10.0).reshape(5, 2), "after": -np.arange(10.0).reshape(5, 2)}
-    plots.plot_embedding(points, scores, list("abcde"), tmp_path / "tsne.png", title="Title")
+    plots.plot_embedding(points, scores, list("abcde"), tmp_path / "tsne.png")
     rows = read(tmp_path / "tsne.csv")
     assert [row["id"] for row in rows] == list("abcde")
     assert (rows[4]["panel1_x"], rows[4]["panel1_y"], rows[4]["panel2_y"]) == ("8", "9", "-9")
@@ -133,7 +138,7 @@ def test_the_embedding_has_a_panel_each_and_the_papers_signs(tmp_path, figures):
 
 def test_confusion_gives_shares_of_the_true_class(tmp_path, figures):
     counts = np.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.5, 0.5, 1.0]])
-    plots.plot_confusion(counts, ["low", "none", "high"], tmp_path / "confusion.png", title="Title")
+    plots.plot_confusion(counts, ["low", "none", "high"], tmp_path / "confusion.png")
     rows = read(tmp_path / "confusion.csv")
     assert len(rows) == 9
     assert rows[0] == {"true": "low", "predicted": "low", "count": "3", "percent": "75"}
@@ -153,15 +158,32 @@ def test_confusion_gives_shares_of_the_true_class(tmp_path, figures):
 
 def test_errors_by_class_have_whiskers_over_runs(tmp_path, figures):
     errors = {"one": np.array([[1.0, 2.0], [3.0, np.nan]]), "two": np.array([[0.5, 0.25]])}
-    plots.plot_errors(errors, ["low", "high"], [7, 5], tmp_path / "errors.png", title="Title")
+    plots.plot_errors(errors, ["low", "high"], [7, 5], tmp_path / "errors.png")
     rows = read(tmp_path / "errors.csv")
     assert rows[0] == {"experiment": "one", "class": "low", "n": "7", "mae_mean": "2", "mae_sd": "1.4142136"}
     assert rows[1]["mae_mean"] == ""  # not a number
     assert rows[3] == {"experiment": "two", "class": "high", "n": "5", "mae_mean": "0.25", "mae_sd": ""}
     (axes,) = figures[0].axes
     assert legend(axes) == ["one", "two"]
-    assert axes.get_title() == "Title\nmean ± standard deviation over the seeds"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["low\nn = 7", "high\nn = 5"]
+
+
+def test_names_of_lines_that_end_at_one_height_stand_apart(tmp_path, figures):
+    steps = [{f"factor_{name}": 1.0 for name in ("text", "audio", "vision")} | {"gt": 1.0} for _ in range(3)]
+    plots.plot_factors(steps, tmp_path / "factors.svg")
+    boxes = [text.get_window_extent() for text in figures[0].axes[0].texts]
+    assert len(boxes) == 3
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+
+
+@pytest.mark.parametrize(("ending", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_the_name_says_the_format_and_the_same_numbers_give_the_same_bytes(ending, start, tmp_path):
+    paths = [tmp_path / f"{number}.{ending}" for number in range(2)]
+    for path in paths:
+        plots.plot_factors(make_steps(3), path)
+    first, second = (path.read_bytes() for path in paths)
+    assert first.startswith(start)
+    assert first == second
 
 
 def test_colours_are_those_that_colour_blind_readers_can_tell_apart():

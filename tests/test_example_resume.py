@@ -666,7 +666,7 @@ def test_with_no_resume_it_begins_anew(tmp_path, trained_seeds):
     printed = quiet()
     run_experiment(config, printed, dataset=small_dataset())
     assert "deleted" not in printed.file.getvalue()
-    (tmp_path / "losses_seed1.png").write_bytes(b"a figure")
+    (tmp_path / "losses_seed1.svg").write_bytes(b"a figure")
     (tmp_path / "checkpoint_seed1_mine.json").write_text("{}")
     results = run_experiment(dataclasses.replace(config, seeds=[2]), printed, dataset=small_dataset())
     assert f"note: the earlier results in {tmp_path} are deleted\n" in printed.file.getvalue()
@@ -676,7 +676,7 @@ def test_with_no_resume_it_begins_anew(tmp_path, trained_seeds):
     assert (tmp_path / "checkpoint_seed2.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["losses_seed1.png", "state_seed3/state_000000001.json"])
+@pytest.mark.parametrize("name", ["losses_seed1.svg", "state_seed3/state_000000001.json"])
 def test_nothing_finished_is_deleted_where_not_all_can_be(name, tmp_path, trained_seeds):
     config = Config(**SMALL, out=tmp_path, resume=False)
     run_experiment(config, quiet(), dataset=small_dataset())

@@ -116,16 +116,16 @@ def test_report_draws_every_figure_with_its_numbers_beside(experiments):
     out = experiments / "full" / "report"
     for name in ("full", "text_only"):
         for figure in FIGURES:
-            assert (out / name / f"{figure}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+            assert (out / name / f"{figure}.svg").read_bytes().startswith(b"<?xml")
             assert len(read(out / name / f"{figure}.csv")) > 2
-    assert not (out / "no_distillation" / "fusion_factors.png").exists()  # it has none
+    assert not (out / "no_distillation" / "fusion_factors.svg").exists()  # it has none
 
 
 def test_report_md_shows_exactly_the_figures_that_there_are(experiments):
     out = experiments / "full" / "report"
     text = (out / "report.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert sorted(shown) == sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+    assert sorted(shown) == sorted(str(path.relative_to(out)) for path in out.rglob("*.svg"))
     linked = re.findall(r"\]\(([^)]*csv)\)", text)
     assert sorted(linked) == sorted(str(path.relative_to(out)) for path in out.rglob("*.csv") if path.stem != "results")
     assert "| full | 3 |" in text
@@ -208,9 +208,9 @@ def test_a_report_of_one_experiment_on_sims_has_five_classes_and_its_own_metrics
     fake_experiment(config, dataset="sims")
     (config.out / "steps_seed1.csv").unlink()
     (config.out / "representations_seed1.npz").unlink()
-    assert mtmd_mosi.main(["report", str(config.out), "--resamples", "10"]) == 0
+    assert mtmd_mosi.main(["report", str(config.out), "--resamples", "10", "--format", "pdf"]) == 0
     out = config.out / "report"
-    assert sorted(path.name for path in out.glob("*.png")) == ["confusion.png", "error_by_class.png"]
+    assert sorted(path.name for path in out.glob("*.pdf")) == ["confusion.pdf", "error_by_class.pdf"]
     assert len(read(out / "confusion.csv")) == 25
     results = json.loads((config.out / "results.json").read_text())
     (row,) = [row for row in read(out / "results.csv") if row["part"] == "fused prediction"]

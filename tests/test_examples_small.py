@@ -36,7 +36,7 @@ def test_digits_give_a_table_a_figure_and_every_result(views, tmp_path, capsys):
     with (tmp_path / f"{views}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["weak"]) for row in rows] == [result.weak for result in results]
-    assert (tmp_path / f"{views}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{views}.svg").stat().st_size > 10_000
     assert "all blocks" in capsys.readouterr().out
 
 

@@ -32,7 +32,8 @@ PARTS = (
 MODALITIES = ("text", "audio", "vision")
 
 # Settings that say where and how far, not what: runs that differ in them alone are the same experiment.
-NOT_IDENTITY = ("out", "seeds", "resume", "device", "save_every")
+NOT_IDENTITY = ("out", "format", "seeds", "resume", "device", "save_every")
+FORMATS = ("svg", "pdf", "png")
 
 
 # Numbers that are no counts, with what they have to be. NaN is in no range.
@@ -221,6 +222,7 @@ class Config:
     out: Path = setting(
         Path("runs/mtmd"), "folder for results, metrics, predictions, figures and checkpoints", group="output"
     )
+    format: str = setting("svg", "of the figures: svg for a page, pdf for a paper", choices=FORMATS)
     resume: bool | None = setting(
         None,
         "go on with what --out holds: finished seeds are kept, an interrupted one goes on where it was saved; "
@@ -402,6 +404,13 @@ def one_of(*known: str) -> Callable[[str], str]:
         return text
 
     return check
+
+
+def add_format(group: argparse._ArgumentGroup) -> None:
+    """`--format`, where figures are drawn by a command that has not all the settings."""
+    about = next(entry for entry in dataclasses.fields(Config) if entry.name == "format")
+    text = f"{about.metadata['help']} (default: {about.default})"
+    group.add_argument("--format", type=one_of(*FORMATS), metavar=f"{{{','.join(FORMATS)}}}", default="svg", help=text)
 
 
 PARSERS = {int: whole, float: a_number, Path: a_path, str: str}

@@ -6,7 +6,7 @@
     steps_seedS.csv                 the terms of the loss and the fusion factors at each step
     representations_seedS.npz       fused representations of the test fold, before training and at the chosen epoch
     checkpoint_seedS.safetensors    the model, described in the .json beside it
-    losses_seedS.png, fusion_factors_seedS.png
+    losses_seedS.svg, fusion_factors_seedS.svg
     state_seedS/                    where --resume goes on, while the seed is not finished
 
 A seed is finished when results.json has it; that is written after all its other files.
@@ -243,8 +243,8 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
             save_checkpoint(config.out / f"checkpoint_seed{seed}", run, config, standardizer, dataset)
             write_steps(config.out / f"steps_seed{seed}.csv", run.steps)
             write_representations(config.out / f"representations_seed{seed}.npz", run, folds["test"])
-            plot_losses(run.steps, config.out / f"losses_seed{seed}.png", title=f"{title}, seed {seed}")
-            plot_factors(run.steps, config.out / f"fusion_factors_seed{seed}.png", title=f"{title}, seed {seed}")
+            plot_losses(run.steps, config.out / f"losses_seed{seed}.{config.format}")
+            plot_factors(run.steps, config.out / f"fusion_factors_seed{seed}.{config.format}")
             finished.predictions[seed] = prediction_rows(run, folds)
             finished.runs[seed] = run_entry(run)
             write_predictions(config.out / "predictions.csv", finished)

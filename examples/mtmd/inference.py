@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mtmd.checkpoint import check_writable, load_checkpoint, replacing, write_json
 from mtmd.cli import note
-from mtmd.config import MODALITIES, Config, a_number, a_path, at_least, one_of
+from mtmd.config import MODALITIES, Config, a_number, a_path, add_format, at_least, one_of
 from mtmd.data import (
     FOLDS,
     FORMS,
@@ -257,9 +257,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--seed", type=at_least(0), metavar="SEED", help="of the first draw; the next ones count up (default: 0)"
     )
-    parser.add_argument_group("output").add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--out", type=a_path, default=None, help="folder for evaluation.json and the curves (default: none is written)"
     )
+    add_format(output)
 
 
 def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
@@ -338,8 +340,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     write_json(arguments.out / "evaluation.json", report)
     if arguments.robustness:
         write_curves(curves, arguments.out / "robustness.csv")
-        title = f"{dataset.name}, {arguments.fold} fold ({len(fold)} samples)"
-        draw_curves(curves, arguments.out / "robustness.png", title=title, draws=arguments.draws)
+        draw_curves(curves, arguments.out / f"robustness.{arguments.format}")
     console.print(f"Written: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -490,9 +491,9 @@ def write_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
             writer.writerow([record["dropped"], record["rate"], *map(cell, numbers)])
 
 
-def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path, *, title: str, draws: int) -> None:
-    """Three panels over the share of samples that lose a modality, a line for each."""
-    from mtmd.plots import COLOURS, STYLES, plt
+def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Three panels over the share of samples that lose a modality, a line for each; bands: standard deviations."""
+    from mtmd.plots import COLOURS, STYLES, finish, label_lines, plt, tidy
 
     panels = curve_metrics(curves)
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 4.2), layout="constrained")
@@ -504,19 +505,12 @@ def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path, *, title: str, 
             rates = np.array([100 * record["rate"] for record in chosen])
             mean = factor * np.array([record["mean"][metric] for record in chosen], float)
             std = factor * np.array([record["std"][metric] or 0.0 for record in chosen], float)
-            panel.plot(rates, mean, label=group, color=colour, linestyle=style, marker="o", markersize=3)
+            panel.plot(rates, mean, label=f"without {group}", color=colour, linestyle=style, marker="o", markersize=3)
             panel.fill_between(rates, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         panel.set(xlabel="samples that lose it (%)", ylabel=label)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    spread = f"; band: ± standard deviation over {draws} draws" if draws > 1 else ""
-    figure.suptitle(f"{title}: what missing modalities cost{spread}")
-    lines, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        lines, [f"without {label}" for label in labels], frameon=False, loc="outside lower center", ncols=len(groups)
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        tidy(panel)
+    label_lines(axes[-1])
+    finish(figure, path)
 
 
 # predict

@@ -1,6 +1,7 @@
 """The figures: losses (Fig. 5), representations (Fig. 6), fusion factors (Fig. 7), confusion and error by class.
 
-Each function draws a PNG and writes what is drawn as a CSV of the same name beside it.
+Each function draws a picture, in the format that the name of the file says, and writes what is drawn as a CSV of the
+same name beside it. What a picture is about stands in the caption, not in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,13 @@ from mtmd.tables import write_csv
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+plt.rcParams |= {"svg.hashsalt": "mtmd", "pdf.fonttype": 42}  # the same bytes each time; letters, not outlines
 SMOOTH = 5  # as in the paper's Fig. 5, each point of a loss is the mean of so many steps
 
 Steps = Sequence[Mapping[str, float]]  # the records of one run, one per optimiser step
 
 
-def plot_losses(steps: Steps | Sequence[Steps], path: Path, *, title: str, chosen: Sequence[float] = ()) -> None:
+def plot_losses(steps: Steps | Sequence[Steps], path: Path, *, chosen: Sequence[float] = ()) -> None:
     """Terms of Eq. 18 over the steps; on the right, L_feat in its two parts.
 
     Of several runs: their mean, with a band of one standard deviation, as far as the shortest goes. `chosen` are the
@@ -39,31 +41,30 @@ def plot_losses(steps: Steps | Sequence[Steps], path: Path, *, title: str, chose
         "fusion": "fusion $L_{fusion}$",
     }
     drawn = draw(left, steps, labels, title="Predictions")
-    labels = {"feat_shared": "modality-shared: supervised, Eq. 9", "feat_specific": "modality-specific: KL, Eq. 11"}
+    labels = {"feat_shared": "modality-shared:\nsupervised, Eq. 9", "feat_specific": "modality-specific:\nKL, Eq. 11"}
     drawn |= draw(right, steps, labels, title="Features: the parts of $L_{feat}$")
     for axes in (left, right):
         axes.set(xlabel="training step", ylabel="loss (logarithmic)")
         if axes.get_lines():
             logarithmic(axes)
             mark_chosen(axes, chosen)
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+            label_lines(axes)
         else:
             say_switched_off(axes)
-    figure.suptitle(title)
     finish(figure, path)
     write_columns(path, drawn)
 
 
-def plot_factors(steps: Steps | Sequence[Steps], path: Path, *, title: str, chosen: Sequence[float] = ()) -> None:
+def plot_factors(steps: Steps | Sequence[Steps], path: Path, *, chosen: Sequence[float] = ()) -> None:
     """The fusion factors over the steps; of several runs as in `plot_losses`."""
     figure, axes = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
     drawn = draw(axes, steps, {f"factor_{name}": name for name in MODALITIES}, smooth=1)
-    axes.set(xlabel="training step", ylabel="fusion factor (moving average)", title=title)
+    axes.set(xlabel="training step", ylabel="fusion factor (moving average)")
     if axes.get_lines():
         axes.axhline(1.0, color="0.8", linewidth=1, zorder=0)
         mark_chosen(axes, chosen)
         axes.ticklabel_format(axis="y", useOffset=False)
-        axes.legend(frameon=False)
+        label_lines(axes)
     else:
         say_switched_off(axes)
     finish(figure, path)
@@ -99,7 +100,7 @@ def draw(
                 mean > 0, np.maximum(mean - spread, 0.05 * mean), mean - spread
             )  # no 0 on a logarithmic axis
             axes.fill_between(starts + 1, low, mean + spread, color=colour, alpha=0.18, linewidth=0)
-    axes.set_title(title)
+    axes.set_title(title, pad=16)  # between them stands what `mark_chosen` says
     tidy(axes)
     return drawn
 
@@ -115,14 +116,40 @@ def logarithmic(axes: plt.Axes) -> None:
 
 def mark_chosen(axes: plt.Axes, chosen: Sequence[float]) -> None:
     """Where the weights that are kept were reached."""
-    for place, step in enumerate(chosen):
-        label = ("chosen epoch" if len(chosen) == 1 else "chosen epochs") if place == 0 else None
-        axes.axvline(step, color="0.35", linewidth=0.9, linestyle=(0, (1, 2)), label=label, zorder=0)
+    for step in chosen:
+        axes.axvline(step, color="0.35", linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+    if chosen:
+        text = "chosen epoch" if len(chosen) == 1 else "chosen epochs"
+        place = (float(np.mean(chosen)), 1.01)
+        axes.text(*place, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", size=8, color="0.35")
 
 
-def plot_embedding(
-    panels: Mapping[str, np.ndarray], scores: np.ndarray, ids: Sequence[str], path: Path, *, title: str
-) -> None:
+def label_lines(axes: plt.Axes, *, apart: float = 0.055) -> None:
+    """The name of each line at its right end, at least `apart` of the height from the next."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = [to_axes.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
+    order = np.argsort([height for _, height in ends])
+    heights = np.array([height for _, height in ends])[order]
+    for _ in range(100):  # neighbours push each other away
+        overlap = apart - np.diff(heights)
+        if (overlap <= 1e-9).all():
+            break
+        for place in np.flatnonzero(overlap > 0):
+            heights[place : place + 2] += np.array([-0.5, 0.5]) * (apart - (heights[place + 1] - heights[place]))
+    for number, height in zip(order, heights, strict=True):
+        axes.annotate(
+            lines[number].get_label(),
+            xy=(ends[number][0], height),
+            xytext=(6, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            color=lines[number].get_color(),
+        )
+
+
+def plot_embedding(panels: Mapping[str, np.ndarray], scores: np.ndarray, ids: Sequence[str], path: Path) -> None:
     """Points of the plane by sentiment, a panel each: `{heading: (n, 2)}`. The paper's colours and signs (Fig. 6)."""
     kinds = {
         "negative": (scores < 0, COLOURS[4], "x"),
@@ -141,7 +168,6 @@ def plot_embedding(
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = every[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(title)
     finish(figure, path)
     records = []
     for place, name in enumerate(ids):
@@ -152,7 +178,7 @@ def plot_embedding(
     write_csv(path.with_suffix(".csv"), records)
 
 
-def plot_confusion(counts: np.ndarray, classes: Sequence[str], path: Path, *, title: str) -> None:
+def plot_confusion(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """How often each true class (row) is predicted as each class (column): counts (C, C), averaged over runs."""
     totals = counts.sum(axis=1, keepdims=True)
     shares = 100 * np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
@@ -165,7 +191,7 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], path: Path, *, ti
     places = np.arange(len(classes))
     axes.set_xticks(places, classes)
     axes.set_yticks(places, [f"{name}\n(n = {total:.0f})" for name, total in zip(classes, totals[:, 0], strict=True)])
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set(xlabel="predicted class", ylabel="true class")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.85)
@@ -179,16 +205,13 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], path: Path, *, ti
     )
 
 
-def plot_errors(
-    errors: Mapping[str, np.ndarray], classes: Sequence[str], sizes: Sequence[int], path: Path, *, title: str
-) -> None:
+def plot_errors(errors: Mapping[str, np.ndarray], classes: Sequence[str], sizes: Sequence[int], path: Path) -> None:
     """MAE by true class: `{experiment: (runs, C)}`; bars are means over the runs, whiskers one standard deviation."""
     width = 0.8 / len(errors)
     figure, axes = plt.subplots(
         figsize=(min(16, max(6.5, 2.5 + 0.35 * len(classes) * len(errors))), 4.4), layout="constrained"
     )
     places, records = np.arange(len(classes)), []
-    several = any(len(values) > 1 for values in errors.values())
     for number, (name, values) in enumerate(errors.items()):
         mean = values.mean(axis=0)
         spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
@@ -209,7 +232,6 @@ def plot_errors(
             records.append(record | {"mae_sd": None if spread is None else float(spread[place])})
     axes.set_xticks(places, [f"{name}\nn = {size}" for name, size in zip(classes, sizes, strict=True)])
     axes.set(xlabel="true class", ylabel="mean absolute error (score)")
-    axes.set_title(title + ("\nmean ± standard deviation over the seeds" if several else ""))
     tidy(axes)
     axes.grid(visible=False, axis="x")
     axes.set_axisbelow(True)
@@ -231,7 +253,8 @@ def tidy(axes: plt.Axes) -> None:
 
 
 def finish(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+    dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    figure.savefig(path, dpi=150, metadata=dated.get(path.suffix))
     plt.close(figure)
 
 

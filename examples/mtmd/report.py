@@ -22,7 +22,7 @@ from sklearn.metrics import silhouette_score
 from mtmd.bootstrap import RESAMPLES
 from mtmd.checkpoint import check_writable
 from mtmd.compare import SIMS_LIMIT, Scores, compare_experiments, read_scores
-from mtmd.config import MODALITIES, a_path, at_least
+from mtmd.config import MODALITIES, a_path, add_format, at_least
 from mtmd.data import key_names
 from mtmd.experiment import load_experiment
 from mtmd.files import is_number, read_npz, read_table, reason, shown
@@ -37,6 +37,10 @@ PAPER = {
 }
 SEVEN = ("-3", "-2", "-1", "0", "+1", "+2", "+3")
 SIMS_FIVE = ("≤ -0.7", "≤ -0.1", "≤ 0.1", "≤ 0.7", "> 0.7")
+ERRORS = (
+    "Mean absolute error of the fused prediction by true class, {}; whiskers: one standard deviation over the seeds, "
+    "where there are several."
+)
 MOST = 7  # experiments in a report: more colours cannot be told apart
 
 
@@ -58,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"draws of the bootstrap (default: {RESAMPLES})",
     )
-    parser.add_argument_group("output").add_argument(
-        "--out", type=a_path, metavar="DIR", help="where to write (default: 'report' in the first DIR)"
-    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=a_path, metavar="DIR", help="where to write (default: 'report' in the first DIR)")
+    add_format(output)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
@@ -81,15 +85,18 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if len(experiments) > 1:
         errors = {one.name: one.error_by_class() for one in experiments}
         first = experiments[0]
-        title = f"Error by class on {first.where}, fused prediction"
-        plot_errors(errors, first.class_names, first.class_sizes(), out / "error_by_class.png", title=title)
-        parts.append(picture("error_by_class.png", "Mean absolute error of the fused prediction by true class."))
+        name = f"error_by_class.{arguments.format}"
+        plot_errors(errors, first.class_names, first.class_sizes(), out / name)
+        parts.append(picture(name, ERRORS.format(first.where)))
     for one in experiments:
         folder = out / one.name if len(experiments) > 1 else out
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f"{one.name}/" if len(experiments) > 1 else ""
         parts.append(f"## {one.name}\n")
-        parts += [picture(prefix + name, text) for name, text in draw_figures(one, before, folder, arguments.seed)]
+        parts += [
+            picture(f"{prefix}{name}.{arguments.format}", text)
+            for name, text in draw_figures(one, before, folder, arguments.seed, arguments.format)
+        ]
     parts.append(made_with(arguments))
     (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
     console.print(f"Report: {out / 'report.md'}", markup=False, highlight=False, soft_wrap=True)
@@ -284,43 +291,39 @@ def write_results(experiments: Sequence[Experiment], path: Path, *, resamples: i
 # Figures
 
 
-def draw_figures(one: Experiment, before: Experiment | None, folder: Path, seed: int | None) -> list[tuple[str, str]]:
-    """All figures of an experiment; file name and caption of each one drawn."""
+def draw_figures(
+    one: Experiment, before: Experiment | None, folder: Path, seed: int | None, ending: str
+) -> list[tuple[str, str]]:
+    """All figures of an experiment; name, to which a file adds the ending, and caption of each one drawn."""
     drawn = []
     logged = [(entry, steps) for entry in one.results["runs"] if (steps := one.steps[entry["seed"]])]
     if logged:
         runs = [steps for _, steps in logged]
         over = f"mean of {len(runs)} seeds" if len(runs) > 1 else f"seed {logged[0][0]['seed']}"
         chosen = [entry["best_epoch"] * len(steps) / entry["epochs"] for entry, steps in logged]
-        band = "; bands: one standard deviation" if len(runs) > 1 else ""
-        plot_losses(runs, folder / "losses.png", title=f"Losses on {one.where}, {over}", chosen=chosen)
-        drawn.append(("losses.png", f"Terms of the loss over the training steps, {over}{band} (Fig. 5)."))
+        about = (
+            f"over the training steps, {one.where}, {over}{'; bands: one standard deviation' if len(runs) > 1 else ''}"
+        )
+        plot_losses(runs, folder / f"losses.{ending}", chosen=chosen)
+        drawn.append(("losses", f"Terms of the loss {about} (Fig. 5)."))
         if any(name.startswith("factor_") for name in runs[0][0]):
-            title = f"Fusion factors on {one.where}, {over}"
-            plot_factors(runs, folder / "fusion_factors.png", title=title, chosen=chosen)
-            drawn.append(("fusion_factors.png", f"Momentum fusion factors, {over}{band} (Fig. 7)."))
+            plot_factors(runs, folder / f"fusion_factors.{ending}", chosen=chosen)
+            drawn.append(("fusion_factors", f"Momentum fusion factors {about} (Fig. 7)."))
     shown = one.seeds[0] if seed is None else seed
     if shown not in one.seeds:
         raise ValueError(
             f"--seed: expected one of {', '.join(map(str, one.seeds))}, the runs of {one.name}, got {seed}"
         )
-    text = draw_embedding(one, before, shown, folder / "tsne.png")
+    text = draw_embedding(one, before, shown, folder / f"tsne.{ending}")
     if text:
-        drawn.append(("tsne.png", text))
+        drawn.append(("tsne", text))
     over = f"mean of {len(one.seeds)} seeds" if len(one.seeds) > 1 else f"seed {one.seeds[0]}"
     kinds = "five" if one.is_sims else "seven"
-    plot_confusion(
-        one.confusion(),
-        one.class_names,
-        folder / "confusion.png",
-        title=f"Confusion of the {kinds} classes on {one.where}, {over}",
-    )
-    drawn.append(("confusion.png", f"Confusion of the {kinds} classes on the test fold, {over}."))
-    title = f"Error by class on {one.where}, fused prediction"
-    plot_errors(
-        {one.name: one.error_by_class()}, one.class_names, one.class_sizes(), folder / "error_by_class.png", title=title
-    )
-    drawn.append(("error_by_class.png", "Mean absolute error of the fused prediction by true class."))
+    plot_confusion(one.confusion(), one.class_names, folder / f"confusion.{ending}")
+    drawn.append(("confusion", f"Confusion of the {kinds} classes on the test fold, {one.where}, {over}."))
+    errors = {one.name: one.error_by_class()}
+    plot_errors(errors, one.class_names, one.class_sizes(), folder / f"error_by_class.{ending}")
+    drawn.append(("error_by_class", ERRORS.format(one.where)))
     return drawn
 
 
@@ -344,10 +347,10 @@ def draw_embedding(one: Experiment, before: Experiment | None, seed: int, path: 
     for heading, features in zip(headings, (earlier, after["features"]), strict=True):
         apart.append(round(separation(features, scores), 2) + 0.0)  # + 0.0: no negative zero
         panels[f"{heading}\nseparation of the three classes: {apart[-1]:.2f}"] = embed(features)
-    plot_embedding(panels, scores, ids, path, title=f"Fused representations of the test fold, {one.where}, seed {seed}")
+    plot_embedding(panels, scores, ids, path)
     return (
-        f"t-SNE of the fused representations, {headings[0]} and {headings[1]}, seed {seed} (Fig. 6). Separation: mean "
-        f"silhouette in all dimensions, {apart[0]:.2f} and {apart[1]:.2f}; 1 is best, 0 is none."
+        f"t-SNE of the fused representations of the test fold, {one.where}, {' and '.join(headings)}, seed {seed} "
+        f"(Fig. 6). Separation: mean silhouette in all dimensions, {apart[0]:.2f} and {apart[1]:.2f}; 1: best, 0: none."
     )
 
 
