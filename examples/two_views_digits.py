@@ -11,7 +11,7 @@ Expect, in percent of the 500 test digits, mean ± deviation of ten seeds (and t
 |---|---|---|
 | labels | 88.8 ± 0.5 | 75.9 ± 2.2 |
 | and the strong view's responses | 88.5 ± 0.6 | 80.3 ± 1.5 |
-| and all blocks | 89.2 ± 0.5 (responses +0.7 ± 0.5) | 83.7 ± 1.4 (responses +3.5 ± 0.5) |
+| and all blocks | 89.2 ± 0.5 (responses +0.7 ± 0.5) | 83.7 ± 1.4 (responses +3.4 ± 0.5) |
 
 So it does where labels are few, and there all blocks do more than responses: the fusion, which knows more than either
 half, teaches both, and the better strong view teaches the weak one. What does not hold:
