@@ -31,6 +31,7 @@ from watch_data import load_windows
 VIEWS = ("first", "second")
 DATA = {"digits": "lower and upper half of a digit", "watch": "accelerometer and gyroscope of a watch"}
 TRAIN, TEST, PEOPLE = 1000, 500, 10
+UNLABELLED = -2  # the library's label for a key that is nobody's positive
 WIDTH = 64  # of the space that both views share
 
 
@@ -48,6 +49,7 @@ class Setting:
     decay: float = 0.98  # of the momentum models
     teacher_temperature: float | None = None  # inside the momentum targets; None: the same as the student's
     batch_keys: str = "online"  # or "momentum"; the keys of the queue are always the momentum models'
+    queue_positives: bool = True  # False: a sample's own rows in the queue, of an epoch ago, are keys as any other
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -74,7 +76,7 @@ def grid(data: str) -> list[Setting]:
     settings += [arm(name, data, batch=batch) for batch in BATCHES for name in ("SupCon by hand", *COMPARED)]
     settings += [arm(name, data, wrong=0.4, temperature=t) for t in (0.2, 0.4) for name in COMPARED]
     settings += [arm("queue", data, slots=slots) for slots in (64, 256)]
-    settings += [arm("queue", data, batch_keys="momentum")]
+    settings += [arm("queue", data, batch_keys="momentum"), arm("queue", data, queue_positives=False)]
     settings += [arm("targets", data, alpha=alpha) for alpha in (0.2, 0.8)]
     settings += [arm(name, data, decay=decay) for decay in (0.9, 0.995) for name in ("queue", "targets")]
     settings += [arm("targets", data, teacher_temperature=t) for t in (0.05, 0.2)]
@@ -201,7 +203,7 @@ class Objective(nn.Module):
                 past, past_ids = self.queue.read(view)  # as it stood before this batch
                 keys[view] += (past,)
                 slow_keys[view] += (past,)
-            key_ids += (past_ids,)
+            key_ids += (past_ids if setting.queue_positives else torch.full_like(past_ids, UNLABELLED),)
 
         losses = []
         for query, key in (VIEWS, VIEWS[::-1]):
@@ -321,6 +323,7 @@ class Axis(NamedTuple):
     arms: tuple[str, ...] = ("queue", "targets")
 
 
+OWN_ROWS = ("positives", "unlabelled")
 AXES = (
     *(Axis("temperature", f"{t:g}", {"temperature": t}) for t in TEMPERATURES),
     *(Axis("wrong pairs", f"{wrong:.0%}", {"wrong": wrong}) for wrong in WRONG),
@@ -328,6 +331,7 @@ AXES = (
     *(Axis("40 % wrong, temperature", f"{t:g}", {"wrong": 0.4, "temperature": t}) for t in (0.1, 0.2, 0.4)),
     *(Axis("slots of the queue", str(slots), {"slots": slots}, ("queue",)) for slots in (64, 256, 1024)),
     *(Axis("keys of the batch", keys, {"batch_keys": keys}, ("queue",)) for keys in ("online", "momentum")),
+    *(Axis("own rows in the queue", as_, {"queue_positives": as_ == "positives"}, ("queue",)) for as_ in OWN_ROWS),
     *(Axis("momentum decay", f"{decay:g}", {"decay": decay}) for decay in (0.9, 0.98, 0.995)),
     *(Axis("alpha", f"{alpha:g}", {"alpha": alpha}, ("targets",)) for alpha in (0.2, 0.4, 0.8)),
     *(

@@ -144,7 +144,13 @@ def test_every_knob_changes_what_is_trained():
     base = Setting(batch=16, slots=32, alpha=0.4)
     changed = [
         *({"temperature": 0.2}, {"decay": 0.5}, {"alpha": 0.2}, {"slots": 16}, {"slots": 0}, {"alpha": 0.0}),
-        *({"teacher_temperature": 0.05}, {"batch_keys": "momentum"}, {"batch": 24}, {"method": "SupCon"}),
+        *(
+            {"teacher_temperature": 0.05},
+            {"batch_keys": "momentum"},
+            {"queue_positives": False},
+            {"batch": 24},
+            {"method": "SupCon"},
+        ),
     ]
     weights = [
         torch.cat([p.detach().flatten() for p in retrieval.train(one, made_up(), epochs=3, seed=0).parameters()])
