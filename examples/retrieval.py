@@ -1,6 +1,6 @@
 """Retrieval across two views: when does the queue help, and when do momentum targets?
 
-    python examples/retrieval.py                                      # half an hour to an hour on one CPU core
+    python examples/retrieval.py                                      # a quarter of an hour on one CPU core
     python examples/retrieval.py --seeds 2 --epochs 1 --data digits   # half a minute, to see it run
 
 Two real sets: the lower and the upper half of scikit-learn's digits, and the accelerometer and the gyroscope of a watch
