@@ -45,12 +45,12 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
+from study_tools import paired_interval
 
 CLASSES, WIDTH = 10, 32  # digits, features of a view
 TEST, TRAIN = 500, 1000  # rows; those left, 297, served to choose the settings of the arms
@@ -270,13 +270,6 @@ def runs(pair: str, arms: Sequence[Arm], *, seeds: range, epochs: int, valid: bo
             for arm in arms:
                 model = train(arm, given, epochs=epochs, seed=seed)
                 yield Result(setting, arm.name, seed, **accuracy(model, rest if valid else digits.rows(test)))
-
-
-def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Mean difference over the seeds and half the width of its 95 % interval (Student's t)."""
-    difference = ours - theirs
-    half = student_t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
-    return float(difference.mean()), float(half)
 
 
 def table_of(results: list[Result], title: str) -> Table:

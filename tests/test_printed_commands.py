@@ -50,6 +50,7 @@ NOT_RUN = {
 LONG = {
     "python examples/quickstart.py": "test_examples_small.py",
     "python examples/image_text_streams.py": "test_examples_small.py",
+    "python examples/retrieval.py": "test_example_retrieval.py",
     "python examples/two_views_digits.py": "test_examples_small.py",
     "python examples/two_views_digits.py --seeds 2 --epochs 2": "test_examples_small.py",
     "python examples/recipes/": "test_example_recipes.py",
@@ -79,6 +80,7 @@ ADDED = {
     "report": "--resamples 20",
     "examples/quickstart.py": "--epochs 1",
     "examples/image_text_streams.py": "--epochs 1",
+    "examples/retrieval.py": "--seeds 2 --epochs 1 --train 32",
     "examples/two_views_digits.py": "--seeds 2 --epochs 1",
     "pytest": "--collect-only -q -p no:cacheprovider",
 }

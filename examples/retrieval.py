@@ -1,0 +1,504 @@
+"""Retrieval across two views: when does the queue help, and when do momentum targets?
+
+    python examples/retrieval.py                                      # a quarter of an hour on one CPU core
+    python examples/retrieval.py --seeds 2 --epochs 1 --data digits   # half a minute, to see it run
+
+Two real sets: the lower and the upper half of scikit-learn's digits, and the accelerometer and the gyroscope of a watch
+(`pip install seglearn`). 1,000 pairs for training, whose number is their only label; scored is how well a row of one
+view finds those of its class among 500 rows of the other: new digits, or windows of two people that no training has
+seen. Every run is a line of a file in `--out`, and the same command goes on where it was stopped. Expect, in percent,
+mean ± deviation of ten seeds (and the 95 % interval of paired differences), at a temperature of 0.1 and a batch of 64:
+
+| mAP, trained with | digits | watch | digits, 40 % of the pairs wrong | watch, 40 % wrong |
+|---|---|---|---|---|
+| the batch alone, InfoNCE | 52.4 ± 0.3 | 49.1 ± 3.3 | 44.3 | 34.1 |
+| and a queue | 54.6 ± 0.6 (+2.1 ± 0.5) | 53.6 ± 4.4 (+4.5 ± 1.0) | +6.2 ± 1.4 | +11.6 ± 1.6 |
+| and momentum targets | 54.0 ± 0.2 (+1.5 ± 0.1) | 49.8 ± 3.2 (+0.7 ± 0.4) | +3.8 ± 0.2 | +2.6 ± 0.4 |
+| at 0.4, the batch alone | 57.0 ± 0.5 | 55.7 ± 4.3 | 52.1 | 43.7 |
+
+So both help at this temperature, the more the more pairs are wrong. What does not hold:
+
+- That they are needed: a higher temperature does more, in all but the last column, and at 0.4 targets add +0.3 ± 0.1,
+  -0.5 ± 0.5, +0.8 ± 0.2 and +0.6 ± 0.3, and the queue takes six to eleven points away.
+- That the queue betters the whole list: recall@1 of the digits falls from 82.3 to 77.0.
+- That MoCo's keys will do: with momentum keys of the batch too, the queue is -0.8 ± 0.2 and -1.8 ± 0.6.
+
+`docs/when.md` has all axes: temperature, wrong pairs, batch, length of training, slots, decay, alpha, the teacher's
+temperature. Of the settings, rates and dropout are those of `two_views_digits.py`; the number of epochs was chosen on
+validation rows of two other seeds for the batch alone; temperatures in the last table are chosen on validation rows.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import momentum_distill as md
+from study_tools import paired_interval, summary, write_results
+from two_views_digits import load_views
+from watch_data import load_windows
+
+VIEWS = ("first", "second")
+DATA = {"digits": "lower and upper half of a digit", "watch": "accelerometer and gyroscope of a watch"}
+TRAIN, TEST = 1000, 500
+UNLABELLED = -2  # the library's label for a key that is nobody's positive
+WIDTH = 64  # of the space that both views share
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train. What stands here is the base, from which one thing at a time is changed."""
+
+    data: str = "digits"
+    method: str = "library"  # or "InfoNCE", "SupCon": by hand
+    batch: int = 64
+    wrong: float = 0.0  # share of the training pairs whose views belong to different samples
+    temperature: float = 0.1
+    longer: int = 1  # times as many epochs
+    slots: int = 0  # of the queue; 0: none
+    alpha: float = 0.0  # weight of the momentum targets; 0: none
+    decay: float = 0.98  # of the momentum models
+    teacher_temperature: float | None = None  # inside the momentum targets; None: the same as the student's
+    batch_keys: str = "online"  # or "momentum"; the keys of the queue are always the momentum models'
+    queue_positives: bool = True  # False: a sample's own rows in the queue, of an epoch ago, are keys as any other
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "InfoNCE by hand": {"method": "InfoNCE"},
+    "SupCon by hand": {"method": "SupCon"},
+    "batch alone": {},
+    "queue": {"slots": 1024},
+    "targets": {"alpha": 0.4},
+    "queue and targets": {"slots": 1024, "alpha": 0.4},
+}
+COMPARED = ("batch alone", "queue", "targets")  # along every axis
+TEMPERATURES, WRONG, BATCHES = (0.05, 0.1, 0.2, 0.4), (0.0, 0.2, 0.4), (16, 64, 256)
+
+
+def arm(name: str, data: str, **change: Any) -> Setting:
+    return replace(Setting(data), **{**ARMS[name], **change})
+
+
+def grid(data: str) -> list[Setting]:
+    """All that is compared: one axis after the other, around the base."""
+    settings = [arm(name, data) for name in ARMS]
+    settings += [arm(name, data, temperature=t) for t in TEMPERATURES for name in COMPARED]
+    settings += [arm(name, data, wrong=wrong) for wrong in WRONG for name in COMPARED]
+    settings += [arm(name, data, batch=batch) for batch in BATCHES for name in COMPARED]
+    settings += [arm(name, data, wrong=0.4, temperature=t) for t in (0.2, 0.4) for name in COMPARED]
+    settings += [arm(name, data, longer=4) for name in COMPARED]
+    settings += [arm("queue", data, queue_positives=False), arm("queue", data, batch_keys="momentum")]
+    settings += [arm("queue", data, slots=slots) for slots in (64, 256)]
+    settings += [arm("targets", data, alpha=alpha) for alpha in (0.2, 0.8)]
+    settings += [arm("targets", data, teacher_temperature=t) for t in (0.05, 0.2)]
+    settings += [arm(name, data, decay=decay) for decay in (0.9, 0.995) for name in ("queue", "targets")]
+    return list(dict.fromkeys(settings))
+
+
+class Pairs(NamedTuple):
+    first: Tensor  # (N, numbers)
+    second: Tensor  # (N, numbers)
+    labels: Tensor  # (N,), for scoring alone
+
+    def rows(self, chosen: Tensor) -> "Pairs":
+        return Pairs(*(tensor[chosen] for tensor in self))
+
+
+def summarised(windows: np.ndarray) -> Tensor:
+    """Mean, deviation and the first 16 magnitudes of the spectrum of each axis: (N, steps, 3) to (N, 54)."""
+    spectrum = np.log1p(np.abs(np.fft.rfft(windows - windows.mean(axis=1, keepdims=True), axis=1))[:, 1:17])
+    numbers = [windows.mean(axis=1), windows.std(axis=1), spectrum.reshape(len(windows), -1)]
+    return torch.tensor(np.concatenate(numbers, axis=1), dtype=torch.float32)
+
+
+@cache
+def load_watch() -> tuple[Pairs, Tensor]:
+    """Every window, and the person that each is of."""
+    windows = load_windows()
+    views = summarised(windows.accelerometer), summarised(windows.gyroscope)
+    return Pairs(*views, torch.tensor(windows.exercise)), torch.tensor(windows.person)
+
+
+load_halves = cache(lambda: load_views("halves"))
+
+
+def split(data: str, seed: int, size: int = TRAIN) -> dict[str, Pairs]:
+    """Rows for training, validation and test of a seed; no person of the watch is in two of them."""
+    draw = torch.Generator().manual_seed(seed)
+    if data == "digits":  # the same test digits for every seed
+        digits, pool, test = load_halves()
+        pool = pool[torch.randperm(len(pool), generator=draw)]
+        rows = {"train": pool[:size], "valid": pool[TRAIN:], "test": test}
+        return {name: Pairs(*digits.rows(chosen)) for name, chosen in rows.items()}
+    windows, person = load_watch()
+    fold = person // 2  # two people each; the test fold goes round with the seeds
+    test, valid = seed % 5, (seed + 1) % 5
+    of = {"train": (fold != test) & (fold != valid), "valid": fold == valid, "test": fold == test}
+    pieces = {}
+    for name, chosen in of.items():
+        rows = chosen.nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=draw)][: size if name == "train" else TEST]
+        pieces[name] = windows.rows(rows)
+    mean, scale = [], []
+    for view in VIEWS:
+        numbers = getattr(pieces["train"], view)
+        mean.append(numbers.mean(dim=0))
+        scale.append(numbers.std(dim=0) + 1e-6)
+    return {
+        name: Pairs((piece.first - mean[0]) / scale[0], (piece.second - mean[1]) / scale[1], piece.labels)
+        for name, piece in pieces.items()
+    }
+
+
+def with_wrong_pairs(pairs: Pairs, share: float, seed: int) -> Pairs:
+    """So many rows, drawn at random, pass their second view on to the next of them."""
+    chosen = torch.randperm(len(pairs.labels), generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[: round(share * len(chosen))]
+    second = pairs.second.clone()
+    second[chosen] = pairs.second[chosen.roll(1)]
+    return pairs._replace(second=second)
+
+
+class Encoders(nn.Module):
+    """One encoder for each view, into one space."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        self.of = nn.ModuleDict({"first": encoder(first), "second": encoder(second)})
+
+    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        return {"first": self.of["first"](first), "second": self.of["second"](second)}
+
+
+def encoder(numbers: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(numbers, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, WIDTH))
+
+
+def info_nce(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
+    """By hand: each row finds its pair in the batch, both ways (CLIP's loss)."""
+    logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
+    pair = torch.arange(len(logits))
+    return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
+
+
+def sup_con(first: Tensor, second: Tensor, *, temperature: float) -> Tensor:
+    """By hand: both views of every sample are keys of each other, all but oneself (Khosla et al., 2020)."""
+    rows, ids = F.normalize(torch.cat([first, second]), dim=1), torch.arange(len(first)).repeat(2)
+    oneself = torch.eye(len(ids), dtype=torch.bool)
+    positive = (ids == ids[:, None]) & ~oneself
+    log_probs = (rows @ rows.T / temperature).masked_fill(oneself, -1e9).log_softmax(dim=1)
+    return -((log_probs * positive).sum(dim=1) / positive.sum(dim=1)).mean()
+
+
+BY_HAND = {"InfoNCE": info_nce, "SupCon": sup_con}
+
+
+class Objective(nn.Module):
+    """The blocks that a setting asks for, and the loss of a batch. The number of a sample is its label."""
+
+    def __init__(self, setting: Setting, encoders: Encoders) -> None:
+        super().__init__()
+        self.setting = setting
+        uses_momentum = setting.slots or setting.alpha
+        self.momentum = md.EMAWrapper(encoders, decay=setting.decay) if uses_momentum else None
+        self.queue = md.ClassQueue(setting.slots, dict.fromkeys(VIEWS, WIDTH)) if setting.slots else None
+        self.loss = md.SupConDistillLoss(temperature=setting.temperature, learnable_temperature=False)
+
+    def forward(self, online: dict[str, Tensor], batch: Pairs, ids: Tensor, ramp: float) -> Tensor:
+        setting = self.setting
+        slow = self.momentum(batch.first, batch.second) if self.momentum is not None else online
+        now = online if setting.batch_keys == "online" else slow
+        keys, slow_keys = ({view: (rows[view],) for view in VIEWS} for rows in (now, slow))
+        key_ids = (ids,)
+        if self.queue is not None:
+            for view in VIEWS:
+                past, past_ids = self.queue.read(view)  # as it stood before this batch
+                keys[view] += (past,)
+                slow_keys[view] += (past,)
+            key_ids += (past_ids if setting.queue_positives else torch.full_like(past_ids, UNLABELLED),)
+
+        losses = []
+        for query, key in (VIEWS, VIEWS[::-1]):
+            soft = {}
+            if setting.alpha:
+                soft = {"momentum_query": slow[query], "momentum_keys": slow_keys[key], "alpha": ramp * setting.alpha}
+            losses.append(self.contrast(online[query], keys[key], ids, key_ids, **soft))
+        if self.queue is not None:
+            self.queue.enqueue(ids, slow)
+        return (losses[0] + losses[1]) / 2
+
+    def contrast(self, *features_and_ids: Any, **soft: Any) -> Tensor:
+        teacher = self.setting.teacher_temperature
+        if teacher is None:
+            return self.loss(*features_and_ids, **soft)
+        temperatures = {"temperature": self.setting.temperature, "momentum_temperature": teacher}
+        return md.functional.supcon_distill_loss(*features_and_ids, **soft, **temperatures)
+
+
+def train(setting: Setting, pairs: Pairs, *, epochs: int, seed: int) -> Encoders:
+    """Encoders trained as the setting says. No line of it reads the labels of the pairs."""
+    torch.manual_seed(seed)
+    encoders = Encoders(pairs.first.shape[1], pairs.second.shape[1])
+    objective = Objective(setting, encoders)
+    optimizer = torch.optim.AdamW(encoders.parameters(), lr=3e-3, weight_decay=0.1, fused=True)
+    batches = -(-len(pairs.labels) // setting.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    for epoch in range(epochs):
+        for number, ids in enumerate(torch.randperm(len(pairs.labels)).split(setting.batch)):
+            batch = pairs.rows(ids)
+            online = encoders(batch.first, batch.second)
+            if setting.method in BY_HAND:
+                loss = BY_HAND[setting.method](**online, temperature=setting.temperature)
+            else:
+                loss = objective(online, batch, ids, ramp=min(1.0, epoch + number / batches))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if objective.momentum is not None:
+                objective.momentum.update(encoders)
+    return encoders.eval()
+
+
+@torch.no_grad()
+def scores(encoders: Encoders, pairs: Pairs) -> dict[str, float]:
+    """In percent, mean of both directions: of the class, and of the very pair."""
+    rows = {view: F.normalize(x, dim=1) for view, x in encoders(pairs.first, pairs.second).items()}
+    similarity = rows["first"] @ rows["second"].T
+    labels, own = pairs.labels, torch.arange(len(pairs.labels))
+    found: dict[str, list[Tensor]] = {"map": [], "recall1": [], "recall10": [], "pair1": []}
+    for matrix in (similarity, similarity.T):
+        order = matrix.argsort(dim=1, descending=True)
+        relevant = labels[order] == labels[:, None]
+        precision = relevant.cumsum(dim=1) / (own + 1)
+        found["map"].append((precision * relevant).sum(dim=1) / relevant.sum(dim=1))
+        found["recall1"].append(relevant[:, 0].float())
+        found["recall10"].append(relevant[:, :10].any(dim=1).float())
+        found["pair1"].append((order[:, 0] == own).float())
+    return {name: round(100 * float(torch.cat(values).mean()), 2) for name, values in found.items()}
+
+
+Results = dict[Setting, dict[str, list[float]]]  # by score, one number per seed; "valid_map" is of the validation rows
+
+
+def runs(data: str, path: Path, *, seeds: range, epochs: int, size: int) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    """Every setting with every seed. A run is a line of the file at `path`; those that it has are not trained again."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    done = [json.loads(line) for line in text.splitlines() if line.endswith("}}")]  # the last may have been cut off
+    known = {json.dumps(run["run"]): run for run in done}
+    with path.open("a", encoding="utf-8") as file:
+        if text and not text.endswith("\n"):
+            print(file=file)
+        for setting in grid(data):
+            for seed in seeds:
+                run = {**asdict(setting), "epochs": epochs, "train": size, "seed": seed}
+                key = json.dumps(run)
+                if key not in known:
+                    pieces = split(data, seed, size)
+                    pairs = with_wrong_pairs(pieces["train"], setting.wrong, seed)
+                    encoders = train(setting, pairs, epochs=epochs * setting.longer, seed=seed)
+                    known[key] = {"run": run, **{name: scores(encoders, pieces[name]) for name in ("valid", "test")}}
+                    print(json.dumps(known[key]), file=file, flush=True)
+                yield setting, known[key]
+
+
+def collect(run_list: Iterable[tuple[Setting, dict[str, Any]]]) -> Results:
+    results: Results = {}
+    for setting, run in run_list:
+        for name, score in {**run["test"], "valid_map": run["valid"]["map"]}.items():
+            results.setdefault(setting, {}).setdefault(name, []).append(score)
+    return results
+
+
+def to_rows(results: Results) -> list[dict[str, Any]]:
+    """For `write_results`: of each setting what is not the base."""
+    base = asdict(Setting())
+    return [
+        {"setting": {k: v for k, v in asdict(setting).items() if k == "data" or v != base[k]}, **found}
+        for setting, found in results.items()
+    ]
+
+
+def from_rows(rows: list[dict[str, Any]]) -> Results:
+    return {Setting(**row["setting"]): {k: v for k, v in row.items() if k != "setting"} for row in rows}
+
+
+# Tables and figure
+
+
+class Axis(NamedTuple):
+    """A row of the tables of gains: what differs from the base, for which arms."""
+
+    name: str
+    value: str
+    change: dict[str, Any]
+    arms: tuple[str, ...] = ("queue", "targets")
+
+
+OWN_ROWS = ("positives", "unlabelled")
+AXES = (
+    *(Axis("temperature", f"{t:g}", {"temperature": t}) for t in TEMPERATURES),
+    *(Axis("wrong pairs", f"{wrong:.0%}", {"wrong": wrong}) for wrong in WRONG),
+    *(Axis("batch", str(batch), {"batch": batch}) for batch in BATCHES),
+    *(Axis("40 % wrong, temperature", f"{t:g}", {"wrong": 0.4, "temperature": t}) for t in (0.1, 0.2, 0.4)),
+    *(Axis("training", f"{times} times as long", {"longer": times}) for times in (1, 4)),
+    *(Axis("slots of the queue", str(slots), {"slots": slots}, ("queue",)) for slots in (64, 256, 1024)),
+    *(Axis("keys of the batch", keys, {"batch_keys": keys}, ("queue",)) for keys in ("online", "momentum")),
+    *(Axis("own rows in the queue", as_, {"queue_positives": as_ == "positives"}, ("queue",)) for as_ in OWN_ROWS),
+    *(Axis("momentum decay", f"{decay:g}", {"decay": decay}) for decay in (0.9, 0.98, 0.995)),
+    *(Axis("alpha", f"{alpha:g}", {"alpha": alpha}, ("targets",)) for alpha in (0.2, 0.4, 0.8)),
+    *(
+        Axis("teacher's temperature", f"{t:g}", {"teacher_temperature": None if t == 0.1 else t}, ("targets",))
+        for t in (0.05, 0.1, 0.2)
+    ),
+)
+
+
+def alone(setting: Setting) -> Setting:
+    """The batch alone, all else as in the setting."""
+    same = ("data", "batch", "wrong", "temperature", "longer")
+    return Setting(**{field: getattr(setting, field) for field in same})
+
+
+def gain(results: Results, setting: Setting, what: str = "map") -> tuple[float, float]:
+    """Points ahead of the batch alone, with the 95 % interval."""
+    return paired_interval(results[setting][what], results[alone(setting)][what])
+
+
+def signed(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:+.1f} ± {interval[1]:.1f}"
+
+
+def table_of_arms(results: Results, data: str) -> list[list[str]]:
+    """The base: every measure of every arm."""
+    rows = [["trained with", "mAP", "recall@1", "recall@10", "own pair first", "mAP beyond the batch alone"]]
+    for name in ARMS:
+        setting = arm(name, data)
+        found = [summary(results[setting][what]) for what in ("map", "recall1", "recall10", "pair1")]
+        rows.append([name, *found, "" if name == "batch alone" else signed(gain(results, setting))])
+    return rows
+
+
+def table_of_gains(results: Results, data: list[str]) -> list[list[str]]:
+    """Along each axis: the batch alone, and what queue and targets add to it."""
+    rows = [["changed", "to", *(f"{one}: {column}" for one in data for column in ("alone", "queue", "targets"))]]
+    for axis in AXES:
+        row = [axis.name, axis.value]
+        for one in data:
+            row.append(f"{np.mean(results[alone(Setting(one, **axis.change))]['map']):.1f}")
+            for name in ("queue", "targets"):
+                row.append(signed(gain(results, arm(name, one, **axis.change))) if name in axis.arms else "")
+        rows.append(row)
+    return rows
+
+
+def table_of_choices(results: Results, data: list[str]) -> list[list[str]]:
+    """Every arm with the temperature that is best for it on the validation rows."""
+    rows = [["views", "wrong pairs", "trained with", "temperature", "mAP", "recall@1", "mAP beyond the batch alone"]]
+    for one in data:
+        for wrong in (0.0, 0.4):
+            best = {}
+            for name in COMPARED:
+                tried = [arm(name, one, wrong=wrong, temperature=t) for t in TEMPERATURES]
+                tried = [setting for setting in tried if setting in results]
+                best[name] = max(tried, key=lambda setting: float(np.mean(results[setting]["valid_map"])))
+            base = results[best["batch alone"]]["map"]
+            for name, setting in best.items():
+                measured = [summary(results[setting][what]) for what in ("map", "recall1")]
+                beyond = "" if name == "batch alone" else signed(paired_interval(results[setting]["map"], base))
+                rows.append([one, f"{wrong:.0%}", name, f"{setting.temperature:g}", *measured, beyond])
+    return rows
+
+
+def show(title: str, rows: list[list[str]]) -> None:
+    table = Table(*rows[0], title=title, box=SIMPLE_HEAD)
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(width=max(120, Console().width)).print(table)
+
+
+PANELS = {
+    "temperature": ("temperature", TEMPERATURES),
+    "share of wrong pairs": ("wrong", WRONG),
+    "batch size": ("batch", BATCHES),
+}
+LINES = {"queue": ("#0072B2", "queue"), "targets": ("#D55E00", "momentum targets")}
+
+
+def plot(results: Results, data: list[str], path: Path) -> None:
+    """What the queue and momentum targets add to the batch alone, by temperature, wrong pairs and batch size."""
+    size = (9, 2.5 * len(data) + 0.6)
+    figure, rows = plt.subplots(
+        len(data), len(PANELS), figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
+    )
+    for one, row in zip(data, rows, strict=True):
+        for axes, (field, values) in zip(row, PANELS.values(), strict=True):
+            places = np.arange(len(values))
+            axes.axhline(0.0, color="0.6", linewidth=1, zorder=1)
+            for name, (colour, _) in LINES.items():
+                gains = np.array([gain(results, arm(name, one, **{field: value})) for value in values])
+                axes.errorbar(places, *gains.T, fmt="o-", color=colour, capsize=3, markersize=4, zorder=2)
+            axes.set_xticks(places, [f"{value:.0%}" if field == "wrong" else f"{value:g}" for value in values])
+            axes.set_xlim(-0.4, len(values) - 0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{one}\nmAP beyond the batch alone")
+    for axes, label in zip(rows[-1], PANELS, strict=True):
+        axes.set_xlabel(label)
+    write_labels(rows[0, 0])
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+    plt.close(figure)
+
+
+def write_labels(axes: plt.Axes) -> None:
+    """Each line's name in its colour, where the first panel is empty: to its lower left."""
+    for place, (colour, label) in enumerate(LINES.values()):
+        axes.text(0.04, 0.16 - 0.1 * place, label, color=colour, transform=axes.transAxes)
+    axes.text(0.04, 0.26, "0: the batch alone", color="0.4", transform=axes.transAxes)
+
+
+def main(arguments: list[str] | None = None) -> Results:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", choices=DATA, nargs="+", default=list(DATA), help="; ".join(map(": ".join, DATA.items()))
+    )
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--train", type=int, default=TRAIN, metavar="N", help="pairs to train with")
+    parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="runs that are there are not repeated")
+    parser.add_argument("--format", choices=["svg", "pdf"], default="svg", help="of the figure")
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error("--seeds: expected 2 or more, for a deviation")
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    seeds, results = range(options.seeds), Results()
+    for data in options.data:
+        done = runs(data, options.out / f"{data}.jsonl", seeds=seeds, epochs=options.epochs, size=options.train)
+        results |= collect(done)
+        show(f"{DATA[data]}: retrieval of the class, %, {options.seeds} seeds", table_of_arms(results, data))
+    show("mAP of the batch alone, and what is gained beyond it", table_of_gains(results, options.data))
+    show("each with its temperature, chosen on the validation rows", table_of_choices(results, options.data))
+    settings = {"seeds": options.seeds, "epochs": options.epochs, "train": options.train}
+    write_results(options.out / "retrieval.json", settings, to_rows(results))
+    plot(results, options.data, options.out / f"retrieval.{options.format}")
+    print(f"results and figure: {options.out / 'retrieval.json'}, {options.format}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
