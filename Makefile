@@ -9,10 +9,13 @@ COMPUTING = $(filter-out $(foreach name,bad_inputs benchmarks cuda distributed% 
 	safe_pickle supply_chain triton,tests/test_$(name).py),$(wildcard tests/test_*.py))
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
-.PHONY: example test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
+.PHONY: example results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
+
+results:  ## the commands that give the figures of docs/results.md and docs/when.md again
+	@sed -n '/^```sh/,/^```$$/{/^```/!p}' docs/results.md docs/when.md | awk '!seen[$$0]++'
 
 test: setup  ## the suite, with the examples in docstrings, README and docs: five minutes on two cores
 	$(PYTEST) -m "not long"

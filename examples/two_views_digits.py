@@ -29,7 +29,6 @@ The test digits are the same for all seeds: the intervals are about seeds and tr
 """
 
 import argparse
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,6 @@ from typing import NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "two_views_digits"  # the same bytes each time
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -50,8 +48,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import paired_interval
+from study_tools import paired_interval, write_results
 
+matplotlib.rcParams["svg.hashsalt"] = "two_views_digits"  # the same bytes each time
 CLASSES, WIDTH = 10, 32  # digits, features of a view
 TEST, TRAIN = 500, 1000  # rows; those left, 297, served to choose the settings of the arms
 FEW = 10  # labels per class in the second setting
@@ -335,11 +334,10 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     title = f"{PAIRS[options.views]}: {rows} accuracy, %, {options.seeds} seeds"
     Console().print(table_of(results, title))
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{options.views}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([Result._fields, *results])
+    settings = {"views": options.views, "rows": rows, "seeds": options.seeds, "epochs": options.epochs}
+    write_results(options.out / f"{options.views}.json", settings, [result._asdict() for result in results])
     plot(results, options.out / f"{options.views}.{options.format}")
-    print(f"results and figure: {options.out / options.views}.csv, .{options.format}")
+    print(f"results and figure: {options.out / options.views}.json, .{options.format}")
     return results
 
 

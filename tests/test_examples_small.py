@@ -1,6 +1,6 @@
 """The small examples at tiny sizes: they run, and say what their docstrings promise."""
 
-import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import torch
 import image_text_streams
 import quickstart
 import two_views_digits
+from study_tools import paired_interval, read_results, summary
 
 
 def test_quickstart_has_a_loss_that_falls_and_a_line_for_each_block(capsys):
@@ -33,11 +34,26 @@ def test_recall_rises_in_every_direction(keys, capsys):
 def test_digits_give_a_table_a_figure_and_every_result(views, tmp_path, capsys):
     results = two_views_digits.main(["--seeds=2", "--epochs=1", f"--views={views}", f"--out={tmp_path}"])
     assert len(results) == 2 * len(two_views_digits.SETTINGS) * len(two_views_digits.ARMS)
-    with (tmp_path / f"{views}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["weak"]) for row in rows] == [result.weak for result in results]
+    rows = read_results(tmp_path / f"{views}.json")["rows"]
+    assert [two_views_digits.Result(**row) for row in rows] == results
     assert (tmp_path / f"{views}.svg").stat().st_size > 10_000
     assert "all blocks" in capsys.readouterr().out
+
+
+def test_the_page_has_what_the_results_beside_it_say():
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    found = read_results(docs / "results" / "two_views_digits.json")
+    results = [two_views_digits.Result(**row) for row in found["rows"]]
+    assert len(results) == found["settings"]["seeds"] * len(two_views_digits.SETTINGS) * len(two_views_digits.ARMS)
+    page = (docs / "results.md").read_text(encoding="utf-8")
+    for place, arm in enumerate(two_views_digits.ARMS):
+        weak = {setting: two_views_digits.scores(results, setting, arm.name) for setting in two_views_digits.SETTINGS}
+        cells = [summary(values) for values in weak.values()]
+        if place > 1:
+            few = list(weak)[-1]
+            mean, half = paired_interval(weak[few], two_views_digits.scores(results, few, "response"))
+            cells.append(f"{mean:+.1f} ± {half:.1f}")
+        assert f"| {' | '.join(cells)} |" in page, arm.name
 
 
 def test_digits_of_the_test_set_are_never_trained_on():
@@ -53,7 +69,7 @@ def test_few_labels_are_so_many_of_each_class():
 
 
 def test_paired_interval_is_that_of_a_t_test():
-    mean, half = two_views_digits.paired_interval(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 1.0]))
+    mean, half = paired_interval(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 1.0]))
     assert mean == pytest.approx(3.0)
     assert half == pytest.approx(4.302652729911275 / 3**0.5)  # t of two degrees of freedom
 
