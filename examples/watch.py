@@ -1,0 +1,455 @@
+"""A weak sensor taught by a strong one: a watch's gyroscope learns from its accelerometer, on new people.
+
+DOCSTRING
+"""
+
+import argparse
+import copy
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student_t
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import momentum_distill as md
+from watch_data import CLASSES, FOLDS, PEOPLE, Windows, load_windows
+
+UNLABELLED = -2  # the library's label for "there, but of unknown class"
+WIDTH = 64  # features of a sensor
+STEPS = 100  # with labels alone, and as many again in each arm
+RATE = 5e-3
+LABELLED, UNKNOWN = 40, 64  # rows of a batch: labelled ones, and any
+QUEUE = 512
+SETTINGS = {"5": 5, "20": 20, "all": None}  # labels per class
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is added to the labels; a weight of 0 leaves a term out."""
+
+    name: str
+    colour: str
+    by_hand: float = 0.0  # gyroscope drawn to what the accelerometer, once trained, says: no block
+    response: float = 0.0  # gyroscope drawn to the accelerometer's momentum model
+    alpha: float = 0.0  # share of the gyroscope's own momentum model in these targets
+    fusion: float = 0.0  # both sensors drawn to the fusion's momentum model
+    contrast: float = 0.0  # features of the two sensors, with a queue
+
+
+PLAIN = Arm("plain distillation", "#0072B2", by_hand=1.0)
+BLOCKS = Arm("all blocks", "#D55E00", response=1.0, alpha=0.2, fusion=2.0, contrast=0.5)
+ARMS = (
+    Arm("labels", "#000000"),
+    PLAIN,
+    replace(BLOCKS, name="+ response", colour="#56B4E9", fusion=0.0, contrast=0.0),
+    replace(BLOCKS, name="+ fusion", colour="#009E73", contrast=0.0),
+    BLOCKS,
+)
+
+
+def halves(windows: Windows, fold: int, *, valid: bool) -> tuple[Windows, Windows]:
+    """The windows of the people to train with and of two others; standardised by those to train with.
+
+    With `valid` the two are the next fold's, and nobody sees the people of this one.
+    """
+    people = (torch.randperm(PEOPLE, generator=torch.Generator().manual_seed(0)) + 1).view(FOLDS, -1)
+    test, after = people[fold], people[(fold + 1) % FOLDS]
+    held_out = torch.isin(windows.people, test)
+    train = ~held_out
+    if valid:
+        held_out = torch.isin(windows.people, after)
+        train &= ~held_out
+
+    def standardised(signal: Tensor) -> Tensor:
+        slower = F.avg_pool1d(signal, 2)  # 25 Hz
+        known = slower[train]
+        return (slower - known.mean(dim=(0, 2), keepdim=True)) / known.std(dim=(0, 2), keepdim=True)
+
+    windows = windows._replace(strong=standardised(windows.strong), weak=standardised(windows.weak))
+    return windows.rows(train), windows.rows(held_out)
+
+
+def with_labels(labels: Tensor, per_class: int | None, seed: int) -> Tensor:
+    """Labels for so many windows of each exercise, drawn by the seed; the others are unlabelled."""
+    if per_class is None:
+        return labels
+    kept = torch.full_like(labels, UNLABELLED)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    for exercise in range(CLASSES):
+        kept[order[labels[order] == exercise][:per_class]] = exercise
+    return kept
+
+
+class Branch(nn.Module):
+    """A sensor: convolutions over time, their mean and maximum, features, and the exercise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolve = nn.Sequential(
+            *(nn.Conv1d(3, WIDTH, 8, stride=4, padding=4), nn.GroupNorm(1, WIDTH), nn.ReLU()),
+            *(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(1, WIDTH), nn.ReLU()),
+        )
+        self.project = nn.Sequential(nn.Dropout(0.1), nn.Linear(WIDTH, WIDTH))
+        self.classify = nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        frames = self.convolve(signal)  # (N, d, time)
+        features = self.project(frames.mean(dim=2) + frames.amax(dim=2))
+        return features, self.classify(features)
+
+
+class Output(NamedTuple):
+    strong: Tensor  # features, (N, d)
+    weak: Tensor
+    strong_logits: Tensor  # (N, C)
+    weak_logits: Tensor
+    fused_logits: Tensor
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.strong, self.weak = Branch(), Branch()
+        self.fuse = md.MomentumFusionFactors(["strong", "weak"])
+        self.fused = nn.Sequential(nn.ReLU(), nn.Linear(2 * WIDTH, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+    def forward(self, strong: Tensor, weak: Tensor) -> Output:
+        (s, s_logits), (w, w_logits) = self.strong(strong), self.weak(weak)
+        joined = torch.cat(list(self.fuse({"strong": s, "weak": w}).values()), dim=1)
+        return Output(s, w, s_logits, w_logits, self.fused(joined))
+
+
+def truth(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the labelled rows; 0 where a batch has none."""
+    return F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum") / (labels >= 0).sum().clamp(min=1)
+
+
+class Labels(nn.Module):
+    """Labels alone, for both sensors and the fusion: where every arm starts."""
+
+    def forward(self, model: Model, batch: Windows) -> Tensor:
+        output = model(batch.strong, batch.weak)
+        heads = output.strong_logits, output.weak_logits, output.fused_logits
+        return sum((truth(logits, batch.labels) for logits in heads), torch.zeros(()))
+
+    def update(self, model: Model) -> None:
+        model.fuse.update()
+
+
+class ByHand(nn.Module):
+    """Plain distillation: the accelerometer, trained with the labels, stands still and gives soft targets."""
+
+    def __init__(self, arm: Arm, model: Model) -> None:
+        super().__init__()
+        self.arm = arm
+        self.teacher = copy.deepcopy(model.strong).requires_grad_(False).eval()
+
+    def forward(self, model: Model, batch: Windows) -> Tensor:
+        _, logits = model.weak(batch.weak)
+        _, teacher = self.teacher(batch.strong)
+        return truth(logits, batch.labels) + self.arm.by_hand * F.cross_entropy(logits, teacher.softmax(dim=1))
+
+    def update(self, model: Model) -> None:
+        pass
+
+
+class Blocks(nn.Module):
+    """The blocks of an arm and the loss of a batch."""
+
+    def __init__(self, arm: Arm, model: Model) -> None:
+        super().__init__()
+        self.arm = arm
+        self.momentum = md.EMAWrapper(model, decay=0.98)  # of both sensors and the fusion
+        self.queue = md.ClassQueue(QUEUE, {"strong": WIDTH, "weak": WIDTH, "weak_momentum": WIDTH})
+        self.contrast = md.SupConDistillLoss(temperature=0.5, alpha=0.4)
+        self.response = md.ResponseDistillLoss(task="classification", alpha=arm.alpha)
+        self.fusion = md.HardSampleFusionLoss(hard_attention=False)
+
+    def forward(self, model: Model, batch: Windows) -> Tensor:
+        arm, labels = self.arm, batch.labels
+        output, slow = model(batch.strong, batch.weak), self.momentum(batch.strong, batch.weak)
+        loss = truth(output.strong_logits, labels) + truth(output.weak_logits, labels)
+        loss = loss + truth(output.fused_logits, labels)
+        if arm.response:
+            loss = loss + arm.response * self.response(output.weak_logits, slow.strong_logits, slow.weak_logits)
+        if arm.fusion:
+            for logits in (output.weak_logits, output.strong_logits):
+                to_fusion = self.fusion(student_logits=logits, fused_logits=slow.fused_logits, labels=labels)
+                loss = loss + arm.fusion * to_fusion
+        if arm.contrast:
+            loss = loss + arm.contrast * self.between_sensors(output, slow, labels)
+        return loss
+
+    def between_sensors(self, output: Output, slow: Output, labels: Tensor) -> Tensor:
+        """The contrastive term in both directions; the batch enters the queue after it."""
+        past_strong, past_labels = self.queue.read("strong")
+        past_weak, _ = self.queue.read("weak")
+        past_momentum, _ = self.queue.read("weak_momentum")
+        key_labels = (labels, past_labels)
+        strong_to_weak = self.contrast(
+            output.strong,
+            (output.weak, past_weak),
+            labels,
+            key_labels,
+            momentum_query=output.strong,
+            momentum_keys=(slow.weak, past_momentum),
+        )
+        weak_to_strong = self.contrast(
+            output.weak,
+            (output.strong, past_strong),
+            labels,
+            key_labels,
+            momentum_query=slow.weak,
+            momentum_keys=(output.strong, past_strong),
+        )
+        self.queue.enqueue(labels, {"strong": output.strong, "weak": output.weak, "weak_momentum": slow.weak})
+        return (strong_to_weak + weak_to_strong) / 2
+
+    def update(self, model: Model) -> None:
+        self.momentum.update(model)
+        model.fuse.update()
+
+
+def batches(labels: Tensor, steps: int, *, unlabelled: bool) -> Iterator[Tensor]:
+    """Rows of a batch: of those with a label so many at random, and as many as wanted of all."""
+    known = (labels >= 0).nonzero().squeeze(1)
+    for _ in range(steps):
+        drawn = known[torch.randperm(len(known))[:LABELLED]]
+        yield torch.cat([drawn, torch.randint(len(labels), (UNKNOWN,))]) if unlabelled else drawn
+
+
+def train(model: Model, objective: Labels | ByHand | Blocks, windows: Windows, steps: int) -> Model:
+    """The model, trained further; the same optimizer, rate and number of steps for every arm."""
+    optimizer = torch.optim.AdamW(md.param_groups(model, objective, weight_decay=0.05, lr=RATE), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2), pct_start=0.1)
+    model.train()
+    everyone = bool((windows.labels >= 0).all())
+    for rows in batches(windows.labels, steps, unlabelled=everyone or not isinstance(objective, Labels)):
+        loss = objective(model, windows.rows(rows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        objective.update(model)
+    return model.eval()
+
+
+class Result(NamedTuple):
+    """Accuracies in percent, on the windows of one person who was not trained with."""
+
+    labels: str
+    arm: str
+    seed: int
+    person: int
+    weak: float
+    strong: float
+    fused: float
+
+
+@torch.no_grad()
+def accuracies(model: Model, windows: Windows) -> dict[int, tuple[float, float, float]]:
+    """By person: of the gyroscope alone, the accelerometer alone and the fusion."""
+    output = model(windows.strong, windows.weak)
+    right = torch.stack(
+        [
+            (logits.argmax(dim=1) == windows.labels).float()
+            for logits in (output.weak_logits, output.strong_logits, output.fused_logits)
+        ]
+    )
+    return {
+        int(person): tuple((100 * right[:, windows.people == person].mean(dim=1)).tolist())
+        for person in windows.people.unique()
+    }
+
+
+def run(windows: Windows, fold: int, seed: int, setting: str, steps: int, *, valid: bool) -> list[Result]:
+    """Every arm for one fold, seed and number of labels. All begin with the same weights, trained with labels alone."""
+    train_set, test_set = halves(windows, fold, valid=valid)
+    given = train_set._replace(labels=with_labels(train_set.labels, SETTINGS[setting], seed))
+    torch.manual_seed(seed)
+    start = train(Model(), Labels(), given, steps)
+    results = []
+    for arm in ARMS:
+        torch.manual_seed(seed + 1)
+        model = copy.deepcopy(start)
+        if arm.by_hand:
+            objective = ByHand(arm, model)
+        elif arm.response:
+            objective = Blocks(arm, model)
+        else:
+            objective = Labels()
+        train(model, objective, given, steps)
+        for person, (weak, strong, fused) in accuracies(model, test_set).items():
+            results.append(Result(setting, arm.name, seed, person, weak, strong, fused))
+    return results
+
+
+def scores(results: list[Result], setting: str, arm: str, what: str, by: str) -> np.ndarray:
+    """Means over the runs, one for each person or one for each seed (`by`), in order."""
+    groups: dict[int, list[float]] = {}
+    for result in results:
+        if (result.labels, result.arm) == (setting, arm):
+            groups.setdefault(getattr(result, by), []).append(getattr(result, what))
+    return np.array([np.mean(groups[one]) for one in sorted(groups)])
+
+
+def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """Mean difference and half the width of its 95 % interval (Student's t)."""
+    difference = ours - theirs
+    half = student_t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
+    return float(difference.mean()), float(half)
+
+
+def lines(results: list[Result]) -> list[list[str]]:
+    """The table: accuracies by seed, differences from plain distillation by person and by seed."""
+    rows = []
+    for setting in SETTINGS:
+        for arm in ARMS:
+            by_seed = scores(results, setting, arm.name, "weak", "seed")
+            row = [setting, arm.name, f"{by_seed.mean():.1f} ± {by_seed.std(ddof=1):.1f}"]
+            for by in ("person", "seed"):
+                pair = [scores(results, setting, name, "weak", by) for name in (arm.name, PLAIN.name)]
+                mean, half = paired_interval(*pair)
+                row.append("" if arm == PLAIN else f"{mean:+.1f} ± {half:.1f}")
+            for what in ("strong", "fused"):
+                seen = f"{scores(results, setting, arm.name, what, 'seed').mean():.1f}"
+                row.append("" if arm == PLAIN else seen)
+            rows.append(row)
+    return rows
+
+
+HEAD = ("labels a class", "trained with", "gyroscope", "vs plain, people", "vs plain, seeds", "accelerometer", "fused")
+
+
+def table_of(results: list[Result], title: str) -> Table:
+    table = Table(*HEAD, title=title, box=SIMPLE_HEAD)
+    for row in lines(results):
+        table.add_row(*row, end_section=row[1] == ARMS[-1].name)
+    return table
+
+
+def missing_curve(results: list[Result], setting: str, arm: str, shares: np.ndarray, left: str) -> np.ndarray:
+    """Accuracy where a share of the windows has but one sensor left: its own head predicts there, else the fusion."""
+    one, both = (scores(results, setting, arm, what, "seed").mean() for what in (left, "fused"))
+    return (1 - shares) * both + shares * one
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Left the gyroscope alone against the labels; right both sensors, of which more and more are missing."""
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "momentum-distill", "font.size": 10})
+    figure, (alone, missing) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    shown = [ARMS[0], PLAIN, BLOCKS]
+    places = np.arange(len(SETTINGS))
+    for offset, arm in zip((-0.06, 0.0, 0.06), shown, strict=True):
+        columns = np.stack([scores(results, setting, arm.name, "weak", "seed") for setting in SETTINGS])
+        means, spread = columns.mean(axis=1), columns.std(axis=1, ddof=1)
+        alone.errorbar(places + offset, means, spread, color=arm.colour, marker="o", capsize=3)
+    label_ends(alone, places[-1] + 0.15, [(scores(results, "all", a.name, "weak", "seed").mean(), a) for a in shown])
+    alone.set_xticks(places, [f"{name} a class" if name != "all" else "all" for name in SETTINGS])
+    alone.set(xlabel="labels", ylabel="gyroscope alone, accuracy %", xlim=(-0.2, 3.1))
+
+    shares = np.linspace(0, 1, 21)
+    few = next(iter(SETTINGS))
+    ends = []
+    for arm in (ARMS[0], BLOCKS):
+        no_strong, no_weak = (missing_curve(results, few, arm.name, shares, left) for left in ("weak", "strong"))
+        missing.plot(np.concatenate([-shares[::-1], shares]), np.concatenate([no_strong[::-1], no_weak]), arm.colour)
+        ends.append((no_weak[-1], arm))
+    label_ends(missing, 1.04, ends)
+    missing.set_xticks([-1, -0.5, 0, 0.5, 1], ["100 %", "50 %", "0", "50 %", "100 %"])
+    missing.set(xlabel="no accelerometer  ←  windows without  →  no gyroscope", xlim=(-1.05, 1.6))
+    missing.set_ylabel(f"both sensors where there, accuracy %, {few} labels a class")
+    for axes in (alone, missing):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"CreationDate": None})
+    plt.close(figure)
+
+
+def label_ends(axes: plt.Axes, x: float, ends: list[tuple[float, Arm]]) -> None:
+    """Names beside the ends of lines, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    least, last = 0.055 * (high - low), -np.inf
+    for y, arm in sorted(ends, key=lambda end: end[0]):
+        last = max(y, last + least)
+        axes.annotate(arm.name, (x, last), color=arm.colour, va="center")
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results of a study, as `main` writes them: one table for all runs."""
+    columns = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert columns[0] == list(Result._fields)
+    return [Result(*row) for row in columns[1:]]
+
+
+def write_results(path: Path, settings: dict[str, object], results: list[Result]) -> None:
+    rows = [[*result[:4], *(round(value, 2) for value in result[4:])] for result in results]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    head = json.dumps({"settings": settings, "versions": versions}, ensure_ascii=False)[:-1]
+    table = ",\n".join(json.dumps(row, ensure_ascii=False) for row in [list(Result._fields), *rows])
+    path.write_text(f'{head}, "runs": [\n{table}\n]}}\n', encoding="utf-8")
+
+
+def study(out: Path, *, seeds: range, steps: int, valid: bool) -> list[Result]:
+    """All runs; each is written down when it ends, and one that stands there already is not made again."""
+    windows = load_windows()
+    log = out / f"runs_{'valid' if valid else 'test'}_{steps}.jsonl"
+    done: dict[str, list[Result]] = {}
+    if log.exists():
+        for line in log.read_text(encoding="utf-8").splitlines():
+            key, rows = json.loads(line)
+            done[key] = [Result(*row) for row in rows]
+    results: list[Result] = []
+    for seed in seeds:
+        for fold in range(FOLDS):
+            for setting in SETTINGS:
+                key = f"{setting} {seed} {fold}"
+                if key not in done:
+                    done[key] = run(windows, fold, seed, setting, steps, valid=valid)
+                    with log.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([key, done[key]]) + "\n")
+                results += done[key]
+    return results
+
+
+def main(arguments: list[str] | None = None) -> list[Result]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="with labels alone, and again in each arm")
+    parser.add_argument(
+        "--valid", action="store_true", help="score people of the training folds"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/watch"))
+    parser.add_argument("--format", choices=["svg", "pdf", "png"], default="svg", help="of the figure")
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error("--seeds: expected 2 or more, for a deviation")
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    results = study(options.out, seeds=seeds, steps=options.steps, valid=options.valid)
+    people = "people held out for validation" if options.valid else "new people"
+    Console(width=120).print(table_of(results, f"Accuracy on {people}, %, {options.seeds} seeds x {FOLDS} folds"))
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("out", "format")}
+    write_results(options.out / "watch.json", settings, results)
+    plot(results, options.out / f"watch.{options.format}")
+    print(f"results and figure: {options.out / 'watch'}.json, .{options.format}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
