@@ -5,7 +5,9 @@ DOCSTRING
 
 import argparse
 import copy
+import itertools
 import json
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,22 +45,25 @@ class Arm:
 
     name: str
     colour: str
-    by_hand: float = 0.0  # gyroscope drawn to what the accelerometer, once trained, says: no block
+    by_hand: str = ""  # gyroscope drawn to what this, once trained, says; no block is called
     response: float = 0.0  # gyroscope drawn to the accelerometer's momentum model
-    alpha: float = 0.0  # share of the gyroscope's own momentum model in these targets
+    alpha: float = 0.2  # share of the gyroscope's own momentum model in these targets
     fusion: float = 0.0  # both sensors drawn to the fusion's momentum model
     contrast: float = 0.0  # features of the two sensors, with a queue
 
 
-PLAIN = Arm("plain distillation", "#0072B2", by_hand=1.0)
-BLOCKS = Arm("all blocks", "#D55E00", response=1.0, alpha=0.2, fusion=2.0, contrast=0.5)
+LABELS = Arm("labels", "#000000")
+PLAIN = Arm("plain distillation", "#0072B2", by_hand="accelerometer")
+BLOCKS = Arm("all blocks", "#D55E00", response=1.0, fusion=3.0, contrast=2.0)
 ARMS = (
-    Arm("labels", "#000000"),
+    LABELS,
     PLAIN,
-    replace(BLOCKS, name="+ response", colour="#56B4E9", fusion=0.0, contrast=0.0),
-    replace(BLOCKS, name="+ fusion", colour="#009E73", contrast=0.0),
+    Arm("plain, from the fusion", "#CC79A7", by_hand="fusion"),
+    replace(BLOCKS, name="response", colour="#56B4E9", fusion=0.0, contrast=0.0),
+    replace(BLOCKS, name="response, fusion", colour="#009E73", contrast=0.0),
     BLOCKS,
 )
+MAIN = (LABELS, PLAIN, BLOCKS)
 
 
 def halves(windows: Windows, fold: int, *, valid: bool) -> tuple[Windows, Windows]:
@@ -151,17 +156,18 @@ class Labels(nn.Module):
 
 
 class ByHand(nn.Module):
-    """Plain distillation: the accelerometer, trained with the labels, stands still and gives soft targets."""
+    """Plain distillation: what was trained with the labels stands still and gives soft targets to the gyroscope."""
 
     def __init__(self, arm: Arm, model: Model) -> None:
         super().__init__()
         self.arm = arm
-        self.teacher = copy.deepcopy(model.strong).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
 
     def forward(self, model: Model, batch: Windows) -> Tensor:
         _, logits = model.weak(batch.weak)
-        _, teacher = self.teacher(batch.strong)
-        return truth(logits, batch.labels) + self.arm.by_hand * F.cross_entropy(logits, teacher.softmax(dim=1))
+        seen = self.teacher(batch.strong, batch.weak)
+        teacher = seen.fused_logits if self.arm.by_hand == "fusion" else seen.strong_logits
+        return truth(logits, batch.labels) + F.cross_entropy(logits, teacher.softmax(dim=1))
 
     def update(self, model: Model) -> None:
         pass
@@ -175,7 +181,7 @@ class Blocks(nn.Module):
         self.arm = arm
         self.momentum = md.EMAWrapper(model, decay=0.98)  # of both sensors and the fusion
         self.queue = md.ClassQueue(QUEUE, {"strong": WIDTH, "weak": WIDTH, "weak_momentum": WIDTH})
-        self.contrast = md.SupConDistillLoss(temperature=0.5, alpha=0.4)
+        self.contrast = md.SupConDistillLoss(temperature=0.1, alpha=0.4)
         self.response = md.ResponseDistillLoss(task="classification", alpha=arm.alpha)
         self.fusion = md.HardSampleFusionLoss(hard_attention=False)
 
@@ -187,8 +193,11 @@ class Blocks(nn.Module):
         if arm.response:
             loss = loss + arm.response * self.response(output.weak_logits, slow.strong_logits, slow.weak_logits)
         if arm.fusion:
+            sharp = (
+                2 * slow.fused_logits
+            )  # surer than it is, so that the students are drawn apart
             for logits in (output.weak_logits, output.strong_logits):
-                to_fusion = self.fusion(student_logits=logits, fused_logits=slow.fused_logits, labels=labels)
+                to_fusion = self.fusion(student_logits=logits, fused_logits=sharp, labels=labels)
                 loss = loss + arm.fusion * to_fusion
         if arm.contrast:
             loss = loss + arm.contrast * self.between_sensors(output, slow, labels)
@@ -234,8 +243,12 @@ def batches(labels: Tensor, steps: int, *, unlabelled: bool) -> Iterator[Tensor]
 
 def train(model: Model, objective: Labels | ByHand | Blocks, windows: Windows, steps: int) -> Model:
     """The model, trained further; the same optimizer, rate and number of steps for every arm."""
-    optimizer = torch.optim.AdamW(md.param_groups(model, objective, weight_decay=0.05, lr=RATE), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2), pct_start=0.1)
+    optimizer = torch.optim.AdamW(md.param_groups(model, objective, weight_decay=0.05, lr=RATE), foreach=True)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     everyone = bool((windows.labels >= 0).all())
     for rows in batches(windows.labels, steps, unlabelled=everyone or not isinstance(objective, Labels)):
@@ -248,8 +261,11 @@ def train(model: Model, objective: Labels | ByHand | Blocks, windows: Windows, s
     return model.eval()
 
 
+Accuracies = tuple[float, float, float]  # gyroscope alone, accelerometer alone, fusion; %
+
+
 class Result(NamedTuple):
-    """Accuracies in percent, on the windows of one person who was not trained with."""
+    """Accuracies on the windows of one person who was not trained with."""
 
     labels: str
     arm: str
@@ -261,8 +277,8 @@ class Result(NamedTuple):
 
 
 @torch.no_grad()
-def accuracies(model: Model, windows: Windows) -> dict[int, tuple[float, float, float]]:
-    """By person: of the gyroscope alone, the accelerometer alone and the fusion."""
+def accuracies(model: Model, windows: Windows) -> dict[int, Accuracies]:
+    """By person."""
     output = model(windows.strong, windows.weak)
     right = torch.stack(
         [
@@ -276,26 +292,17 @@ def accuracies(model: Model, windows: Windows) -> dict[int, tuple[float, float, 
     }
 
 
-def run(windows: Windows, fold: int, seed: int, setting: str, steps: int, *, valid: bool) -> list[Result]:
-    """Every arm for one fold, seed and number of labels. All begin with the same weights, trained with labels alone."""
-    train_set, test_set = halves(windows, fold, valid=valid)
-    given = train_set._replace(labels=with_labels(train_set.labels, SETTINGS[setting], seed))
-    torch.manual_seed(seed)
-    start = train(Model(), Labels(), given, steps)
-    results = []
-    for arm in ARMS:
-        torch.manual_seed(seed + 1)
-        model = copy.deepcopy(start)
-        if arm.by_hand:
-            objective = ByHand(arm, model)
-        elif arm.response:
-            objective = Blocks(arm, model)
-        else:
-            objective = Labels()
-        train(model, objective, given, steps)
-        for person, (weak, strong, fused) in accuracies(model, test_set).items():
-            results.append(Result(setting, arm.name, seed, person, weak, strong, fused))
-    return results
+def objective_of(arm: Arm, model: Model) -> Labels | ByHand | Blocks:
+    if arm.by_hand:
+        return ByHand(arm, model)
+    return Blocks(arm, model) if arm.response else Labels()
+
+
+def run(arm: Arm, start: Model, given: Windows, test_set: Windows, *, seed: int, steps: int) -> dict[int, Accuracies]:
+    """An arm for one fold, seed and number of labels: `start`, trained with labels alone, is trained further."""
+    torch.manual_seed(seed + 1)
+    model = copy.deepcopy(start)
+    return accuracies(train(model, objective_of(arm, model), given, steps), test_set)
 
 
 def scores(results: list[Result], setting: str, arm: str, what: str, by: str) -> np.ndarray:
@@ -317,18 +324,20 @@ def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]
 def lines(results: list[Result]) -> list[list[str]]:
     """The table: accuracies by seed, differences from plain distillation by person and by seed."""
     rows = []
-    for setting in SETTINGS:
-        for arm in ARMS:
-            by_seed = scores(results, setting, arm.name, "weak", "seed")
-            row = [setting, arm.name, f"{by_seed.mean():.1f} ± {by_seed.std(ddof=1):.1f}"]
-            for by in ("person", "seed"):
-                pair = [scores(results, setting, name, "weak", by) for name in (arm.name, PLAIN.name)]
-                mean, half = paired_interval(*pair)
-                row.append("" if arm == PLAIN else f"{mean:+.1f} ± {half:.1f}")
-            for what in ("strong", "fused"):
-                seen = f"{scores(results, setting, arm.name, what, 'seed').mean():.1f}"
-                row.append("" if arm == PLAIN else seen)
-            rows.append(row)
+    there = {(result.labels, result.arm) for result in results}
+    for setting, arm in itertools.product(SETTINGS, ARMS):
+        if (setting, arm.name) not in there:
+            continue
+        by_seed = scores(results, setting, arm.name, "weak", "seed")
+        row = [setting, arm.name, f"{by_seed.mean():.1f} ± {by_seed.std(ddof=1):.1f}"]
+        for by in ("person", "seed"):
+            pair = [scores(results, setting, name, "weak", by) for name in (arm.name, PLAIN.name)]
+            mean, half = paired_interval(*pair)
+            row.append("" if arm == PLAIN else f"{mean:+.1f} ± {half:.1f}")
+        for what in ("strong", "fused"):
+            seen = f"{scores(results, setting, arm.name, what, 'seed').mean():.1f}"
+            row.append("" if arm.by_hand else seen)  # they stand still there
+        rows.append(row)
     return rows
 
 
@@ -352,7 +361,7 @@ def plot(results: list[Result], path: Path) -> None:
     """Left the gyroscope alone against the labels; right both sensors, of which more and more are missing."""
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "momentum-distill", "font.size": 10})
     figure, (alone, missing) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    shown = [ARMS[0], PLAIN, BLOCKS]
+    shown = MAIN
     places = np.arange(len(SETTINGS))
     for offset, arm in zip((-0.06, 0.0, 0.06), shown, strict=True):
         columns = np.stack([scores(results, setting, arm.name, "weak", "seed") for setting in SETTINGS])
@@ -365,7 +374,7 @@ def plot(results: list[Result], path: Path) -> None:
     shares = np.linspace(0, 1, 21)
     few = next(iter(SETTINGS))
     ends = []
-    for arm in (ARMS[0], BLOCKS):
+    for arm in (LABELS, BLOCKS):
         no_strong, no_weak = (missing_curve(results, few, arm.name, shares, left) for left in ("weak", "strong"))
         missing.plot(np.concatenate([-shares[::-1], shares]), np.concatenate([no_strong[::-1], no_weak]), arm.colour)
         ends.append((no_weak[-1], arm))
@@ -403,36 +412,43 @@ def write_results(path: Path, settings: dict[str, object], results: list[Result]
     path.write_text(f'{head}, "runs": [\n{table}\n]}}\n', encoding="utf-8")
 
 
-def study(out: Path, *, seeds: range, steps: int, valid: bool) -> list[Result]:
-    """All runs; each is written down when it ends, and one that stands there already is not made again."""
+def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, steps: int, valid: bool) -> list[Result]:
+    """All runs of these. Each is written down when it ends; one that stands there already is not made again."""
     windows = load_windows()
-    log = out / f"runs_{'valid' if valid else 'test'}_{steps}.jsonl"
-    done: dict[str, list[Result]] = {}
-    if log.exists():
-        for line in log.read_text(encoding="utf-8").splitlines():
-            key, rows = json.loads(line)
-            done[key] = [Result(*row) for row in rows]
-    results: list[Result] = []
-    for seed in seeds:
-        for fold in range(FOLDS):
-            for setting in SETTINGS:
-                key = f"{setting} {seed} {fold}"
-                if key not in done:
-                    done[key] = run(windows, fold, seed, setting, steps, valid=valid)
-                    with log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps([key, done[key]]) + "\n")
-                results += done[key]
-    return results
+    log = out / f"{'valid' if valid else 'test'}_{steps}_steps.jsonl"
+    runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    done = {tuple(key): scored for key, scored in runs}
+    for setting, seed, fold in itertools.product(settings, seeds, range(FOLDS)):
+        left = [arm for arm in arms if (setting, arm.name, seed, fold) not in done]
+        if not left:
+            continue
+        train_set, test_set = halves(windows, fold, valid=valid)
+        given = train_set._replace(labels=with_labels(train_set.labels, SETTINGS[setting], seed))
+        torch.manual_seed(seed)
+        start = train(Model(), Labels(), given, steps)
+        for arm in left:
+            key = (setting, arm.name, seed, fold)
+            done[key] = run(arm, start, given, test_set, seed=seed, steps=steps)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, done[key]]) + "\n")
+    return [
+        Result(setting, arm, seed, int(person), *scored)
+        for (setting, arm, seed, _), people in sorted(done.items())
+        for person, scored in people.items()
+        if seed in seeds
+    ]
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="labels per class")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these"
+    )
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="with labels alone, and again in each arm")
-    parser.add_argument(
-        "--valid", action="store_true", help="score people of the training folds"
-    )
+    parser.add_argument("--valid", action="store_true", help="score people of the training folds")
     parser.add_argument("--out", type=Path, default=Path("runs/watch"))
     parser.add_argument("--format", choices=["svg", "pdf", "png"], default="svg", help="of the figure")
     options = parser.parse_args(arguments)
@@ -441,7 +457,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
     options.out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    results = study(options.out, seeds=seeds, steps=options.steps, valid=options.valid)
+    arms = [arm for arm in ARMS if options.arms is None or arm.name in options.arms]
+    results = study(options.out, options.labels, arms, seeds=seeds, steps=options.steps, valid=options.valid)
     people = "people held out for validation" if options.valid else "new people"
     Console(width=120).print(table_of(results, f"Accuracy on {people}, %, {options.seeds} seeds x {FOLDS} folds"))
     settings = {name: str(value) for name, value in vars(options).items() if name not in ("out", "format")}

@@ -1,0 +1,205 @@
+"""The study of the watch: its data, its arms, its command at a tiny size, and the figures on the page."""
+
+import importlib.util
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import watch
+import watch_data
+from conftest import ROOT
+
+needs_recordings = pytest.mark.skipif(importlib.util.find_spec("seglearn") is None, reason="no seglearn")
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return watch_data.load_windows()
+
+
+def made_up(rows=96, people=2):
+    """Windows of noise, of all exercises and so many people."""
+    torch.manual_seed(0)
+    count = torch.arange(rows)
+    return watch.Windows(torch.randn(rows, 3, 50), torch.randn(rows, 3, 50), count % 7, count % people)
+
+
+# The data
+
+
+def saved(tmp_path, value):
+    array = np.empty((), dtype=object)
+    array[()] = value
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    return tmp_path / "a.npy"
+
+
+def in_old_format(tmp_path, payload):
+    """An .npy file of objects around a pickle."""
+    path = saved(tmp_path, None)
+    header = path.read_bytes()[: path.read_bytes().index(b"\n") + 1]
+    path.write_bytes(header + payload)
+    return path
+
+
+def test_a_file_that_asks_for_code_is_refused_and_nothing_runs(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    for protocol in range(5):
+        with pytest.raises(ValueError, match="got a call of|which plain data does not need"):
+            watch_data.read_objects(in_old_format(tmp_path, pickle.dumps(Hostile(), protocol=protocol)))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="exhausted|ends|not enough|expected"):
+        watch_data.read_objects(in_old_format(tmp_path, b"\x80\x02]q\x00("))
+
+
+@needs_recordings
+def test_recordings_are_those_that_numpy_reads():
+    """With numpy's own unpickling, which the example does without; the file is of the test's own environment."""
+    folder = os.path.dirname(importlib.util.find_spec("seglearn").origin)
+    path = os.path.join(folder, "data", "watch_dataset.npy")
+    theirs = np.load(path, allow_pickle=True).item()
+    ours = watch_data.read_objects(watch_data.Path(path))
+    assert ours.keys() == theirs.keys()
+    assert ours["X_labels"] == ["ax", "ay", "az", "wx", "wy", "wz"]
+    for name in ("y", "subject", "side"):
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert len(ours["X"]) == 140
+    for mine, other in zip(ours["X"], theirs["X"], strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@needs_recordings
+def test_windows_are_two_seconds_of_ten_people(windows):
+    assert windows.strong.shape == windows.weak.shape == (4677, 3, 100)
+    assert windows.labels.unique().tolist() == list(range(7))
+    assert windows.people.unique().tolist() == list(range(1, 11))
+    assert torch.equal(windows.weak[0][:, 50:], windows.weak[1][:, :50])  # a new one every second
+
+
+# Who is trained with
+
+
+@needs_recordings
+def test_every_person_is_held_out_once_and_never_trained_with(windows):
+    held_out = []
+    for fold in range(watch.FOLDS):
+        train, test = watch.halves(windows, fold, valid=False)
+        fewer, valid = watch.halves(windows, fold, valid=True)
+        people = [set(part.people.tolist()) for part in (train, test, fewer, valid)]
+        assert [len(part) for part in people] == [8, 2, 6, 2]
+        assert people[0] | people[1] == set(range(1, 11))
+        assert people[2] | people[3] == people[0]  # nobody of the test has a say in the validation
+        held_out += sorted(people[1])
+        assert train.weak.mean(dim=(0, 2)).abs().max() < 1e-4  # standardised by those to train with
+    assert sorted(held_out) == list(range(1, 11))
+
+
+def test_few_labels_are_so_many_of_each_exercise_and_hang_on_the_seed():
+    labels = torch.arange(700) % 7
+    few = [watch.with_labels(labels, 5, seed) for seed in (0, 0, 1)]
+    assert torch.equal(few[0], few[1])
+    assert not torch.equal(few[0], few[2])
+    for given in few:
+        assert torch.bincount(given[given >= 0]).tolist() == [5] * 7
+        assert set(given[given < 0].tolist()) == {watch.UNLABELLED}
+    assert torch.equal(watch.with_labels(labels, None, 0), labels)
+
+
+def test_labels_alone_see_no_unlabelled_row_and_the_other_arms_do():
+    labels = watch.with_labels(torch.arange(700) % 7, 5, 0)
+    for unlabelled in (False, True):
+        rows = torch.cat(list(watch.batches(labels, 5, unlabelled=unlabelled)))
+        assert bool((labels[rows] < 0).any()) == unlabelled
+
+
+# The arms
+
+
+def test_arms_train_what_they_promise():
+    windows = made_up()
+    given = windows._replace(labels=watch.with_labels(windows.labels, 2, 0))
+    moved, filled = {}, {}
+    for arm in watch.ARMS:
+        torch.manual_seed(0)
+        model = watch.Model()
+        objective = watch.objective_of(arm, model)
+        objective(model, given).backward()
+        moved[arm.name] = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+        filled[arm.name] = isinstance(objective, watch.Blocks) and len(objective.queue) > 0
+    whole = {"strong", "weak", "fuse", "fused"}
+    assert moved == dict.fromkeys(moved, whole) | {watch.PLAIN.name: {"weak"}}
+    assert [name for name, queue in filled.items() if queue] == [watch.BLOCKS.name]
+
+
+def test_plain_distillation_calls_no_block(monkeypatch):
+    windows = made_up()
+
+    def refuse(*_args, **_options):
+        raise AssertionError("a block")
+
+    torch.manual_seed(0)
+    model = watch.Model()
+    objective = watch.objective_of(watch.PLAIN, model)
+    for name in ("EMAWrapper", "ClassQueue", "SupConDistillLoss", "ResponseDistillLoss", "HardSampleFusionLoss"):
+        monkeypatch.setattr(watch.md, name, refuse)
+    teacher = [p.clone() for p in objective.teacher.parameters()]
+    watch.train(model, objective, windows, steps=2)
+    assert all(torch.equal(one, two) for one, two in zip(teacher, objective.teacher.parameters(), strict=True))
+    assert not list(objective.modules())[1:][0].training  # the teacher stays in evaluation mode
+
+
+# The figures
+
+
+def fake_results(worth):
+    """Accuracies that differ by what each arm is worth, by seed and by person."""
+    return [
+        watch.Result(setting, arm.name, seed, person, 50 + worth[arm.name] + seed + person, 60.0, 70.0)
+        for setting in watch.SETTINGS
+        for arm in watch.ARMS
+        for seed in range(3)
+        for person in (1, 2, 3)
+    ]
+
+
+def test_the_table_has_paired_differences():
+    worth = {arm.name: float(place) for place, arm in enumerate(watch.ARMS)}
+    results = fake_results(worth)
+    assert watch.scores(results, "5", "labels", "weak", "seed").tolist() == [52.0, 53.0, 54.0]
+    assert watch.scores(results, "5", "labels", "weak", "person").tolist() == [52.0, 53.0, 54.0]
+    rows = {tuple(row[:2]): row[2:] for row in watch.lines(results)}
+    assert rows["5", "labels"] == ["53.0 ± 1.0", "-1.0 ± 0.0", "-1.0 ± 0.0", "60.0", "70.0"]
+    mean, half = watch.paired_interval(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 1.0]))
+    assert (mean, half) == pytest.approx((3.0, 4.302652729911275 / 3**0.5))  # t of two degrees of freedom
+
+
+@needs_recordings
+@pytest.mark.parametrize("form", ["svg", "pdf"])
+def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(form, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "watch.py"), "--seeds=2", "--steps=1", f"--format={form}"]
+    if form == "pdf":
+        for setting, arm, *rest in []:
+            print(setting, arm, rest)
+    done = subprocess.run([*command, f"--out={tmp_path}"], capture_output=True, text=True, check=True)
+    assert all(arm.name in done.stdout for arm in watch.ARMS)
+    results = watch.read_results(tmp_path / "watch.json")
+    assert len(results) == len(watch.SETTINGS) * len(watch.ARMS) * 2 * watch_data.PEOPLE
+    assert (tmp_path / f"watch.{form}").stat().st_size > 5_000
+
+
+def page_rows():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    section = text.split("## A weak sensor taught by a strong one\n")[1].split("\n## ")[0]
+    return [[cell.strip(" *") for cell in row] for row in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)], section
