@@ -193,9 +193,7 @@ class Blocks(nn.Module):
         if arm.response:
             loss = loss + arm.response * self.response(output.weak_logits, slow.strong_logits, slow.weak_logits)
         if arm.fusion:
-            sharp = (
-                2 * slow.fused_logits
-            )  # surer than it is, so that the students are drawn apart
+            sharp = 2 * slow.fused_logits  # surer than it is, so that the students are drawn apart
             for logits in (output.weak_logits, output.strong_logits):
                 to_fusion = self.fusion(student_logits=logits, fused_logits=sharp, labels=labels)
                 loss = loss + arm.fusion * to_fusion
@@ -442,9 +440,7 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
 def main(arguments: list[str] | None = None) -> list[Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="labels per class")
-    parser.add_argument(
-        "--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these"
-    )
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="with labels alone, and again in each arm")

@@ -54,13 +54,13 @@ def test_a_file_that_asks_for_code_is_refused_and_nothing_runs(tmp_path):
             return os.mkdir, (str(tmp_path / "made"),)
 
     for protocol in range(5):
-        with pytest.raises(ValueError, match="got a call of|which plain data does not need"):
+        with pytest.raises(ValueError, match=r"got a call of|which plain data does not need"):
             watch_data.read_objects(in_old_format(tmp_path, pickle.dumps(Hostile(), protocol=protocol)))
     assert not (tmp_path / "made").exists()
 
 
 def test_a_file_that_is_cut_off_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="exhausted|ends|not enough|expected"):
+    with pytest.raises(ValueError, match=r"exhausted|ends|not enough|expected"):
         watch_data.read_objects(in_old_format(tmp_path, b"\x80\x02]q\x00("))
 
 
@@ -127,56 +127,87 @@ def test_labels_alone_see_no_unlabelled_row_and_the_other_arms_do():
 # The arms
 
 
-def test_arms_train_what_they_promise():
+def few_labels():
     windows = made_up()
-    given = windows._replace(labels=watch.with_labels(windows.labels, 2, 0))
-    moved, filled = {}, {}
+    return windows._replace(labels=watch.with_labels(windows.labels, 2, 0))
+
+
+def test_arms_train_what_they_promise():
+    given = few_labels()
+    trained, queued = {}, []
     for arm in watch.ARMS:
         torch.manual_seed(0)
         model = watch.Model()
         objective = watch.objective_of(arm, model)
         objective(model, given).backward()
-        moved[arm.name] = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
-        filled[arm.name] = isinstance(objective, watch.Blocks) and len(objective.queue) > 0
-    whole = {"strong", "weak", "fuse", "fused"}
-    assert moved == dict.fromkeys(moved, whole) | {watch.PLAIN.name: {"weak"}}
-    assert [name for name, queue in filled.items() if queue] == [watch.BLOCKS.name]
+        trained[arm.name] = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+        queued += [arm.name] if isinstance(objective, watch.Blocks) and len(objective.queue) > 0 else []
+    by_hand = {arm.name: {"weak"} for arm in watch.ARMS if arm.by_hand}  # the gyroscope alone
+    assert trained == {name: {"strong", "weak", "fuse", "fused"} for name in trained} | by_hand
+    assert queued == [watch.BLOCKS.name]
 
 
-def test_plain_distillation_calls_no_block(monkeypatch):
-    windows = made_up()
+def test_each_block_is_used_where_it_is_added_and_nowhere_before():
+    given = few_labels()
+    calls = {"response": [], "fusion": [], "contrast": []}
+    for arm in watch.ARMS:
+        torch.manual_seed(0)
+        model = watch.Model()
+        objective = watch.objective_of(arm, model)
+        for name, called in calls.items():
+            if isinstance(objective, watch.Blocks):
+                getattr(objective, name).register_forward_hook(lambda *_, c=called, a=arm: c.append(a.name))
+        objective(model, given)
+    *_, one, two, three = (arm.name for arm in watch.ARMS)
+    assert calls == {"response": [one, two, three], "fusion": [two, two, three, three], "contrast": [three, three]}
 
+
+def test_plain_distillation_calls_no_block_and_its_teacher_stands_still(monkeypatch):
     def refuse(*_args, **_options):
         raise AssertionError("a block")
 
+    windows = made_up()
+    for arm in (one for one in watch.ARMS if one.by_hand):
+        torch.manual_seed(0)
+        model = watch.Model()
+        objective = watch.objective_of(arm, model)
+        before = [p.clone() for p in objective.teacher.parameters()]
+        with monkeypatch.context() as patched:
+            for name in watch.md.__all__:
+                if isinstance(getattr(watch.md, name), type):
+                    patched.setattr(watch.md, name, refuse)
+            watch.train(model, objective, windows, steps=2)
+        assert all(torch.equal(one, two) for one, two in zip(objective.teacher.parameters(), before, strict=True))
+        assert not objective.teacher.training
+
+
+def test_arms_begin_with_the_same_weights_and_leave_them_alone():
+    windows = made_up()
     torch.manual_seed(0)
-    model = watch.Model()
-    objective = watch.objective_of(watch.PLAIN, model)
-    for name in ("EMAWrapper", "ClassQueue", "SupConDistillLoss", "ResponseDistillLoss", "HardSampleFusionLoss"):
-        monkeypatch.setattr(watch.md, name, refuse)
-    teacher = [p.clone() for p in objective.teacher.parameters()]
-    watch.train(model, objective, windows, steps=2)
-    assert all(torch.equal(one, two) for one, two in zip(teacher, objective.teacher.parameters(), strict=True))
-    assert not list(objective.modules())[1:][0].training  # the teacher stays in evaluation mode
+    start = watch.Model().eval()
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    for arm in (watch.PLAIN, watch.BLOCKS):
+        once = [watch.run(arm, start, windows, windows, seed=3, steps=2) for _ in range(2)]
+        assert once[0] == once[1]  # the seed decides
+    assert all(torch.equal(value, before[name]) for name, value in start.state_dict().items())
 
 
 # The figures
 
 
-def fake_results(worth):
-    """Accuracies that differ by what each arm is worth, by seed and by person."""
+def fake_results():
+    """Accuracies that rise by one from arm to arm, from seed to seed and from person to person."""
     return [
-        watch.Result(setting, arm.name, seed, person, 50 + worth[arm.name] + seed + person, 60.0, 70.0)
+        watch.Result(setting, arm.name, seed, person, 50.0 + place + seed + person, 60.0, 70.0)
         for setting in watch.SETTINGS
-        for arm in watch.ARMS
+        for place, arm in enumerate(watch.ARMS)
         for seed in range(3)
         for person in (1, 2, 3)
     ]
 
 
 def test_the_table_has_paired_differences():
-    worth = {arm.name: float(place) for place, arm in enumerate(watch.ARMS)}
-    results = fake_results(worth)
+    results = fake_results()
     assert watch.scores(results, "5", "labels", "weak", "seed").tolist() == [52.0, 53.0, 54.0]
     assert watch.scores(results, "5", "labels", "weak", "person").tolist() == [52.0, 53.0, 54.0]
     rows = {tuple(row[:2]): row[2:] for row in watch.lines(results)}
@@ -185,21 +216,49 @@ def test_the_table_has_paired_differences():
     assert (mean, half) == pytest.approx((3.0, 4.302652729911275 / 3**0.5))  # t of two degrees of freedom
 
 
+def test_with_a_sensor_missing_accuracy_goes_from_the_fusion_to_the_other_sensor():
+    curve = watch.missing_curve(fake_results(), "5", "labels", np.array([0.0, 0.5, 1.0]), "strong")
+    assert curve.tolist() == [70.0, 65.0, 60.0]
+
+
 @needs_recordings
-@pytest.mark.parametrize("form", ["svg", "pdf"])
-def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(form, tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "watch.py"), "--seeds=2", "--steps=1", f"--format={form}"]
-    if form == "pdf":
-        for setting, arm, *rest in []:
-            print(setting, arm, rest)
-    done = subprocess.run([*command, f"--out={tmp_path}"], capture_output=True, text=True, check=True)
-    assert all(arm.name in done.stdout for arm in watch.ARMS)
-    results = watch.read_results(tmp_path / "watch.json")
-    assert len(results) == len(watch.SETTINGS) * len(watch.ARMS) * 2 * watch_data.PEOPLE
-    assert (tmp_path / f"watch.{form}").stat().st_size > 5_000
+def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "watch.py"), "--seeds=2", "--steps=1", f"--out={tmp_path}"]
+    parts = [["--labels=5", "--arms", "labels", "plain distillation"], ["--labels=5", "--format=pdf"]]
+    for part, arms in zip(parts, (2, len(watch.ARMS)), strict=True):
+        done = subprocess.run([*command, *part], capture_output=True, text=True, check=True)
+        assert all(arm.name in done.stdout for arm in watch.ARMS[:arms])
+        results = watch.read_results(tmp_path / "watch.json")
+        assert len(results) == arms * 2 * watch_data.PEOPLE
+        logged = (tmp_path / "test_1_steps.jsonl").read_text().splitlines()
+        assert len(logged) == len(set(logged)) == arms * 2 * watch.FOLDS  # none is made twice
+    assert (tmp_path / "watch.svg").stat().st_size > 5_000
+    assert (tmp_path / "watch.pdf").read_bytes().startswith(b"%PDF")
 
 
-def page_rows():
+RESULTS = ROOT / "docs" / "results" / "watch.json"
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     section = text.split("## A weak sensor taught by a strong one\n")[1].split("\n## ")[0]
-    return [[cell.strip(" *") for cell in row] for row in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)], section
+    rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)]
+    results = watch.read_results(RESULTS)
+    computed = watch.lines(results)
+    assert [row for row in rows if row[0] in watch.SETTINGS] == computed
+    short = {(row[0], row[1]): row for row in computed}
+    for row in rows:
+        if row[0].startswith("watch, "):
+            setting = row[0].removeprefix("watch, ").removesuffix(" labels a class").removesuffix(" labels")
+            arms = [short[setting, arm.name][2] for arm in watch.MAIN]
+            difference = short[setting, watch.BLOCKS.name][3]
+            assert row[2:] == [*arms, difference, "`python examples/watch.py`"]
+    assert sum(row[0].startswith("watch, ") for row in rows) == len({result.labels for result in results})
+
+
+def test_results_are_of_all_people_and_ten_seeds_and_small():
+    results = watch.read_results(RESULTS)
+    assert RESULTS.stat().st_size < 200_000
+    for setting, arm in {(result.labels, result.arm) for result in results}:
+        runs = {(one.seed, one.person) for one in results if (one.labels, one.arm) == (setting, arm)}
+        assert runs == {(seed, person) for seed in range(10) for person in range(1, 11)}
