@@ -66,7 +66,7 @@ ARMS = (
 MAIN = (LABELS, PLAIN, BLOCKS)
 
 
-def halves(windows: Windows, fold: int, *, valid: bool) -> tuple[Windows, Windows]:
+def split(windows: Windows, fold: int, *, valid: bool) -> tuple[Windows, Windows]:
     """The windows of the people to train with and of two others; standardised by those to train with.
 
     With `valid` the two are the next fold's, and nobody sees the people of this one.
@@ -358,31 +358,31 @@ def missing_curve(results: list[Result], setting: str, arm: str, shares: np.ndar
 def plot(results: list[Result], path: Path) -> None:
     """Left the gyroscope alone against the labels; right both sensors, of which more and more are missing."""
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "momentum-distill", "font.size": 10})
-    figure, (alone, missing) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    shown = MAIN
-    places = np.arange(len(SETTINGS))
-    for offset, arm in zip((-0.06, 0.0, 0.06), shown, strict=True):
-        columns = np.stack([scores(results, setting, arm.name, "weak", "seed") for setting in SETTINGS])
+    figure, (alone, missing) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    settings = [name for name in SETTINGS if name in {result.labels for result in results}]
+    shown = [arm for arm in MAIN if arm.name in {result.arm for result in results}]
+    places, ends = np.arange(len(settings)), []
+    for offset, arm in zip((-0.06, 0.0, 0.06), shown, strict=False):
+        columns = np.stack([scores(results, setting, arm.name, "weak", "seed") for setting in settings])
         means, spread = columns.mean(axis=1), columns.std(axis=1, ddof=1)
         alone.errorbar(places + offset, means, spread, color=arm.colour, marker="o", capsize=3)
-    label_ends(alone, places[-1] + 0.15, [(scores(results, "all", a.name, "weak", "seed").mean(), a) for a in shown])
-    alone.set_xticks(places, [f"{name} a class" if name != "all" else "all" for name in SETTINGS])
-    alone.set(xlabel="labels", ylabel="gyroscope alone, accuracy %", xlim=(-0.2, 3.1))
+        ends.append((means[-1], arm))
+    label_ends(alone, places[-1] + 0.15, ends)
+    alone.set_xticks(places, [name if name == "all" else f"{name} a class" for name in settings])
+    alone.set(xlabel="labels", ylabel="gyroscope alone, accuracy %", xlim=(-0.2, places[-1] + 1.1))
 
-    shares = np.linspace(0, 1, 21)
-    few = next(iter(SETTINGS))
-    ends = []
-    for arm in (LABELS, BLOCKS):
+    shares, ends, few = np.linspace(0, 1, 21), [], settings[0]
+    for arm in (arm for arm in shown if not arm.by_hand):
         no_strong, no_weak = (missing_curve(results, few, arm.name, shares, left) for left in ("weak", "strong"))
-        missing.plot(np.concatenate([-shares[::-1], shares]), np.concatenate([no_strong[::-1], no_weak]), arm.colour)
+        missing.plot([*-shares[::-1], *shares], [*no_strong[::-1], *no_weak], arm.colour)
         ends.append((no_weak[-1], arm))
-    label_ends(missing, 1.04, ends)
+    label_ends(missing, 1.05, ends)
     missing.set_xticks([-1, -0.5, 0, 0.5, 1], ["100 %", "50 %", "0", "50 %", "100 %"])
-    missing.set(xlabel="no accelerometer  ←  windows without  →  no gyroscope", xlim=(-1.05, 1.6))
-    missing.set_ylabel(f"both sensors where there, accuracy %, {few} labels a class")
+    missing.set(xlabel="without accelerometer  ←  share of windows  →  without gyroscope", xlim=(-1.05, 1.65))
+    missing.set_ylabel(f"accuracy %, labels: {few} a class")
     for axes in (alone, missing):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"CreationDate": None})
+    figure.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:]))
     plt.close(figure)
 
 
@@ -420,7 +420,7 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
         left = [arm for arm in arms if (setting, arm.name, seed, fold) not in done]
         if not left:
             continue
-        train_set, test_set = halves(windows, fold, valid=valid)
+        train_set, test_set = split(windows, fold, valid=valid)
         given = train_set._replace(labels=with_labels(train_set.labels, SETTINGS[setting], seed))
         torch.manual_seed(seed)
         start = train(Model(), Labels(), given, steps)

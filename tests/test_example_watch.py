@@ -95,8 +95,8 @@ def test_windows_are_two_seconds_of_ten_people(windows):
 def test_every_person_is_held_out_once_and_never_trained_with(windows):
     held_out = []
     for fold in range(watch.FOLDS):
-        train, test = watch.halves(windows, fold, valid=False)
-        fewer, valid = watch.halves(windows, fold, valid=True)
+        train, test = watch.split(windows, fold, valid=False)
+        fewer, valid = watch.split(windows, fold, valid=True)
         people = [set(part.people.tolist()) for part in (train, test, fewer, valid)]
         assert [len(part) for part in people] == [8, 2, 6, 2]
         assert people[0] | people[1] == set(range(1, 11))
