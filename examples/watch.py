@@ -63,7 +63,7 @@ ARMS = (
     replace(BLOCKS, name="response, fusion", colour="#009E73", contrast=0.0),
     BLOCKS,
 )
-MAIN = (LABELS, PLAIN, BLOCKS)
+MAIN = (LABELS, PLAIN, BLOCKS)  # the others where labels are few
 
 
 def split(windows: Windows, fold: int, *, valid: bool) -> tuple[Windows, Windows]:
@@ -402,12 +402,13 @@ def read_results(path: Path) -> list[Result]:
     return [Result(*row) for row in columns[1:]]
 
 
-def write_results(path: Path, settings: dict[str, object], results: list[Result]) -> None:
-    rows = [[*result[:4], *(round(value, 2) for value in result[4:])] for result in results]
+def write_results(path: Path, options: dict[str, object], results: list[Result]) -> None:
+    settings = {name: options[name] for name in ("seeds", "first_seed", "steps", "valid")}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    head = json.dumps({"settings": settings, "versions": versions}, ensure_ascii=False)[:-1]
-    table = ",\n".join(json.dumps(row, ensure_ascii=False) for row in [list(Result._fields), *rows])
-    path.write_text(f'{head}, "runs": [\n{table}\n]}}\n', encoding="utf-8")
+    head = {"command": "python examples/watch.py", "settings": settings, "versions": versions}
+    rows = [[*result[:4], *(round(value, 2) for value in result[4:])] for result in results]
+    table = ",\n".join(json.dumps(row) for row in [list(Result._fields), *rows])
+    path.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{table}\n]}}\n', encoding="utf-8")
 
 
 def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, steps: int, valid: bool) -> list[Result]:
@@ -417,7 +418,8 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
     runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     done = {tuple(key): scored for key, scored in runs}
     for setting, seed, fold in itertools.product(settings, seeds, range(FOLDS)):
-        left = [arm for arm in arms if (setting, arm.name, seed, fold) not in done]
+        wanted = [arm for arm in arms if setting != "all" or arm in MAIN]
+        left = [arm for arm in wanted if (setting, arm.name, seed, fold) not in done]
         if not left:
             continue
         train_set, test_set = split(windows, fold, valid=valid)
@@ -457,8 +459,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     results = study(options.out, options.labels, arms, seeds=seeds, steps=options.steps, valid=options.valid)
     people = "people held out for validation" if options.valid else "new people"
     Console(width=120).print(table_of(results, f"Accuracy on {people}, %, {options.seeds} seeds x {FOLDS} folds"))
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("out", "format")}
-    write_results(options.out / "watch.json", settings, results)
+    write_results(options.out / "watch.json", vars(options), results)
     plot(results, options.out / f"watch.{options.format}")
     print(f"results and figure: {options.out / 'watch'}.json, .{options.format}")
     return results

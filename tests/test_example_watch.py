@@ -1,6 +1,7 @@
 """The study of the watch: its data, its arms, its command at a tiny size, and the figures on the page."""
 
 import importlib.util
+import json
 import os
 import pickle
 import re
@@ -222,16 +223,19 @@ def test_with_a_sensor_missing_accuracy_goes_from_the_fusion_to_the_other_sensor
 
 
 @needs_recordings
-def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "watch.py"), "--seeds=2", "--steps=1", f"--out={tmp_path}"]
-    parts = [["--labels=5", "--arms", "labels", "plain distillation"], ["--labels=5", "--format=pdf"]]
-    for part, arms in zip(parts, (2, len(watch.ARMS)), strict=True):
-        done = subprocess.run([*command, *part], capture_output=True, text=True, check=True)
-        assert all(arm.name in done.stdout for arm in watch.ARMS[:arms])
-        results = watch.read_results(tmp_path / "watch.json")
-        assert len(results) == arms * 2 * watch_data.PEOPLE
-        logged = (tmp_path / "test_1_steps.jsonl").read_text().splitlines()
-        assert len(logged) == len(set(logged)) == arms * 2 * watch.FOLDS  # none is made twice
+def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp_path, capsys):
+    options = ["--seeds=2", "--steps=1", "--labels=5", f"--out={tmp_path}"]
+    first = ["--arms", "labels", "plain distillation"]
+    command = [sys.executable, str(ROOT / "examples" / "watch.py"), *options, *first]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    watch.main([*options, *first, "all blocks", "--format=pdf"])
+    for arms, said in ((2, printed), (3, capsys.readouterr().out)):
+        assert all(arm.name in said for arm in watch.MAIN[:arms])
+    logged = (tmp_path / "test_1_steps.jsonl").read_text().splitlines()
+    assert len({str(json.loads(line)[0]) for line in logged}) == len(logged) == 3 * 2 * watch.FOLDS  # none twice
+    results = watch.read_results(tmp_path / "watch.json")
+    assert len(results) == 3 * 2 * watch_data.PEOPLE
+    assert all(0 <= accuracy <= 100 for result in results for accuracy in result[4:])
     assert (tmp_path / "watch.svg").stat().st_size > 5_000
     assert (tmp_path / "watch.pdf").read_bytes().startswith(b"%PDF")
 
