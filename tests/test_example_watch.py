@@ -212,7 +212,7 @@ def test_the_table_has_paired_differences():
     assert watch.scores(results, "5", "labels", "weak", "seed").tolist() == [52.0, 53.0, 54.0]
     assert watch.scores(results, "5", "labels", "weak", "person").tolist() == [52.0, 53.0, 54.0]
     rows = {tuple(row[:2]): row[2:] for row in watch.lines(results)}
-    assert rows["5", "labels"] == ["53.0 ± 1.0", "-1.0 ± 0.0", "-1.0 ± 0.0", "60.0", "70.0"]
+    assert rows["5", "labels"] == ["53.0 ± 1.0", "-1.0 ± 0.0", "-1.0 ± 0.0", "-2.0 ± 0.0", "60.0", "70.0"]
     mean, half = watch.paired_interval(np.array([3.0, 4.0, 5.0]), np.array([1.0, 1.0, 1.0]))
     assert (mean, half) == pytest.approx((3.0, 4.302652729911275 / 3**0.5))  # t of two degrees of freedom
 
