@@ -260,6 +260,20 @@ def test_the_tables_of_the_page_are_those_of_the_results():
     assert sum(row[0].startswith("watch, ") for row in rows) == len({result.labels for result in results})
 
 
+def test_what_the_page_says_of_the_contrastive_loss_is_in_the_results():
+    results = watch.read_results(RESULTS)
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    said = re.search(r"queue add nothing: (.+) with five labels, (.+) with\s+twenty", text)
+    for setting, figures in zip(("5", "20"), said.groups(), strict=True):
+        before, after = (scores_by_person(results, setting, arm) for arm in (watch.ARMS[-2], watch.BLOCKS))
+        mean, half = watch.paired_interval(after, before)
+        assert figures == f"{mean:+.1f} ± {half:.1f}"
+
+
+def scores_by_person(results, setting, arm):
+    return watch.scores(results, setting, arm.name, "weak", "person")
+
+
 def test_results_are_of_all_people_and_ten_seeds_and_small():
     results = watch.read_results(RESULTS)
     assert RESULTS.stat().st_size < 200_000
