@@ -281,6 +281,7 @@ def test_the_differences_that_the_page_names_are_in_the_results():
         f"the better teacher ({teacher[0]} with five labels, {teacher[1]} with twenty)",
         f"with five labels {learns[0]} over people, {learns[1]} over seeds; with twenty {learns[2]} and {learns[3]}.",
         f"level with plain distillation: {difference(few, response, plain)} with five labels",
+        f"({difference('all', blocks, labels)}), and the fusion loses ({difference('all', blocks, labels, 'fused')})",
         f"queue add nothing: {contrast[0]} with five labels, {contrast[1]} with twenty",
     ):
         assert said in text, said
