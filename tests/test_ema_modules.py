@@ -511,9 +511,9 @@ TOLD = (
 )
 
 
-def called(ema, model, calls, *, grad, steps):
+def called(ema, model, calls, *, grad, steps, fused=False):
     """Calls of the average, beside a training of the model or none, as if by an optimizer."""
-    optimizer, x = torch.optim.SGD(model.parameters(), lr=1e-3), torch.ones(1, 2)
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=1e-3, fused=fused), torch.ones(1, 2)
     model(x).sum().backward()
     for _ in range(calls):
         with torch.set_grad_enabled(grad):
@@ -525,14 +525,15 @@ def called(ema, model, calls, *, grad, steps):
 @pytest.mark.parametrize(
     ("grad", "steps", "mode"), [(True, False, True), (True, True, True), (False, True, True), (True, True, False)]
 )
-def test_an_average_that_is_used_in_training_and_never_updated_is_told_of_once(grad, steps, mode):
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_average_that_is_used_in_training_and_never_updated_is_told_of_once(grad, steps, mode, fused):
     model = nn.Linear(2, 2).train(mode)
     ema = md.EMAWrapper(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        called(ema, model, 500, grad=grad, steps=steps)
+        called(ema, model, 500, grad=grad, steps=steps, fused=fused)
     with pytest.warns(UserWarning, match=TOLD) as told:
-        called(ema, model, 1500, grad=grad, steps=steps)
+        called(ema, model, 1500, grad=grad, steps=steps, fused=fused)
     assert len(told) == 1
     assert told[0].filename == __file__
 

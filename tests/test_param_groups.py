@@ -1,5 +1,6 @@
 """The learned scalars of the blocks: no weight decay, and a warning where no optimizer has them."""
 
+import functools
 import warnings
 
 import pytest
@@ -84,7 +85,10 @@ def test_a_temperature_that_no_optimizer_has_is_told_once():
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+FUSED = functools.partial(torch.optim.SGD, fused=True)  # which counts no version of what it writes to
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, FUSED])
 def test_a_temperature_that_an_optimizer_has_is_not_told_of(make):
     contrast = md.SupConDistillLoss()
     with warnings.catch_warnings():
@@ -97,7 +101,8 @@ def test_a_temperature_that_an_optimizer_has_is_not_told_of(make):
         train(contrast, None, 520)  # frozen on purpose
 
 
-def test_factors_that_no_optimizer_has_are_told_once():
+@pytest.mark.parametrize("make", [torch.optim.SGD, FUSED])
+def test_factors_that_no_optimizer_has_are_told_once(make):
     fuse = md.MomentumFusionFactors(["a", "b"])
     features = {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}
 
@@ -110,15 +115,16 @@ def test_factors_that_no_optimizer_has_are_told_once():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        steps(torch.optim.SGD(fuse.parameters(), lr=1e-4), 150)
+        steps(make(fuse.parameters(), lr=1e-4), 150)
     with pytest.warns(UserWarning, match=r"^the weight of MomentumFusionFactors has a gradient") as told:
         steps(None, 250)
     assert len(told) == 1
 
 
-def test_factors_whose_average_never_follows_are_told_of_once():
+@pytest.mark.parametrize("make", [torch.optim.SGD, FUSED])
+def test_factors_whose_average_never_follows_are_told_of_once(make):
     def train(fuse, steps, update=False):
-        optimizer = torch.optim.SGD(fuse.parameters(), lr=1e-4)
+        optimizer = make(fuse.parameters(), lr=1e-4)
         for _ in range(steps):
             optimizer.zero_grad()
             fuse({"a": torch.ones(2, 3)})["a"].sum().backward()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from momentum_distill._checks import is_traced
+from momentum_distill._checks import is_plain, is_traced
 
 
 def warn(message: str) -> None:
@@ -18,6 +18,20 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
+class Values:
+    """What a tensor held: optimizers with `fused=True` write without counting it in `_version`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.kept = tensor.detach().clone()
+
+    def stand(self, tensor: Tensor) -> bool:
+        """Whether it still holds that, for all one can see. Waits for the device."""
+        if not is_plain(tensor) or (tensor.device, tensor.dtype) != (self.kept.device, self.kept.dtype):
+            return False
+        capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        return not capturing and torch.equal(tensor, self.kept)
+
+
 class IdleWatch:
     """Warns, once, of a learned parameter that gets gradients and is moved by nobody."""
 
@@ -26,12 +40,17 @@ class IdleWatch:
         self.patience = patience  # looks
         self.looks = 0
         self.version = -1
+        self.values: Values | None = None  # at the first of these looks
 
     def look(self, parameter: nn.Parameter) -> None:
         """Before it is used: has it been written to since `left`, although it has a gradient?"""
         if torch.compiler.is_compiling() or self.looks > self.patience or parameter.grad is None:
             return
         self.looks = self.looks + 1 if parameter._version == self.version else 0
+        if self.looks == 1:
+            self.values = Values(parameter)
+        if self.looks > self.patience and self.values is not None and not self.values.stand(parameter):
+            self.looks = 0
         if self.looks > self.patience:
             warn(
                 f"{self.name} has a gradient and nothing has changed it in {self.patience} calls: give it to the "
@@ -52,6 +71,8 @@ class UpdateWatch:
         self.patience = patience  # calls
         self.calls = 0
         self.versions: list[int] | None = None
+        self.stood = 0  # calls since a version changed
+        self.values: Values | None = None  # of the smallest weight, at the first of these calls
         self.done = False
 
     def look(self, weights: Iterable[Tensor], *, training: bool = False) -> None:
@@ -59,9 +80,16 @@ class UpdateWatch:
         if torch.compiler.is_compiling() or self.done:
             return
         if not training:
-            versions = [weight._version for weight in weights if not weight.is_inference()]
+            seen = [weight for weight in weights if not weight.is_inference()]
+            versions = [weight._version for weight in seen]
             training = self.versions is not None and versions != self.versions
             self.versions = versions
+            self.stood = 0 if training or not seen else self.stood + 1
+            if self.stood == 1:
+                self.values = Values(min(seen, key=Tensor.numel))
+            if self.stood > self.patience:
+                changed = self.values is not None and not self.values.stand(min(seen, key=Tensor.numel))
+                self.calls, self.stood = self.calls + self.stood * changed, 0
         self.calls += training
         if self.calls > self.patience:
             self.stop()
