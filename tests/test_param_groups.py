@@ -138,11 +138,12 @@ def test_factors_whose_average_never_follows_are_told_of_once(make):
         train(fuse, 100)
         train(md.MomentumFusionFactors(["a"], decay=1.0), 250)
         train(md.MomentumFusionFactors(["a"]), 250, update=True)
-        frozen = md.MomentumFusionFactors(["a"]).requires_grad_(False)
+        frozen, other = md.MomentumFusionFactors(["a"]).requires_grad_(False), md.MomentumFusionFactors(["a"])
+        train(other, 1)
         for _ in range(250):  # and an evaluation
             frozen({"a": torch.ones(2, 3)})
             with torch.no_grad():
-                fuse({"a": torch.ones(2, 3)})
+                other({"a": torch.ones(2, 3)})
     with pytest.warns(
         UserWarning, match=r"^the weight of MomentumFusionFactors has changed before each of 100"
     ) as told:

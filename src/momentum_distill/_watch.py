@@ -18,18 +18,22 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
+WINDOW = 10  # calls after which values are compared where versions stand
+
+
 class Values:
     """What a tensor held: optimizers with `fused=True` write without counting it in `_version`."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.kept = tensor.detach().clone()
 
-    def stand(self, tensor: Tensor) -> bool:
-        """Whether it still holds that, for all one can see. Waits for the device."""
+    def stand(self, tensor: Tensor) -> bool | None:
+        """Whether it still holds that; None where one cannot see. Waits for the device."""
         if not is_plain(tensor) or (tensor.device, tensor.dtype) != (self.kept.device, self.kept.dtype):
-            return False
-        capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-        return not capturing and torch.equal(tensor, self.kept)
+            return None
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        return torch.equal(tensor, self.kept)
 
 
 class IdleWatch:
@@ -87,9 +91,9 @@ class UpdateWatch:
             self.stood = 0 if training or not seen else self.stood + 1
             if self.stood == 1:
                 self.values = Values(min(seen, key=Tensor.numel))
-            if self.stood > self.patience:
-                changed = self.values is not None and not self.values.stand(min(seen, key=Tensor.numel))
-                self.calls, self.stood = self.calls + self.stood * changed, 0
+            if self.stood > WINDOW:
+                changed = self.values is not None and self.values.stand(min(seen, key=Tensor.numel)) is False
+                self.calls, self.stood = self.calls + WINDOW * changed, 0
         self.calls += training
         if self.calls > self.patience:
             self.stop()
