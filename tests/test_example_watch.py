@@ -215,6 +215,8 @@ def test_the_tables_of_the_page_are_those_of_the_results():
     computed = watch.lines(results)
     assert [row for row in rows if row[0] in watch.SETTINGS] == computed
     short = {(row[0], row[1]): row for row in computed}
+    glance = text.split("## At a glance\n")[1].split("\n## ")[0]
+    rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", glance, re.MULTILINE)]
     for row in rows:
         if row[0].startswith("watch, "):
             setting = row[0].removeprefix("watch, ").removesuffix(" labels a class").removesuffix(" labels")
