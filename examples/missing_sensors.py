@@ -24,7 +24,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import momentum_distill as md
 import watch
@@ -273,7 +272,11 @@ def plot(results: list[Result], path: Path) -> None:
             axes.plot(100 * shares, mean, arm.colour, marker="o", markersize=4)
             ends.append((mean[-1], arm))
         watch.label_ends(axes, 104, ends, "left")
-        axes.set(xlim=(-4, 175), xticks=100 * shares, ylabel=f"accuracy %, labels: {setting if setting == 'all' else f'{setting} a class'}")
+        axes.set(
+            xlim=(-4, 175),
+            xticks=100 * shares,
+            ylabel=f"accuracy %, labels: {setting if setting == 'all' else f'{setting} a class'}",
+        )
         axes.set_xlabel("windows that miss a sensor, %", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:]))

@@ -48,7 +48,7 @@ def test_each_subset_is_as_likely_and_no_window_is_without_sensors():
     assert drawn.any(dim=1).all()
 
 
-def test_student_sees_drawn_subsets_and_teacher_sees_all(monkeypatch):
+def test_student_sees_drawn_subsets_and_teacher_sees_all():
     for arm in study.ARMS:
         windows, seen = few_labels(), {"student": [], "teacher": []}
         torch.manual_seed(1)
@@ -56,9 +56,7 @@ def test_student_sees_drawn_subsets_and_teacher_sees_all(monkeypatch):
         objective = study.objective_of(arm, model, full)
         model.register_forward_hook(lambda _m, inputs, _o, to=seen["student"]: to.append(inputs[1]))
         if arm.teacher:
-            objective.teacher.register_forward_hook(
-                lambda _m, inputs, _o, to=seen["teacher"]: to.append(inputs[1])
-            )
+            objective.teacher.register_forward_hook(lambda _m, inputs, _o, to=seen["teacher"]: to.append(inputs[1]))
         watch.train(model, objective, windows, steps=3)
         assert len(seen["student"]) == 3
         assert all(there.all() for there in seen["student"]) == (not arm.dropping)
@@ -98,7 +96,9 @@ def fake_results():
     """Nothing missing: full 80, dropping 70, taught 72 and 78; a sensor missing: 40 less without the accelerometer."""
     there = dict(zip((arm.name for arm in study.ARMS), (80.0, 70.0, 72.0, 78.0), strict=True))
     return [
-        study.Result(setting, name, seed, person, both + seed + person, both - 40 + seed + person, both - 20 + person)
+        study.Result(
+            setting, name, seed, person, both + seed + person, both - 40 + seed + person, both - 20 + seed + person
+        )
         for setting in study.LABELS
         for name, both in there.items()
         for seed in (-1, 0, 1)
@@ -148,21 +148,56 @@ def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp
 
 
 RESULTS = ROOT / "docs" / "results" / "missing_sensors.json"
+SHORT = (0, 2, 3, 5, 7, 8, 10)  # labels, trained with, at 0, 50 and 100 %, against dropping, won back
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_of_page_and_docstring_are_those_of_the_results():
     section = PAGE.split("## Missing sensors\n")[1].split("\n## ")[0]
     computed = study.lines(study.load_results(RESULTS))
-    for text, wanted in ((section, computed), (study.__doc__, study.short_lines(computed))):
+    for text, wanted in (
+        (section, computed),
+        (study.__doc__, [[row[i] for i in SHORT] for row in computed if row[1] == "either"]),
+    ):
         rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", text, re.MULTILINE)]
         assert [row for row in rows if row[0] in study.LABELS] == wanted
+
+
+def test_the_figures_that_page_and_docstring_name_are_in_the_results():
+    results = study.load_results(RESULTS)
+
+    def won(setting, arm):
+        cost, back, *_ = study.won_back(results, setting, arm, "either")
+        return f"wins back {back:.1f} of {cost:.1f}"
+
+    def beyond(setting):
+        *_, mean, half = study.won_back(results, setting, study.MOMENTUM, "either")
+        return f"({mean:+.1f} ± {half:.1f} beyond half of it"
+
+    def versus(setting, ours, theirs, missing="either", share=0.5, by="person"):
+        return study.interval(*(study.accuracy(results, setting, arm, missing, share, by) for arm in (ours, theirs)))
+
+    full, alone, frozen, ours = study.ARMS
+    few = ("20", ours, alone)
+    for text in (PAGE, study.__doc__):
+        said = " ".join(text.split())
+        for figure in (
+            f"{won('20', ours)} points at 50 % missing {beyond('20')}, paired by person)",
+            f"{versus(*few)} on dropping alone over people, {versus(*few, by='seed')} over seeds",
+            f"the accelerometer is missing from every window {versus(*few, 'accelerometer', 1.0)}, where the gyroscope is "
+            f"{versus(*few, 'gyroscope', 1.0)}, where nothing is {versus(*few, share=0.0)}.",
+            f"{won('20', frozen)}; the momentum teacher is {versus('20', ours, frozen)} beyond it over people, "
+            f"{versus('20', ours, frozen, by='seed')} over seeds",
+            f"{won('all', ours)} {beyond('all')}; {versus('all', ours, alone)} on dropping alone)",
+            f"is {versus('20', full, alone)} behind it with 20 labels, {versus('all', full, alone)} with all",
+        ):
+            assert figure in said, figure
 
 
 def test_results_are_of_all_people_and_ten_seeds_and_small():
     results = study.load_results(RESULTS)
     assert RESULTS.stat().st_size < 200_000
     for setting in study.LABELS:
-        for arm in study.ARMS:
+        for arm in study.ARMS if setting != "all" else study.MAIN:
             runs = [(one.seed, one.person) for one in results if (one.labels, one.arm) == (setting, arm.name)]
             assert sorted(runs) == [(seed, person) for seed in range(10) for person in range(10)]
