@@ -7,7 +7,6 @@ TODO
 """
 
 import argparse
-import copy
 import itertools
 import json
 from dataclasses import dataclass
@@ -44,15 +43,13 @@ class Arm:
     name: str
     colour: str
     dropping: bool = True  # a sensor of some windows, drawn anew at each step
-    teacher: str = ""  # who sees all sensors: "momentum" model of the student, or the "full" model, which stands still
+    teacher: bool = False  # a momentum model of the student, which sees both sensors
 
 
 FULL = Arm("both sensors", "#000000", dropping=False)
 DROPPING = Arm("dropping", "#0072B2")
-FROZEN = Arm("dropping, full model teaches", "#CC79A7", teacher="full")
-MOMENTUM = Arm("dropping, momentum teacher", "#D55E00", teacher="momentum")
-ARMS = (FULL, DROPPING, FROZEN, MOMENTUM)
-MAIN = (FULL, DROPPING, MOMENTUM)  # the other where labels are few
+TAUGHT = Arm("dropping, momentum teacher", "#D55E00", teacher=True)
+ARMS = (FULL, DROPPING, TAUGHT)
 
 
 class Model(nn.Module):
@@ -100,37 +97,28 @@ class Labels(watch.Labels):
 
 
 class Taught(nn.Module):
-    """Labels, and for every window, labelled or not, what a teacher says that sees both sensors."""
+    """Labels, and for every window, labelled or not, what the momentum model says that sees both sensors."""
 
-    def __init__(self, model: Model, full: Model | None) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.steps = 0
-        self.teacher = (
-            md.EMAWrapper(model, decay=lambda updates: min(DECAY, (1 + updates) / (10 + updates)))
-            if full is None
-            else copy.deepcopy(full).requires_grad_(False).eval()
-        )
+        self.teacher = md.EMAWrapper(model, decay=lambda updates: min(DECAY, (1 + updates) / (10 + updates)))
         self.response = md.ResponseDistillLoss(task="classification")
+        self.steps = 0
 
     def forward(self, model: Model, batch: Windows) -> Tensor:
         rows = len(batch.labels)
         student = model(batch, drawn_subsets(rows))
-        with torch.no_grad():
-            teacher = self.teacher(batch, all_sensors(rows))
+        teacher = self.teacher(batch, all_sensors(rows))
         ramp = min(1.0, (self.steps + 1) / RAMP)
         return watch.truth(student, batch.labels) + ramp * self.response(student, teacher)
 
     def update(self, model: Model) -> None:
         self.steps += 1
-        if isinstance(self.teacher, md.EMAWrapper):
-            self.teacher.update(model)
+        self.teacher.update(model)
 
 
-def objective_of(arm: Arm, model: Model, full: Model | None) -> Labels | Taught:
-    """`full`: a model trained with both sensors, for the arm that it teaches."""
-    if not arm.teacher:
-        return Labels(dropping=arm.dropping)
-    return Taught(model, full if arm.teacher == "full" else None)
+def objective_of(arm: Arm, model: Model) -> Labels | Taught:
+    return Taught(model) if arm.teacher else Labels(dropping=arm.dropping)
 
 
 class Result(NamedTuple):
@@ -157,32 +145,28 @@ def accuracies(model: Model, windows: Windows) -> dict[int, list[float]]:
     return {int(person): (100 * right[:, windows.people == person].mean(dim=1)).tolist() for person in people}
 
 
-def trained(arm: Arm, given: Windows, full: Model | None, *, seed: int, steps: int) -> Model:
-    """A model of an arm; every arm begins with the same weights."""
+def run(arm: Arm, given: Windows, test_set: Windows, *, seed: int, steps: int) -> dict[int, list[float]]:
+    """An arm for one fold, seed and number of labels; all begin with the same weights."""
     torch.manual_seed(seed)
     model = Model()
-    return watch.train(model, objective_of(arm, model, full), given, steps)
+    return accuracies(watch.train(model, objective_of(arm, model), given, steps), test_set)
 
 
 def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, steps: int, valid: bool) -> list[Result]:
+    """All runs of these. Each is written down when it ends; one that stands there already is not made again."""
     windows = watch.load()
     log = out / f"{'valid' if valid else 'test'}_{steps}_steps.jsonl"
     runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     done = {tuple(key): scored for key, scored in runs}
     for setting, seed, fold in itertools.product(settings, seeds, range(FOLDS)):
-        wanted = [arm for arm in arms if setting != "all" or arm in MAIN]
-        left = [arm for arm in wanted if (setting, arm.name, seed, fold) not in done]
+        left = [arm for arm in arms if (setting, arm.name, seed, fold) not in done]
         if not left:
             continue
         train_set, test_set = watch.split(windows, fold, valid=valid)
         given = train_set._replace(labels=watch.with_labels(train_set.labels, LABELS[setting], seed))
-        full = None
-        if FULL in left or any(arm.teacher == "full" for arm in left):
-            full = trained(FULL, given, None, seed=seed, steps=steps)
         for arm in left:
-            model = full if arm == FULL else trained(arm, given, full, seed=seed, steps=steps)
             key = (setting, arm.name, seed, fold)
-            done[key] = accuracies(model, test_set)
+            done[key] = run(arm, given, test_set, seed=seed, steps=steps)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([key, done[key]]) + "\n")
     return [
