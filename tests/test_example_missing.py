@@ -114,8 +114,8 @@ def test_accuracy_at_a_share_is_the_mean_of_windows_drawn_by_it():
         found = study.accuracy(results, "all", study.FULL, missing, 0.5, "person")
         for person, expected in zip((-1, 0, 1), found, strict=True):
             rows = {case: getattr(study.Result("", "", 0, 0, 80, 40, 60), case) + person for case in study.CASES}
-            drawn = [rows["both"] if rng.random() < 0.5 else rows[rng.choice(cases)] for _ in range(20_000)]
-            assert np.mean(drawn) == pytest.approx(expected, abs=0.6)
+            drawn = [rows["both"] if rng.random() < 0.5 else rows[rng.choice(cases)] for _ in range(4_000)]
+            assert np.mean(drawn) == pytest.approx(expected, abs=1.0)
 
 
 def test_what_is_won_back_is_of_the_cost_of_missing():
@@ -147,7 +147,7 @@ def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp
     assert (tmp_path / "missing_sensors.pdf").read_bytes().startswith(b"%PDF")
 
 
-SEEDS = 5
+SEEDS = 7
 RESULTS = ROOT / "docs" / "results" / "missing_sensors.json"
 SHORT = (0, 2, 3, 5, 7, 8, 10)  # labels, trained with, at 0, 50 and 100 %, against dropping, won back
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
