@@ -1,0 +1,202 @@
+"""The study of missing sensors: who sees what, the arms, the command at a tiny size, and the figures on the page."""
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import missing_sensors as study
+import watch
+from conftest import ROOT
+
+needs_recordings = pytest.mark.skipif(importlib.util.find_spec("seglearn") is None, reason="no seglearn")
+
+
+def few_labels():
+    """Windows of noise, of all exercises and two people; two of each exercise have a label."""
+    torch.manual_seed(0)
+    count = torch.arange(96)
+    labels = watch.with_labels(count % 7, 2, 0)
+    return watch.Windows(torch.randn(96, 3, 50), torch.randn(96, 3, 50), labels, count % 2)
+
+
+# Who sees what
+
+
+def test_what_a_missing_sensor_holds_changes_nothing_and_what_is_there_does():
+    windows, model = few_labels(), study.Model().eval()
+    for subset in study.SUBSETS:
+        there = subset.expand(96, 2)
+        logits = model(windows, there)
+        for name, known in zip(("strong", "weak"), subset.tolist(), strict=True):
+            for filling in (0.0, math.nan):
+                changed = windows._replace(**{name: torch.full_like(windows.strong, filling)})
+                assert torch.equal(model(changed, there), logits) == (not known)
+
+
+def test_each_subset_is_as_likely_and_no_window_is_without_sensors():
+    torch.manual_seed(0)
+    drawn = study.drawn_subsets(30_000)
+    shares = [(drawn == subset).all(dim=1).double().mean().item() for subset in study.SUBSETS]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
+    assert drawn.any(dim=1).all()
+
+
+def test_student_sees_drawn_subsets_and_teacher_both_sensors():
+    windows = few_labels()
+    for arm in study.ARMS:
+        torch.manual_seed(1)
+        model, seen = study.Model(), {"student": [], "teacher": []}
+        objective = study.objective_of(arm, model)
+        model.register_forward_hook(lambda _m, inputs, _o, to=seen["student"]: to.append(inputs[1]))
+        if arm.teacher:
+            objective.teacher.register_forward_hook(lambda _m, inputs, _o, to=seen["teacher"]: to.append(inputs[1]))
+        watch.train(model, objective, windows, steps=3)
+        assert len(seen["student"]) == 3
+        assert all(there.all() for there in seen["student"]) == (not arm.dropping)
+        assert len(seen["teacher"]) == (3 if arm.teacher else 0)
+        assert all(there.all() for there in seen["teacher"])
+
+
+def test_unlabelled_windows_are_distilled_and_have_no_part_without_teacher():
+    windows = few_labels()
+    unlabelled = windows.rows(windows.labels < 0)
+    for arm in study.ARMS:
+        torch.manual_seed(0)
+        model = study.Model()
+        study.objective_of(arm, model)(model, unlabelled).backward()
+        learned = sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
+        assert (learned > 0) == arm.teacher, arm
+
+
+def test_the_teacher_is_the_average_of_the_student():
+    windows = few_labels()
+    torch.manual_seed(0)
+    model = study.Model()
+    objective = study.Taught(model)
+    average = [p.detach().clone() for p in model.parameters()]
+    for updates in range(3):
+        watch.train(model, objective, windows, steps=1)
+        decay = min(study.DECAY, (1 + updates) / (10 + updates))
+        average = [decay * old + (1 - decay) * p.detach() for old, p in zip(average, model.parameters(), strict=True)]
+    for ours, theirs in zip(objective.teacher.parameters(), average, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# The figures
+
+
+def fake_results():
+    """Nothing missing: full 80, dropping 70, taught 78; a sensor missing: 40 less without the accelerometer."""
+    there = dict(zip((arm.name for arm in study.ARMS), (80.0, 70.0, 78.0), strict=True))
+    return [
+        study.Result(
+            setting, name, seed, person, both + seed + person, both - 40 + seed + person, both - 20 + seed + person
+        )
+        for setting in study.LABELS
+        for name, both in there.items()
+        for seed in (-1, 0, 1)
+        for person in (-1, 0, 1)
+    ]
+
+
+def test_accuracy_at_a_share_is_the_mean_of_windows_drawn_by_it():
+    """Against windows that are drawn: half of them miss a sensor."""
+    results = fake_results()
+    rng = np.random.default_rng(0)
+    for missing, cases in study.MISSING.items():
+        found = study.accuracy(results, "all", study.FULL, missing, 0.5, "person")
+        for person, expected in zip((-1, 0, 1), found, strict=True):
+            rows = {case: getattr(study.Result("", "", 0, 0, 80, 40, 60), case) + person for case in study.CASES}
+            drawn = [rows["both"] if rng.random() < 0.5 else rows[rng.choice(cases)] for _ in range(4_000)]
+            assert np.mean(drawn) == pytest.approx(expected, abs=1.0)
+
+
+def test_what_is_won_back_is_of_the_cost_of_missing():
+    results = fake_results()
+    cost, won, beyond, half = study.won_back(results, "20", study.TAUGHT, "either")
+    assert (cost, won) == pytest.approx((80 - (70 - 15), 8))
+    assert (beyond, half) == pytest.approx((8 - 25 / 2, 0))
+    rows = {tuple(row[:3]): row[3:] for row in study.lines(results)}
+    row = rows["20", "either", study.TAUGHT.name]
+    assert row[0] == "78.0 ± 1.0"
+    assert row[-3:] == ["+8.0 ± 0.0", "+8.0 ± 0.0", "8.0 of 25.0"]
+
+
+@needs_recordings
+def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp_path, capsys):
+    options = ["--seeds=2", "--steps=1", "--labels=20", f"--out={tmp_path}"]
+    first = ["--arms", study.FULL.name, study.DROPPING.name]
+    command = [sys.executable, str(ROOT / "examples" / "missing_sensors.py"), *options, *first]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    results = study.main([*options, "--format=pdf"])
+    for arms, said in ((study.ARMS[:2], printed), (study.ARMS, capsys.readouterr().out)):
+        assert all(arm.name in said for arm in arms)
+    logged = (tmp_path / "test_1_steps.jsonl").read_text().splitlines()
+    assert len({str(json.loads(line)[0]) for line in logged}) == len(logged) == 3 * 2 * watch.FOLDS  # none twice
+    read = study.load_results(tmp_path / "missing_sensors.json")
+    assert len(read) == len(results) == 3 * 2 * watch.PEOPLE
+    assert all(0 <= value <= 100 for result in read for value in result[4:])
+    assert (tmp_path / "missing_sensors.svg").stat().st_size > 5_000
+    assert (tmp_path / "missing_sensors.pdf").read_bytes().startswith(b"%PDF")
+
+
+SEEDS = 7
+RESULTS = ROOT / "docs" / "results" / "missing_sensors.json"
+SHORT = (0, 2, 3, 5, 7, 8, 10)  # labels, trained with, at 0, 50 and 100 %, against dropping, won back
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_page_and_docstring_are_those_of_the_results():
+    section = PAGE.split("## Missing sensors\n")[1].split("\n## ")[0]
+    computed = study.lines(study.load_results(RESULTS))
+    for text, wanted in (
+        (section, computed),
+        (study.__doc__, [[row[i] for i in SHORT] for row in computed if row[1] == "either"]),
+    ):
+        rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", text, re.MULTILINE)]
+        assert [row for row in rows if row[0] in study.LABELS] == wanted
+
+
+def test_the_figures_that_page_and_docstring_name_are_in_the_results():
+    results = study.load_results(RESULTS)
+
+    def won(setting, arm):
+        cost, back, *_ = study.won_back(results, setting, arm, "either")
+        return f"wins back {back:.1f} of {cost:.1f}"
+
+    def beyond(setting):
+        *_, mean, half = study.won_back(results, setting, study.TAUGHT, "either")
+        return f"({mean:+.1f} ± {half:.1f} beyond half of it"
+
+    def versus(setting, ours, theirs, missing="either", share=0.5, by="person"):
+        return study.interval(*(study.accuracy(results, setting, arm, missing, share, by) for arm in (ours, theirs)))
+
+    full, alone, ours = study.ARMS
+    few = ("20", ours, alone)
+    for text in (PAGE, study.__doc__):
+        said = " ".join(text.split())
+        for figure in (
+            f"{won('20', ours)} points at 50 % missing {beyond('20')}, paired by person)",
+            f"{versus(*few)} on dropping alone over people, {versus(*few, by='seed')} over seeds",
+            f"where the accelerometer is missing from every window {versus(*few, 'accelerometer', 1.0)}, "
+            f"where the gyroscope is {versus(*few, 'gyroscope', 1.0)}, where nothing is {versus(*few, share=0.0)}.",
+            f"{won('all', ours)} {beyond('all')}; {versus('all', ours, alone)} on dropping alone)",
+            f"by {versus('20', full, alone)} with 20 labels, by {versus('all', full, alone)} with all.",
+        ):
+            assert figure in said, figure
+
+
+def test_results_are_of_all_people_and_seeds_and_small():
+    results = study.load_results(RESULTS)
+    assert RESULTS.stat().st_size < 200_000
+    for setting in study.LABELS:
+        for arm in study.ARMS:
+            runs = [(one.seed, one.person) for one in results if (one.labels, one.arm) == (setting, arm.name)]
+            assert sorted(runs) == [(seed, person) for seed in range(SEEDS) for person in range(10)]
