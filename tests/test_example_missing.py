@@ -130,6 +130,7 @@ def test_what_is_won_back_is_of_the_cost_of_missing():
 
 
 @needs_recordings
+@pytest.mark.long
 def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp_path, capsys):
     options = ["--seeds=2", "--steps=1", "--labels=20", f"--out={tmp_path}"]
     first = ["--arms", study.FULL.name, study.DROPPING.name]

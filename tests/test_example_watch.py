@@ -187,6 +187,7 @@ def test_with_a_sensor_missing_accuracy_goes_from_the_fusion_to_the_other_sensor
 
 
 @needs_recordings
+@pytest.mark.long
 def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp_path, capsys):
     options = ["--seeds=2", "--steps=1", "--labels=5", f"--out={tmp_path}"]
     first = ["--arms", "labels", "plain distillation"]
