@@ -41,7 +41,6 @@ other seeds, in eight settings of two folds and two seeds. One choice matters fo
 
 import argparse
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +58,7 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 import watch
-from study_tools import paired_interval, read_results, summary, write_results
+from study_tools import FORMATS, RunLog, paired_interval, read_results, save_figure, summary, write_results
 from watch import CLASSES, FOLDS, WIDTH, Windows, scores
 
 STEPS = 400
@@ -188,23 +187,18 @@ def run(arm: Arm, given: Windows, test_set: Windows, *, seed: int, steps: int) -
 def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, steps: int, valid: bool) -> list[Result]:
     """All runs of these. Each is written down when it ends; one that stands there already is not made again."""
     windows = watch.load()
-    log = out / f"{'valid' if valid else 'test'}_{steps}_steps.jsonl"
-    runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    done = {tuple(key): scored for key, scored in runs}
+    log = RunLog(out / f"{'valid' if valid else 'test'}_{steps}_steps.jsonl")
     for setting, seed, fold in itertools.product(settings, seeds, range(FOLDS)):
-        left = [arm for arm in arms if (setting, arm.name, seed, fold) not in done]
+        left = [arm for arm in arms if (setting, arm.name, seed, fold) not in log]
         if not left:
             continue
         train_set, test_set = watch.split(windows, fold, valid=valid)
         given = train_set._replace(labels=watch.with_labels(train_set.labels, LABELS[setting], seed))
         for arm in left:
-            key = (setting, arm.name, seed, fold)
-            done[key] = run(arm, given, test_set, seed=seed, steps=steps)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, done[key]]) + "\n")
+            log.add((setting, arm.name, seed, fold), run(arm, given, test_set, seed=seed, steps=steps))
     return [
         Result(setting, arm, seed, int(person), *scored)
-        for (setting, arm, seed, _), people in sorted(done.items())
+        for (setting, arm, seed, _), people in log.items()
         for person, scored in people.items()
         if seed in seeds
     ]
@@ -276,7 +270,7 @@ def table_of(results: list[Result], title: str) -> Table:
 
 def plot(results: list[Result], path: Path) -> None:
     """Accuracy against the share of windows that miss a sensor, either at random; a panel for each number of labels."""
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "momentum-distill", "font.size": 10})
+    mpl.rcParams.update({"svg.fonttype": "none", "font.size": 10})
     settings = [name for name in LABELS if name in {result.labels for result in results}]
     figure, panels = plt.subplots(1, len(settings), figsize=(5.6 * len(settings), 4.2), layout="constrained")
     shares = np.array(SHARES)
@@ -297,8 +291,7 @@ def plot(results: list[Result], path: Path) -> None:
         axes.set_xlabel("windows that miss a sensor, %", loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines["bottom"].set_bounds(-4, 100)
-    figure.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:]))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def load_results(path: Path) -> list[Result]:
@@ -315,7 +308,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
     parser.add_argument("--out", type=Path, default=Path("runs/missing_sensors"))
-    parser.add_argument("--format", choices=["svg", "pdf", "png"], default="svg", help="of the figure")
+    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds: expected 2 or more, for a deviation")

@@ -29,7 +29,6 @@ validation rows of two other seeds for the batch alone; temperatures in the last
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -49,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import paired_interval, summary, write_results
+from study_tools import FORMATS, RunLog, paired_interval, save_figure, summary, write_results
 from two_views_digits import load_views
 from watch_data import load_windows
 
@@ -298,23 +297,16 @@ Results = dict[Setting, dict[str, list[float]]]  # by score, one number per seed
 
 def runs(data: str, path: Path, *, seeds: range, epochs: int, size: int) -> Iterator[tuple[Setting, dict[str, Any]]]:
     """Every setting with every seed. A run is a line of the file at `path`; those that it has are not trained again."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    done = [json.loads(line) for line in text.splitlines() if line.endswith("}}")]  # the last may have been cut off
-    known = {json.dumps(run["run"]): run for run in done}
-    with path.open("a", encoding="utf-8") as file:
-        if text and not text.endswith("\n"):
-            print(file=file)
-        for setting in grid(data):
-            for seed in seeds:
-                run = {**asdict(setting), "epochs": epochs, "train": size, "seed": seed}
-                key = json.dumps(run)
-                if key not in known:
-                    pieces = split(data, seed, size)
-                    pairs = with_wrong_pairs(pieces["train"], setting.wrong, seed)
-                    encoders = train(setting, pairs, epochs=epochs * setting.longer, seed=seed)
-                    known[key] = {"run": run, **{name: scores(encoders, pieces[name]) for name in ("valid", "test")}}
-                    print(json.dumps(known[key]), file=file, flush=True)
-                yield setting, known[key]
+    log = RunLog(path)
+    for setting in grid(data):
+        for seed in seeds:
+            key = {**asdict(setting), "epochs": epochs, "train": size, "seed": seed}
+            if key not in log:
+                pieces = split(data, seed, size)
+                pairs = with_wrong_pairs(pieces["train"], setting.wrong, seed)
+                encoders = train(setting, pairs, epochs=epochs * setting.longer, seed=seed)
+                log.add(key, {name: scores(encoders, pieces[name]) for name in ("valid", "test")})
+            yield setting, log[key]
 
 
 def collect(run_list: Iterable[tuple[Setting, dict[str, Any]]]) -> Results:
@@ -460,8 +452,7 @@ def plot(results: Results, data: list[str], path: Path) -> None:
     for axes, label in zip(rows[-1], PANELS, strict=True):
         axes.set_xlabel(label)
     write_labels(rows[0, 0])
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def write_labels(axes: plt.Axes) -> None:
@@ -480,7 +471,7 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--train", type=int, default=TRAIN, metavar="N", help="pairs to train with")
     parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="runs that are there are not repeated")
-    parser.add_argument("--format", choices=["svg", "pdf"], default="svg", help="of the figure")
+    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds: expected 2 or more, for a deviation")

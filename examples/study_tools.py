@@ -1,16 +1,19 @@
-"""What the studies among the examples share: intervals of paired differences, and results that can be read again."""
+"""What the studies among the examples share: paired intervals, runs that go on, and results and figures."""
 
 import json
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
 
 PACKAGES = ("torch", "numpy", "scikit-learn")
+FORMATS = ("svg", "pdf", "png")
 
 
 def paired_interval(values: ArrayLike, baseline: ArrayLike) -> tuple[float, float]:
@@ -24,6 +27,41 @@ def summary(values: ArrayLike) -> str:
     """Mean ± sample standard deviation, as in `46.7 ± 0.3`."""
     array = np.asarray(values, dtype=float)
     return f"{array.mean():.1f} ± {array.std(ddof=1):.1f}"
+
+
+class RunLog:
+    """Finished runs by what they are runs of, a line each in a file; what a killed one left of a line is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        path.write_text("".join(whole), encoding="utf-8")
+        self.runs = {json.dumps(key): found for key, found in map(json.loads, whole)}
+
+    def __contains__(self, key: Any) -> bool:
+        return json.dumps(key) in self.runs
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.runs[json.dumps(key)]
+
+    def add(self, key: Any, found: Any) -> None:
+        """Both as JSON holds them."""
+        self.runs[json.dumps(key)] = found
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([key, found]) + "\n")
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """In the order of the keys."""
+        return iter(sorted((json.loads(key), found) for key, found in self.runs.items()))
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """In the format that the name says, with the same bytes each time."""
+    with plt.rc_context({"svg.hashsalt": "momentum-distill"}):
+        dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        figure.savefig(path, dpi=150, metadata=dated.get(path.suffix))
+    plt.close(figure)
 
 
 def write_results(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -48,9 +48,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import paired_interval, write_results
+from study_tools import FORMATS, paired_interval, save_figure, write_results
 
-matplotlib.rcParams["svg.hashsalt"] = "two_views_digits"  # the same bytes each time
 CLASSES, WIDTH = 10, 32  # digits, features of a view
 TEST, TRAIN = 500, 1000  # rows; those left, 297, served to choose the settings of the arms
 FEW = 10  # labels per class in the second setting
@@ -309,8 +308,7 @@ def plot(results: list[Result], path: Path) -> None:
         axes.set_xticks(places, [f"{arm.name}\n{mean:.1f} ± {spread:.1f}" for arm, mean, spread in means])
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy of the weak view alone, %")
-    figure.savefig(path, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix])
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
@@ -322,7 +320,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
     parser.add_argument("--hard-attention", action="store_true", help="weigh the fusion term as the paper does")
     parser.add_argument("--out", type=Path, default=Path("runs/two_views_digits"))
-    parser.add_argument("--format", choices=("svg", "pdf"), default="svg", help="of the figure")
+    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds: expected 2 or more, for a deviation")

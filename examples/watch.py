@@ -43,7 +43,6 @@ person who is tested in one fold had a say in another.
 import argparse
 import copy
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -63,7 +62,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import paired_interval, read_results, summary, write_results
+from study_tools import FORMATS, RunLog, paired_interval, read_results, save_figure, summary, write_results
 from watch_data import load_windows
 
 CLASSES, PEOPLE, FOLDS = 7, 10, 5
@@ -413,7 +412,7 @@ def missing_curve(results: list[Result], setting: str, arm: str, shares: np.ndar
 
 def plot(results: list[Result], path: Path) -> None:
     """Left the gyroscope alone against the labels; right both sensors, of which more and more are missing."""
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "momentum-distill", "font.size": 10})
+    mpl.rcParams.update({"svg.fonttype": "none", "font.size": 10})
     figure, (alone, missing) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     settings = [name for name in SETTINGS if name in {result.labels for result in results}]
     shown = [arm for arm in MAIN if arm.name in {result.arm for result in results}]
@@ -438,8 +437,7 @@ def plot(results: list[Result], path: Path) -> None:
     missing.set_ylabel(f"accuracy %, labels: {few} a class")
     for axes in (alone, missing):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:]))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def label_ends(axes: plt.Axes, x: float, ends: list[tuple[float, Arm]], side: str) -> None:
@@ -459,12 +457,10 @@ def load_results(path: Path) -> list[Result]:
 def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, steps: int, valid: bool) -> list[Result]:
     """All runs of these. Each is written down when it ends; one that stands there already is not made again."""
     windows = load()
-    log = out / f"{'valid' if valid else 'test'}_{steps}_steps.jsonl"
-    runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    done = {tuple(key): scored for key, scored in runs}
+    log = RunLog(out / f"{'valid' if valid else 'test'}_{steps}_steps.jsonl")
     for setting, seed, fold in itertools.product(settings, seeds, range(FOLDS)):
         wanted = [arm for arm in arms if setting != "all" or arm in MAIN]
-        left = [arm for arm in wanted if (setting, arm.name, seed, fold) not in done]
+        left = [arm for arm in wanted if (setting, arm.name, seed, fold) not in log]
         if not left:
             continue
         train_set, test_set = split(windows, fold, valid=valid)
@@ -472,13 +468,10 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
         torch.manual_seed(seed)
         start = train(Model(), Labels(), given, steps)
         for arm in left:
-            key = (setting, arm.name, seed, fold)
-            done[key] = run(arm, start, given, test_set, seed=seed, steps=steps)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, done[key]]) + "\n")
+            log.add((setting, arm.name, seed, fold), run(arm, start, given, test_set, seed=seed, steps=steps))
     return [
         Result(setting, arm, seed, int(person), *scored)
-        for (setting, arm, seed, _), people in sorted(done.items())
+        for (setting, arm, seed, _), people in log.items()
         for person, scored in people.items()
         if seed in seeds
     ]
@@ -493,7 +486,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--steps", type=int, default=STEPS, help="with labels alone, and again in each arm")
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
     parser.add_argument("--out", type=Path, default=Path("runs/watch"))
-    parser.add_argument("--format", choices=["svg", "pdf", "png"], default="svg", help="of the figure")
+    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds: expected 2 or more, for a deviation")

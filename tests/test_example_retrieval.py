@@ -200,6 +200,20 @@ def test_scores_are_those_of_a_count_by_hand():
 # Reading and writing
 
 
+def test_a_log_of_runs_goes_on_behind_the_last_whole_line(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    log = study_tools.RunLog(path)
+    log.add(("b", 2), {"1": [0.5]})
+    log.add(("a", 1), 3)
+    path.write_text(path.read_text() + '[["c", 3], {"1"')
+    again = study_tools.RunLog(path)
+    assert list(again.items()) == [(["a", 1], 3), (["b", 2], {"1": [0.5]})]
+    assert ("a", 1) in again
+    assert ("c", 3) not in again
+    again.add(("c", 3), 4)
+    assert study_tools.RunLog(path)[("c", 3)] == 4
+
+
 def test_the_watch_has_its_windows():
     windows = watch_data.load_windows()
     assert windows.accelerometer.shape == windows.gyroscope.shape == (4677, 100, 3)
