@@ -305,6 +305,12 @@ def test_all_arms_are_run_into_folders_of_their_own_and_the_tables_are_the_paper
     assert second["no_queue"]["label"] == "w/o queue (did not train)"
     assert second["no_queue"]["mae_mean"] == ""
 
+    kept = json.loads((tmp_path / "ablation.json").read_text())["arms"]
+    assert list(kept) == [name for name in ARMS if name != "no_queue"]
+    assert [run["test"] for run in kept["no_cls"]["runs"]] == [run["test"] for run in results["runs"]]
+    assert kept["no_cls"]["minus_full"]["mae_over_utterances"]["high"] == expected.high
+    assert kept["full"]["minus_full"] == {}
+
     third = read(tmp_path / "table3.csv")
     assert [row["label"] for row in third] == ["i ≠ j", "cls_i ≠ cls_j"]
     assert (third[0]["acc2_has0_paper"], third[0]["mae_paper"], third[1]["mae_paper"]) == ("83.1", "", "0.705")

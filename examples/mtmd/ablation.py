@@ -10,7 +10,9 @@ be added by later calls, or by several at the same time, of which the last to en
 
 import argparse
 import dataclasses
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -260,8 +262,24 @@ def write_tables(
             meaning.append("cls_i ≠ cls_j has a balanced queue; that of i ≠ j knows no classes, so that it cannot.")
         console.print(write_table(third, out / "table3", title=title, against="MTMD", notes=[*meaning, *notes]))
         paths.append(out / "table3.md")
+    write_json(out / "ablation.json", rows, results, base.seeds)
     for path in paths:
         say(console, f"Table: {path} and .csv")
+
+
+def write_json(path: Path, rows: dict[str, Row], results: dict[str, dict[str, Any]], seeds: list[int]) -> None:
+    """What the tables are made of, numbers as they are: every arm's runs, and its differences to the full model."""
+    kept = ("seed", "test", "test_unimodal", "valid", "best_epoch", "precision")
+    arms = {}
+    for name, row in rows.items():
+        if name in results:
+            runs = [{key: run[key] for key in kept} for run in results[name]["runs"] if run["seed"] in seeds]
+            compared = {"mae_over_utterances": row.over_utterances, "mae_over_seeds": row.over_seeds}
+            differences = {kind: dataclasses.asdict(one) for kind, one in compared.items() if one is not None}
+            arms[name] = {"label": row.label, "runs": runs, "minus_full": differences}
+    one = next(iter(results.values()))
+    content = {"dataset": one["dataset"], "versions": one["versions"], "arms": arms}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def arm_row(base: Config, name: str, results: dict[str, dict[str, Any]], resamples: int) -> Row:
