@@ -1,0 +1,129 @@
+"""A callback for Lightning, `lightning` and `pytorch_lightning` alike."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
+
+from momentum_distill._ema import EMAWrapper
+from momentum_distill.integrations._following import NO_AVERAGE, Also, Following, Model, missing
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    # The two are the same code twice: the one that the user has imported, if any.
+    for _name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
+        try:
+            Callback = import_module(_name).Callback
+            break
+        except ModuleNotFoundError as error:
+            if error.name not in ("lightning", "lightning.pytorch", "pytorch_lightning"):
+                raise
+    else:
+        missing("lightning", "lightning")
+
+
+class EMACallback(Callback):
+    """A moving average of the module in training, or of a part of it, that follows the optimizer.
+
+    It moves after each step that an optimizer really makes: once however many batches are accumulated, under manual
+    optimization too, and not after a step that a gradient scaler skips. Of several optimizers it follows the last that
+    has parameters of what is averaged. The average is made when training starts, on the device of the model, and is
+    saved in Lightning's checkpoints, whose `state_dict` stays that of the model.
+
+    Args:
+        model: What is averaged: a module, or its name in the LightningModule. By default all of it.
+        ema: A ready average, or its name in the LightningModule, in place of a new one. It follows `model`, by default
+            the module that it was made of. As a part of the LightningModule it is saved with it, and once.
+        also: What else is updated after the step, as `MomentumFusionFactors` is: modules, or their names.
+        swap: Validate, test and predict with the averaged weights. The model gets its own back afterwards, bit for bit
+            and after an exception too, and a checkpoint that is saved meanwhile has its own. Before the first training
+            step there is no average; with `trainer.test(module, ckpt_path=...)` it is that of the checkpoint.
+        name: What it is saved as. Two callbacks of one trainer need two names.
+        **options: `decay` and the others of :class:`~momentum_distill.EMAWrapper`, for the new average.
+
+    Raises:
+        TypeError: If an argument has the wrong type or is unknown.
+        ValueError: If a number or choice is wrong; when training starts, if a name is none in the LightningModule, or
+            no optimizer has a parameter of what is averaged.
+        ImportError: With the module, if neither `lightning` nor `pytorch_lightning` is installed.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> ema = EMACallback(decay=0.999, swap=True)
+        >>> trainer = Trainer(callbacks=[ema], logger=False, accelerator="cpu")
+        >>> # trainer.fit(module), and then: ema.ema.copy_to(module)
+    """
+
+    def __init__(
+        self,
+        model: Model = None,
+        *,
+        ema: EMAWrapper | str | None = None,
+        also: Also = (),
+        swap: bool = False,
+        name: str = "ema",
+        **options: Any,
+    ) -> None:
+        self.name = name
+        self._following = Following(model, ema, also, options, swap=swap)
+
+    @property
+    def ema(self) -> EMAWrapper:
+        """The average, once training has begun."""
+        return self._following.average()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._following.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._following.load_state_dict(state_dict)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.begin(pl_module)
+        if trainer.ckpt_path and not (self._following.loaded or self._following.saved_with_model):
+            warnings.warn(NO_AVERAGE.format(trainer.ckpt_path), stacklevel=2)
+        self._following.watch(trainer.optimizers)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.stop()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._following.leave()
+        self._following.stop()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._following.enter(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.leave()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._following.swapped:
+            self._following.leave()
+            own = trainer.strategy.lightning_module_state_dict()
+            checkpoint["state_dict"] = tree_map_only(torch.Tensor, torch.clone, own)
+            self._following.enter(pl_module)
