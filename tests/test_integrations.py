@@ -1,9 +1,11 @@
 """Averages within Lightning, transformers and Accelerate, each framework run for a few steps."""
 
+import doctest
 import importlib
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import momentum_distill as md
+import test_public_api
 
 pytestmark = [
+    pytest.mark.xdist_group("integrations"),  # so that one process imports the frameworks
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning"),  # within Lightning
     pytest.mark.filterwarnings("ignore:Found .* in eval mode:UserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty:UserWarning"),
@@ -23,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
 
+FRAMEWORKS = ("lightning", "transformers", "accelerate")
 DECAY = 0.8
 ROWS, BATCH = 48, 4  # twelve batches in an epoch
 
@@ -441,12 +446,28 @@ def test_a_step_that_a_grad_scaler_skips_moves_no_average(fused):
 def test_no_framework_is_imported_before_it_is_asked_for():
     code = "import sys, momentum_distill, momentum_distill.integrations as i; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"'lightning'", "'pytorch_lightning'", "'transformers'", "'accelerate'"} & set(
-        done.stdout.strip(" []\n").split(", ")
-    )
+    assert "'momentum_distill.integrations'" in done.stdout
+    assert not any(f"'{name}'" in done.stdout for name in ("pytorch_lightning", *FRAMEWORKS))
 
 
-@pytest.mark.parametrize("framework", ["lightning", "transformers"])
+def modules() -> list[ModuleType]:
+    return [importlib.import_module(f"momentum_distill.integrations.{name}") for name in FRAMEWORKS]
+
+
+def test_names_and_arguments_are_those_that_were_promised():
+    pytest.importorskip("lightning")
+    pytest.importorskip("transformers")
+    pinned = [line for line in test_public_api.PINNED.read_text().splitlines() if ".integrations." in line]
+    assert test_public_api.found(modules()) == pinned
+    for module in modules():
+        examples = sum(len(each.examples) for each in doctest.DocTestFinder().find(module))
+        assert examples > 3
+        assert doctest.testmod(module) == (0, examples)
+        for public in (getattr(module, name) for name in module.__all__):
+            assert get_type_hints(public.__init__ if isinstance(public, type) else public)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_missing_framework_is_named_in_one_line(framework, monkeypatch):
     for name in [*sys.modules]:
         if name.partition(".")[0] in (framework, "pytorch_lightning") or name.endswith(f"integrations.{framework}"):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from momentum_distill._ema import EMAWrapper
-from momentum_distill.integrations._following import Also, Following
+from momentum_distill.integrations._following import Also, Following, missing
 
-if TYPE_CHECKING:
+try:
     from accelerate import Accelerator
+except ModuleNotFoundError as _error:
+    if _error.name != "accelerate":
+        raise
+    missing("accelerate", "accelerate")
+
+__all__ = ["add_ema"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,6 +50,7 @@ def add_ema(
     Raises:
         TypeError: If an argument has the wrong type or is unknown.
         ValueError: If a number or choice is wrong, or the optimizer has no parameter of the model.
+        ImportError: With the module, if `accelerate` is not installed.
 
     Example:
         >>> import torch

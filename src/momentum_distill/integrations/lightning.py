@@ -20,13 +20,16 @@ else:
     # The two are the same code twice: the one that the user has imported, if any.
     for _name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         try:
-            Callback = import_module(_name).Callback
+            _lightning = import_module(_name)
             break
         except ModuleNotFoundError as error:
             if error.name not in ("lightning", "lightning.pytorch", "pytorch_lightning"):
                 raise
     else:
         missing("lightning", "lightning")
+    Callback, LightningModule, Trainer = _lightning.Callback, _lightning.LightningModule, _lightning.Trainer
+
+__all__ = ["EMACallback"]
 
 
 class EMACallback(Callback):
@@ -117,8 +120,21 @@ class EMACallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._following.leave()
 
-    on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_validation_end
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.enter(pl_module)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.leave()
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.enter(pl_module)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.leave()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -16,10 +16,12 @@ try:
     from safetensors.torch import load_file, save_file
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-except ModuleNotFoundError as error:
-    if error.name not in ("safetensors", "transformers"):
+except ModuleNotFoundError as _error:
+    if _error.name not in ("safetensors", "transformers"):
         raise
     missing("transformers", "transformers")
+
+__all__ = ["EMACallback"]
 
 
 class EMACallback(TrainerCallback):
