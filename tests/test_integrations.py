@@ -1,5 +1,6 @@
 """Averages within Lightning, transformers and Accelerate, each framework run for a few steps."""
 
+import copy
 import doctest
 import importlib
 import subprocess
@@ -461,7 +462,7 @@ def test_names_and_arguments_are_those_that_were_promised():
     assert test_public_api.found(modules()) == pinned
     for module in modules():
         examples = sum(len(each.examples) for each in doctest.DocTestFinder().find(module))
-        assert examples > 3
+        assert examples >= 3
         assert doctest.testmod(module) == (0, examples)
         for public in (getattr(module, name) for name in module.__all__):
             assert get_type_hints(public.__init__ if isinstance(public, type) else public)
@@ -509,6 +510,8 @@ def test_bad_arguments_are_refused_at_once():
     for following, error, message in later:
         with pytest.raises(error, match=message):
             following.begin(net)
+    with pytest.raises(ValueError, match="model: expected the module that the average is of"):
+        Following(None, copy.deepcopy(ema), [], {}).begin(net)
     following = Following(None, None, [], {})
     following.begin(net)
     with pytest.raises(ValueError, match="optimizer: expected one that has parameters of the averaged model, got none"):

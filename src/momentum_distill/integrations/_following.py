@@ -64,10 +64,12 @@ class Following:
         """Find what is averaged in the model that is trained, and make the average where none is there."""
         if isinstance(self.given, str):
             self.ema = _find("ema", self.given, root, EMAWrapper)
-        if self.model is not None:
-            online = _find("model", self.model, root, nn.Module) if isinstance(self.model, str) else self.model
-        else:
-            online = (self.ema._online() if self.given is not None and self.ema is not None else None) or root
+        online = _find("model", self.model, root, nn.Module) if isinstance(self.model, str) else self.model
+        if online is None and self.given is not None and self.ema is not None:
+            online = self.ema._online()
+            if online is None:
+                wrong_value("model", "the module that the average is of, which a copied average does not know", "None")
+        online = online or root
         self._updated = [_find("also", each, root, Updates) if isinstance(each, str) else each for each in self.also]
         if self.ema is None or (self.given is None and online is not self.online):
             self.ema = EMAWrapper(online, **self.options)
