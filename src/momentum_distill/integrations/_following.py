@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,12 +19,8 @@ from momentum_distill._ema import EMAWrapper
 class Updates(Protocol):
     """What is updated after a step of the optimizer, as `MomentumFusionFactors` is."""
 
-    def update(self) -> None:
-        """Move."""
+    def update(self) -> None: ...
 
-
-Model: TypeAlias = nn.Module | str | None
-Also: TypeAlias = Sequence[Updates | str]
 
 NO_AVERAGE = "{} has no average to go on with: it begins anew as a copy of the model"
 OWN_WEIGHTS = "swap: expected a model that has an average, got a {} without: it is evaluated with its own weights"
@@ -35,42 +30,40 @@ class Following:
     """An average that moves after each step of an optimizer."""
 
     def __init__(
-        self, model: Model, ema: EMAWrapper | str | None, also: Also, options: Mapping[str, Any], *, swap: bool = False
+        self,
+        model: nn.Module | None,
+        ema: EMAWrapper | None,
+        also: Sequence[Updates],
+        options: Mapping[str, Any],
+        *,
+        swap: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module | str | None):
-            wrong_type("model", "a torch.nn.Module, the name of one or None", describe(model))
-        if not isinstance(ema, EMAWrapper | str | None):
-            wrong_type("ema", "an EMAWrapper, the name of one or None", describe(ema))
-        if isinstance(also, str) or not isinstance(also, Sequence):
-            wrong_type("also", "a sequence of modules with update()", describe(also))
-        for each in also:
-            _check_updates(each)
+        if not isinstance(model, nn.Module | None):
+            wrong_type("model", "a torch.nn.Module or None", describe(model))
+        if not isinstance(ema, EMAWrapper | None):
+            wrong_type("ema", "an EMAWrapper or None", describe(ema))
+        if not isinstance(also, Sequence) or any(isinstance(o, EMAWrapper) or not isinstance(o, Updates) for o in also):
+            wrong_type("also", "a sequence of what has an update() without arguments", describe(also))
         if ema is not None and options:
             wrong_value("ema", f"None where {', '.join(options)} is given for a new one", describe(ema))
         check_bool("swap", swap)
-        _check_options(options)
-        self.model, self.also, self.options, self.swap = model, also, options, swap
-        self.given = ema
-        self.ema = ema if isinstance(ema, EMAWrapper) else None
+        fitted = ("device", "teacher", "buffers")  # looked at with the model; the others are refused at once
+        EMAWrapper(nn.LayerNorm(1), **{name: value for name, value in options.items() if name not in fitted})
+        self.model, self.given, self.also, self.options, self.swap = model, ema, also, options, swap
+        self.ema = ema
         self.online: nn.Module | None = None
-        self.saved_with_model = False  # a part of the model that the framework saves
+        self.saved_with_model = False  # as a part of it
         self.loaded = False
-        self._updated: list[Updates] = []
         self._state: Mapping[str, Any] | None = None  # loaded before there is an average
         self._handle: Any = None
         self._swapped = ExitStack()
 
-    def begin(self, root: nn.Module) -> None:
+    def begin(self, root: nn.Module) -> EMAWrapper:
         """Find what is averaged in the model that is trained, and make the average where none is there."""
-        if isinstance(self.given, str):
-            self.ema = _find("ema", self.given, root, EMAWrapper)
-        online = _find("model", self.model, root, nn.Module) if isinstance(self.model, str) else self.model
-        if online is None and self.given is not None and self.ema is not None:
-            online = self.ema._online()
-            if online is None:
-                wrong_value("model", "the module that the average is of, which a copied average does not know", "None")
-        online = online or root
-        self._updated = [_find("also", each, root, Updates) if isinstance(each, str) else each for each in self.also]
+        online = self.model or (root if self.given is None else self.given._online())
+        if all(module is not online for module in root.modules()):
+            wrong_value("model", f"the {type(root).__name__} in training, or a part of it", describe(online))
+        assert online is not None
         if self.ema is None or (self.given is None and online is not self.online):
             self.ema = EMAWrapper(online, **self.options)
         self.online = online
@@ -78,43 +71,38 @@ class Following:
         if self._state is not None:
             self.ema.load_state_dict(self._state)
             self._state = None
+        return self.ema
 
     def watch(self, optimizers: Iterable[Any]) -> None:
         """Move the average after each step of the last optimizer that trains a part of what it averages."""
-        if self._handle is not None:
-            self.stop()
+        self.stop()
         assert self.online is not None
         trained = set(map(id, self.online.parameters()))
         owners = []
         for optimizer in optimizers:
-            while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
-                optimizer = optimizer.optimizer  # of Accelerate's wrapper
-            if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-                wrong_type("optimizer", "a torch.optim.Optimizer", describe(optimizer))
-            if any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
-                owners.append(optimizer)
+            plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+            if not isinstance(plain, Optimizer):
+                wrong_type("optimizer", "a torch.optim.Optimizer", describe(plain))
+            if any(id(parameter) in trained for group in plain.param_groups for parameter in group["params"]):
+                owners.append(plain)
         if not owners:
             wrong_value("optimizer", "one that has parameters of the averaged model", "none")
         self._handle = owners[-1].register_step_post_hook(self._follow)
 
     def stop(self) -> None:
         """Move the average no more."""
-        self.loaded = False
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def _follow(self, optimizer: Optimizer, *_: object) -> None:
         # A GradScaler does not call the step that it skips. Only a fused optimizer is called, and told.
-        skipped = getattr(optimizer, "found_inf", None)
-        if skipped is None or not bool(skipped):
+        if not bool(getattr(optimizer, "found_inf", False)):
             assert self.ema is not None
             assert self.online is not None
             self.ema.update(self.online)
-            for each in self._updated:
+            for each in self.also:
                 each.update()
-
-    # ---------------------------------------------------------------------------------------------- evaluation
 
     @property
     def swapped(self) -> bool:
@@ -122,34 +110,22 @@ class Following:
         return self.ema is not None and self.ema._swapped
 
     def enter(self, root: nn.Module) -> None:
-        """Let the model carry the average, where there is one and that is asked for."""
-        if self.swap and self._state is not None:
-            self.begin(root)
+        """Let the model carry the average, if that is asked for and there is one."""
         if not self.swap or self.swapped:
             return
-        if self.ema is None or self.online is None or all(module is not self.online for module in root.modules()):
+        if self._state is not None:
+            self.begin(root)
+        if self.ema is None or all(module is not self.online for module in root.modules()):
             warnings.warn(OWN_WEIGHTS.format(type(root).__name__), stacklevel=2)
             return
-        with torch.inference_mode(False):  # the model's tensors are to be those of a training afterwards
+        assert self.online is not None
+        with torch.inference_mode(False):  # what is copied back is to be fit for training
             self._swapped.enter_context(self.ema.swap(self.online))
 
     def leave(self) -> None:
         """Give the model its own weights back."""
         with torch.inference_mode(False):
             self._swapped.close()
-
-    @contextmanager
-    def averaged(self, root: nn.Module) -> Iterator[None]:
-        """Evaluate with the average inside the context; the model's own weights come back after an exception too."""
-        outermost = not self.swapped
-        self.enter(root)
-        try:
-            yield
-        finally:
-            if outermost:
-                self.leave()
-
-    # --------------------------------------------------------------------------------------------------- state
 
     def average(self) -> EMAWrapper:
         """The average, once training has begun."""
@@ -172,38 +148,11 @@ class Following:
             self.ema.load_state_dict(state)
 
 
-def missing(framework: str, package: str) -> NoReturn:
+def missing(error: ModuleNotFoundError, framework: str, *packages: str) -> NoReturn:
     """The line for who has not installed a framework."""
+    if error.name is None or error.name.partition(".")[0] not in packages:
+        raise error
+    package = packages[0]
     raise ImportError(
         f"momentum_distill.integrations.{framework}: expected the package {package}, got none: pip install {package}"
     ) from None
-
-
-def _check_updates(each: object) -> None:
-    if isinstance(each, str):
-        return
-    if isinstance(each, EMAWrapper) or not isinstance(each, Updates):
-        wrong_type("also", "modules whose update() takes no argument, or names of them", describe(each))
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse at once what `EMAWrapper` refuses, though there is no model yet."""
-    inspect.signature(EMAWrapper).bind(None, **options)
-    # Where the average lives, and what has to fit the model, is looked at with the model.
-    later = (
-        ("device", "teacher", "buffers")
-        if not isinstance(options.get("buffers", "copy"), str)
-        else ("device", "teacher")
-    )
-    EMAWrapper(nn.LayerNorm(1), **{name: value for name, value in options.items() if name not in later})
-
-
-def _find(argument: str, name: str, root: nn.Module, kind: Any) -> Any:
-    """The part of the model that has the name."""
-    try:
-        found = root.get_submodule(name)
-    except AttributeError:
-        wrong_value(argument, f"the name of a module of {type(root).__name__}", repr(name))
-    if not isinstance(found, kind):
-        wrong_type(argument, f"the name of a {kind.__name__}", f"{name!r}, a {type(found).__name__}")
-    return found

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from momentum_distill._ema import EMAWrapper
-from momentum_distill.integrations._following import Also, Following, missing
+from momentum_distill.integrations._following import Following, Updates, missing
 
 try:
     from accelerate import Accelerator
 except ModuleNotFoundError as _error:
-    if _error.name != "accelerate":
-        raise
-    missing("accelerate", "accelerate")
+    missing(_error, "accelerate", "accelerate")
 
 __all__ = ["add_ema"]
 
@@ -27,7 +26,7 @@ def add_ema(
     optimizer: Any,
     *,
     ema: EMAWrapper[M] | None = None,
-    also: Also = (),
+    also: Sequence[Updates] = (),
     **options: Any,
 ) -> EMAWrapper[M]:
     """A moving average of the model that follows the optimizer, and is saved and loaded with the accelerator's state.
@@ -41,7 +40,7 @@ def add_ema(
         model: What is averaged: the prepared model, or a part of it.
         optimizer: The prepared optimizer, or the one of torch within.
         ema: A ready average in place of a new one. As a part of a prepared model it is saved with it, and once.
-        also: What else is updated after the step, as `MomentumFusionFactors` is: modules.
+        also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
         **options: `decay` and the others of :class:`~momentum_distill.EMAWrapper`, for the new average.
 
     Returns:
@@ -65,9 +64,8 @@ def add_ema(
         1
     """
     following = Following(model, ema, also, options)
-    following.begin(model)
+    average: EMAWrapper[Any] = following.begin(model)
     following.watch([optimizer])
-    average: EMAWrapper[Any] = following.average()
     if all(module is not average for prepared in accelerator._models for module in prepared.modules()):
         accelerator.register_for_checkpointing(average)
     return average

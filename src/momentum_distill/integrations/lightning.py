@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from momentum_distill._ema import EMAWrapper
-from momentum_distill.integrations._following import NO_AVERAGE, Also, Following, Model, missing
+from momentum_distill.integrations._following import NO_AVERAGE, Following, Updates, missing
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    # The two are the same code twice: the one that the user has imported, if any.
-    for _name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
-        try:
-            _lightning = import_module(_name)
-            break
-        except ModuleNotFoundError as error:
-            if error.name not in ("lightning", "lightning.pytorch", "pytorch_lightning"):
-                raise
-    else:
-        missing("lightning", "lightning")
+    # The two are the same code twice: that which the user has imported, else that which is installed.
+    _names = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch_lightning"}
+    _found = [name for name in _names if name in sys.modules] + [name for name in _names if find_spec(_names[name])]
+    try:
+        _lightning = import_module([*_found, "lightning.pytorch"][0])
+    except ModuleNotFoundError as _error:
+        missing(_error, "lightning", "lightning", "pytorch_lightning")
     Callback, LightningModule, Trainer = _lightning.Callback, _lightning.LightningModule, _lightning.Trainer
 
 __all__ = ["EMACallback"]
@@ -41,10 +41,10 @@ class EMACallback(Callback):
     saved in Lightning's checkpoints, whose `state_dict` stays that of the model.
 
     Args:
-        model: What is averaged: a module, or its name in the LightningModule. By default all of it.
-        ema: A ready average, or its name in the LightningModule, in place of a new one. It follows `model`, by default
-            the module that it was made of. As a part of the LightningModule it is saved with it, and once.
-        also: What else is updated after the step, as `MomentumFusionFactors` is: modules, or their names.
+        model: What is averaged: the LightningModule (default) or a part of it.
+        ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
+            LightningModule it is saved with it, and once.
+        also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
         swap: Validate, test and predict with the averaged weights. The model gets its own back afterwards, bit for bit
             and after an exception too, and a checkpoint that is saved meanwhile has its own. Before the first training
             step there is no average; with `trainer.test(module, ckpt_path=...)` it is that of the checkpoint.
@@ -53,8 +53,8 @@ class EMACallback(Callback):
 
     Raises:
         TypeError: If an argument has the wrong type or is unknown.
-        ValueError: If a number or choice is wrong; when training starts, if a name is none in the LightningModule, or
-            no optimizer has a parameter of what is averaged.
+        ValueError: If a number or choice is wrong; when training starts, if `model` is no part of the LightningModule,
+            or no optimizer has a parameter of it.
         ImportError: With the module, if neither `lightning` nor `pytorch_lightning` is installed.
 
     Example:
@@ -66,10 +66,10 @@ class EMACallback(Callback):
 
     def __init__(
         self,
-        model: Model = None,
+        model: nn.Module | None = None,
         *,
-        ema: EMAWrapper | str | None = None,
-        also: Also = (),
+        ema: EMAWrapper | None = None,
+        also: Sequence[Updates] = (),
         swap: bool = False,
         name: str = "ema",
         **options: Any,

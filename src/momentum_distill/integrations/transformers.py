@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from typing_extensions import override
 
 from momentum_distill._ema import EMAWrapper
-from momentum_distill.integrations._following import NO_AVERAGE, Also, Following, Model, missing
+from momentum_distill.integrations._following import NO_AVERAGE, Following, Updates, missing
 
 try:
     from safetensors.torch import load_file, save_file
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 except ModuleNotFoundError as _error:
-    if _error.name not in ("safetensors", "transformers"):
-        raise
-    missing("transformers", "transformers")
+    missing(_error, "transformers", "transformers", "safetensors")
 
 __all__ = ["EMACallback"]
 
@@ -34,10 +34,10 @@ class EMACallback(TrainerCallback):
 
     Args:
         trainer: The Trainer, which has to get the callback: `trainer.add_callback(EMACallback(trainer))`.
-        model: What is averaged: a module, or its name in the model of the Trainer. By default all of it.
-        ema: A ready average, or its name in the model, in place of a new one. It follows `model`, by default the module
-            that it was made of. As a part of the model it is saved with it, and once.
-        also: What else is updated after the step, as `MomentumFusionFactors` is: modules, or their names.
+        model: What is averaged: the Trainer's model (default) or a part of it.
+        ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
+            Trainer's model it is saved with it, and once.
+        also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
         swap: Evaluate and predict with the averaged weights, within training and after it. The model gets its own back
             afterwards, bit for bit and after an exception too. Before training there is no average.
         name: What it is saved as, `<name>.safetensors`. Two callbacks of one Trainer need two names.
@@ -45,7 +45,7 @@ class EMACallback(TrainerCallback):
 
     Raises:
         TypeError: If an argument has the wrong type or is unknown.
-        ValueError: If a number or choice is wrong; when training starts, if a name is none in the model.
+        ValueError: If a number or choice is wrong; when training starts, if `model` is no part of the Trainer's.
         RuntimeError: When training starts, if the Trainer did not get the callback.
         ImportError: With the module, if `transformers` is not installed.
 
@@ -61,10 +61,10 @@ class EMACallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        model: Model = None,
+        model: nn.Module | None = None,
         *,
-        ema: EMAWrapper | str | None = None,
-        also: Also = (),
+        ema: EMAWrapper | None = None,
+        also: Sequence[Updates] = (),
         swap: bool = False,
         name: str = "ema",
         **options: Any,
@@ -91,8 +91,11 @@ class EMACallback(TrainerCallback):
 
         @wraps(evaluation_loop)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            with self._following.averaged(self._trainer.model):
+            self._following.enter(self._trainer.model)
+            try:
                 return evaluation_loop(*args, **kwargs)
+            finally:
+                self._following.leave()
 
         trainer.train, trainer.evaluation_loop = follow, evaluate  # type: ignore[method-assign]
 
