@@ -10,6 +10,7 @@ from pathlib import Path
 
 import test_bad_inputs
 import test_distributed_blocks
+import test_integrations
 import test_public_api
 from ranks import Ranks
 
@@ -19,7 +20,8 @@ def pin(path: Path, messages: dict[str, str]) -> None:
 
 
 def main() -> None:
-    test_public_api.PINNED.write_text("\n".join(test_public_api.found()) + "\n", encoding="utf-8")
+    names = [*test_public_api.found(), *test_public_api.found(test_integrations.modules())]
+    test_public_api.PINNED.write_text("\n".join(names) + "\n", encoding="utf-8")
     pin(test_bad_inputs.MESSAGES, test_bad_inputs.messages())
     ranks = Ranks()
     pin(test_distributed_blocks.MESSAGES, test_distributed_blocks.messages(ranks))

@@ -892,3 +892,19 @@ def test_every_tensor_of_any_module_tree_follows_its_own_closed_form(tree, buffe
     for name, value in expected.items():
         atol = 1e-12 if actual[name].dtype == torch.float64 else 1e-5
         torch.testing.assert_close(actual[name].detach().double(), value, rtol=0, atol=atol)
+
+
+def test_the_type_of_the_model_can_be_named_and_changes_nothing():
+    import typed_average  # what type checkers are asked there is true at run time
+
+    model = Scalar(1.0)
+    for make in (md.EMAWrapper, md.EMAWrapper[Scalar]):
+        ema = make(model, decay=0.5)
+        assert type(ema) is md.EMAWrapper
+        assert isinstance(ema, md.EMAWrapper)
+        assert ema.state_dict().keys() == {"module.weight", "_extra_state"}
+        for again in (ema, copy.deepcopy(ema), pickle.loads(pickle.dumps(ema))):
+            assert torch.equal(again(torch.ones(3)), torch.ones(3))
+            again.update(Scalar(0.0))
+            assert torch.equal(again.module.weight, torch.full((3,), 0.5))
+    assert isinstance(typed_average.named, md.EMAWrapper)

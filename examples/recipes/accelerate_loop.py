@@ -6,7 +6,7 @@
 
 Takes a few seconds and ends with the accuracy of the weak view alone, about 63 % (chance: 33), and the state of the
 blocks. `save_state` has the task, the optimizer and the random numbers; the number of the step is registered beside
-them.
+them. A model without an average inside gets one by `momentum_distill.integrations.accelerate.add_ema`.
 """
 
 import argparse

@@ -7,7 +7,8 @@
 Takes a few seconds and ends with the accuracy of the weak view alone, about 63 % (chance: 33), and the state of the
 blocks. Lightning's checkpoint has the task and the optimizer. What it leaves out, random numbers and the place in an
 epoch, is added here, so that a resumed run ends with the same bits. Lightning remarks that modules are in eval mode:
-the averaged ones, and they are to be.
+the averaged ones, and they are to be. A model without an average inside gets one by a callback:
+`momentum_distill.integrations.lightning.EMACallback`.
 """
 
 import argparse

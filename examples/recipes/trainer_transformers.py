@@ -7,7 +7,8 @@
 Takes a few seconds and ends with the accuracy of the weak view alone, about 62 % (chance: 33; the Trainer orders the
 rows otherwise than the other recipes), and the state of the blocks. The optimizer is given: that of the Trainer puts
 the temperature and the fusion factors, which are neither biases nor norms to it, among what weight decay shrinks, and
-nobody would move the averages.
+nobody would move the averages. A model without an average inside gets one by a callback:
+`momentum_distill.integrations.transformers.EMACallback`.
 """
 
 import argparse

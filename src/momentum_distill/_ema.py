@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from typing_extensions import override
+from typing_extensions import ParamSpec, TypeVar, override
 
 from momentum_distill._checks import (
     check_choice,
@@ -33,8 +33,18 @@ Decay: TypeAlias = float | Callable[[int], float]
 
 BUFFERS = ("copy", "ema", "frozen")
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True, default=nn.Module)
 
-class EMAWrapper(WideModule):
+
+class HasForward(Protocol[P, R_co]):
+    """A model, to a type checker: what a call of it takes and returns."""
+
+    def forward(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class EMAWrapper(WideModule, Generic[M_co]):
     r"""An exponential moving average of a module: the momentum model (Eq. 6). Buffers are copied by default.
 
     $$\theta_{ema} \leftarrow \eta\,\theta_{ema} + (1-\eta)\,\theta_{online}$$
@@ -46,6 +56,9 @@ class EMAWrapper(WideModule):
 
     Parameters that cannot be averaged and require no gradient, as those of a quantised base, are shared with `model`
     and taken anew at the first update after a change. Buffers may change in any way between updates, as caches do.
+
+    Generic in the type of the model: to a type checker `module` is an `Encoder` in an `EMAWrapper[Encoder]`, and a call
+    takes and returns what `Encoder.forward` does.
 
     An average that is called 500 times in training and never updated warns once. A training is where gradients are
     enabled and `model` is in training mode, or where `model` has changed since the last call.
@@ -100,12 +113,20 @@ class EMAWrapper(WideModule):
         text means the old average: `docs/paper_map.md`.
     """
 
-    module: nn.Module
+    module: M_co
     """The averaged module."""
+
+    if TYPE_CHECKING:
+
+        def __call__(  # `HasForward` is no nn.Module, and need not be one for the types to be found
+            self: EMAWrapper[HasForward[P, R_co]],  # type: ignore[type-var] # pyright: ignore[reportInvalidTypeArguments]
+            *args: P.args,
+            **kwargs: P.kwargs,
+        ) -> R_co: ...
 
     def __init__(
         self,
-        model: nn.Module,
+        model: M_co,
         *,
         decay: Decay = 0.995,
         buffers: Buffers = "copy",
@@ -139,6 +160,7 @@ class EMAWrapper(WideModule):
             self._watch.stop()
         check_device_name(device)
         self.dtype = dtype
+        average: Any
         if teacher is None:
             name, average = "model", deepcopy(model, hooks)
         else:
@@ -346,7 +368,7 @@ class EMAWrapper(WideModule):
         require_in_sync(find_ranks(group), {**whole, "number of updates": torch.tensor(self._step)}, what="EMAWrapper")
 
     @override
-    def train(self, mode: bool = True) -> EMAWrapper:
+    def train(self, mode: bool = True) -> EMAWrapper[M_co]:
         """Keep the averaged module in `mode`, whatever a parent's `.train()` or `.eval()` asks for."""
         del mode
         keep = self.mode == "train"
