@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import missing_modalities as synthetic
 import missing_sensors as study
 import watch
 from conftest import ROOT
@@ -201,3 +202,80 @@ def test_results_are_of_all_people_and_seeds_and_small():
         for arm in study.ARMS:
             runs = [(one.seed, one.person) for one in results if (one.labels, one.arm) == (setting, arm.name)]
             assert sorted(runs) == [(seed, person) for seed in range(SEEDS) for person in range(10)]
+
+
+# The same where the answer is known
+
+
+def made_samples():
+    """Noise of 64 samples, of which every fourth has no score and every fifth no audio; vision ends early."""
+    torch.manual_seed(0)
+    steps = {name: torch.randn(64, 9, width) for name, width in synthetic.WIDTHS.items()}
+    lengths = torch.tensor([9, 9, 4]).repeat(64, 1)
+    lengths[::5, 1] = 0
+    scores = torch.randn(64)
+    scores[::4] = math.nan
+    return synthetic.Samples(steps, lengths, scores)
+
+
+def test_no_score_depends_on_what_is_missing_or_beyond_the_end():
+    samples, model = made_samples(), synthetic.Model().eval()
+    for case, subset in zip(synthetic.CASES, synthetic.SUBSETS, strict=True):
+        seen = subset.expand(64, 3)
+        scores = model(samples, seen)
+        for place, name in enumerate(synthetic.MODALITIES):
+            steps = samples.steps[name].clone()
+            hidden = ~seen[:, [place]] | (torch.arange(9) >= samples.lengths[:, [place]])
+            steps[hidden] = 7.0
+            assert torch.equal(model(samples._replace(steps={**samples.steps, name: steps}), seen), scores)
+            steps[:, 0] = 9.0
+            changed = model(samples._replace(steps={**samples.steps, name: steps}), seen) != scores
+            assert changed.any() == (case != f"no_{name}")
+
+
+def test_the_synthetic_arms_see_what_they_say():
+    samples = made_samples()
+    known = ~samples.scores.isnan()
+    for arm in synthetic.ARMS:
+        seen = {"student": [], "teacher": []}
+
+        class Watched(synthetic.Model):
+            def forward(self, batch, subset, seen=seen):
+                seen["student" if torch.is_grad_enabled() else "teacher"].append((batch.scores, subset))
+                return super().forward(batch, subset)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(synthetic, "Model", Watched)
+            synthetic.train(arm, samples, seed=0, steps=3)
+        assert all(subset.all() for _, subset in seen["student"]) == (not arm.dropping)
+        assert len(seen["teacher"]) == (3 if arm.teacher else 0)
+        assert all(subset.all() for _, subset in seen["teacher"])
+        assert any(scores.isnan().any() for scores, _ in seen["student"]) == arm.teacher
+    said = torch.zeros(64)
+    assert synthetic.error(said, samples.scores) == pytest.approx(float(samples.scores[known].abs().mean()))
+
+
+def test_the_synthetic_study_runs_as_a_command_and_goes_on(tmp_path, capsys):
+    options = ["--seeds=2", "--steps=2", f"--out={tmp_path}"]
+    command = [sys.executable, str(ROOT / "examples" / "missing_modalities.py"), *options]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    logged = (tmp_path / "test_2_steps.jsonl").read_text()
+    results = synthetic.main(options)
+    assert (tmp_path / "test_2_steps.jsonl").read_text() == logged
+    assert all(arm.name in said for arm in synthetic.ARMS for said in (printed, capsys.readouterr().out + printed))
+    read = synthetic.load_results(tmp_path / "missing_modalities.json")
+    assert [one[:3] for one in read] == [one[:3] for one in results]
+    assert len(read) == 2 * 2 * len(synthetic.ARMS)
+
+
+def test_the_synthetic_table_of_the_page_is_that_of_the_results():
+    results = synthetic.load_results(ROOT / "docs" / "results" / "missing_modalities.json")
+    assert {(one.labels, one.arm, one.seed) for one in results} == {
+        (labels, arm.name, seed) for labels in synthetic.LABELS for arm in synthetic.ARMS for seed in range(SEEDS)
+    }
+    section = PAGE.split("### On the synthetic set\n")[1].split("\n## ")[0]
+    rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)]
+    assert [row for row in rows if row[0] in synthetic.LABELS] == synthetic.lines(results)
+    for setting in synthetic.LABELS:
+        cost, won = synthetic.won_back(results, setting, "any")
+        assert f"{won:.3f} of {cost:.3f}" in " ".join(section.split("|\n\n")[-1].split())

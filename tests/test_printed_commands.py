@@ -51,6 +51,7 @@ NOT_RUN = {
 LONG = {
     "python examples/quickstart.py": "test_examples_small.py",
     "python examples/image_text_streams.py": "test_examples_small.py",
+    "python examples/missing_modalities.py": "test_example_missing.py",
     "python examples/missing_sensors.py": "test_example_missing.py",
     "python examples/retrieval.py": "test_example_retrieval.py",
     "python examples/two_views_digits.py": "test_examples_small.py",
@@ -83,6 +84,7 @@ ADDED = {
     "report": "--resamples 20",
     "examples/quickstart.py": "--epochs 1",
     "examples/image_text_streams.py": "--epochs 1",
+    "examples/missing_modalities.py": "--seeds 2 --steps 1",
     "examples/missing_sensors.py": "--seeds 2 --steps 1 --labels 20",
     "examples/retrieval.py": "--seeds 2 --epochs 1 --train 32",
     "examples/two_views_digits.py": "--seeds 2 --epochs 1",
