@@ -120,7 +120,9 @@ def test_paper_map_mentions_every_public_name(paper_map, name):
 TORCHRUN = ("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint")
 
 
-@pytest.mark.parametrize("module", [md.functional, md.diagnostics], ids=["functional", "diagnostics"])
+@pytest.mark.parametrize(
+    "module", [md.functional, md.diagnostics, md.schedules], ids=["functional", "diagnostics", "schedules"]
+)
 @every_page
 def test_functions_that_the_pages_name_exist(page, module):
     short = module.__name__.rpartition(".")[2]

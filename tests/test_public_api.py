@@ -35,7 +35,7 @@ def arguments(function: object) -> str:
 def found() -> list[str]:
     """A line for each name."""
     names = {}
-    for module in (md, md.functional, md.diagnostics):
+    for module in (md, md.functional, md.diagnostics, md.schedules):
         for name in module.__all__:
             path, item = f"{module.__name__}.{name}", getattr(module, name)
             if inspect.isclass(item) and hasattr(item, "_fields"):
@@ -71,7 +71,7 @@ def test_everything_public_is_documented(name):
 
 def functions() -> list[object]:
     found = []
-    for module in (md, md.functional, md.diagnostics):
+    for module in (md, md.functional, md.diagnostics, md.schedules):
         public = [getattr(module, name) for name in module.__all__]
         found += [item for item in public if inspect.isfunction(item)]
         found += [each for item in public if inspect.isclass(item) for each in vars(item).values()]
