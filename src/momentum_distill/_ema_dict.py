@@ -29,11 +29,11 @@ class EMADict(nn.Module):
         model: The online module.
         decays: A decay of each average by its name: a number in [0, 1], a schedule or another function, as for
             `EMAWrapper`. A name is one that an attribute could have.
-        buffers: As for `EMAWrapper`, and so are the others, for all averages.
-        dtype: As for `EMAWrapper`.
-        device: As for `EMAWrapper`.
-        mode: As for `EMAWrapper`.
-        hooks: As for `EMAWrapper`.
+        buffers: `"copy"`, `"ema"`, `"frozen"` or names. All averages have it as an `EMAWrapper` would, as what follows.
+        dtype: Floating dtype of the averages, 32 bits or more.
+        device: Where they live.
+        mode: `"eval"` or `"train"`.
+        hooks: `"drop"` or `"keep"`.
 
     Raises:
         TypeError: If an argument has the wrong type, or as for `EMAWrapper`.
@@ -48,6 +48,9 @@ class EMADict(nn.Module):
         ['fast', 'slow']
         >>> with averages["slow"].swap(model):  # evaluate `model` with the slow one
         ...     _ = model(torch.ones(1, 2))
+
+    References:
+        MTMD (Lin and Hu, 2023), Eq. 6, for each.
     """
 
     averages: nn.ModuleDict

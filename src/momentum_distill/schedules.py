@@ -96,8 +96,8 @@ class WarmUp(Schedule):
 
     Args:
         decay: $\eta$, in [0, 1], or another schedule of this module.
-        inv_gamma: $\gamma$, above 0, by the name that it has in those libraries.
-        power: $p$, above 0. The higher, the sooner it comes to `decay`.
+        inv_gamma: $\gamma$, positive, by the name that it has in those libraries.
+        power: $p$, positive. The higher, the sooner it comes to `decay`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -107,6 +107,9 @@ class WarmUp(Schedule):
         >>> schedule = WarmUp(0.995)
         >>> [round(schedule(step), 3) for step in (0, 10, 100, 10_000)]
         [0.1, 0.55, 0.918, 0.995]
+
+    References:
+        TensorFlow (2015), `tf.train.ExponentialMovingAverage(num_updates=...)`.
     """
 
     decay: float | Schedule
@@ -130,12 +133,12 @@ class HalfLife(Schedule):
     $$\eta = 2^{-B / H}$$
 
     Args:
-        half_life: $H$, above 0: in updates, or in samples if `batch_size` says how many an update sees.
-        batch_size: $B$, above 0: the samples of one update, over all accumulated batches and all processes.
+        half_life: $H$, positive: in updates, or in samples if `batch_size` says how many an update sees.
+        batch_size: $B$, positive: the samples of one update, over all accumulated batches and all processes.
 
     Raises:
         TypeError: If an argument is not a number.
-        ValueError: If one is not above 0.
+        ValueError: If one is not positive.
 
     Example:
         >>> round(HalfLife(1000)(0), 6), round(HalfLife(64_000, batch_size=64)(0), 6)
@@ -172,7 +175,7 @@ class Scaled(Schedule):
 
     Args:
         decay: $\eta$ as chosen, in [0, 1], or another schedule of this module, its steps as chosen too.
-        kappa: $\kappa$, above 0: samples of an update here to those it was chosen for, accumulated ones included.
+        kappa: $\kappa$, positive: samples of an update here to those it was chosen for, accumulated ones included.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -323,7 +326,7 @@ def post_hoc_average(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: i
         snapshots: At least one: states of `EMAWrapper`, or of `EMADict`, all of whose power functions are used, or
             files to which `torch.save` has written one. One file is in memory at a time.
         sigma_rel: $\sigma_{rel}$ of the average asked for, at least 1e-6 and at most $1/\sqrt{12}$.
-        step: The updates after which it is asked for, from 1 to those of the last snapshot, which is the default.
+        step: Updates after which it is asked for, at least 1 and at most those of the last snapshot, the default.
 
     Returns:
         A state for `EMAWrapper.load_state_dict`, on the CPU. Floating tensors are the sum above, in their own dtype.
