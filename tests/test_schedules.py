@@ -336,6 +336,29 @@ def test_it_is_a_state_and_leaves_what_is_no_weight(walk):
     assert distance(lone, truth[UPDATES, 0.15]) < 0.05
 
 
+def test_what_else_a_module_saves_comes_along():
+    model = nn.ModuleDict(
+        {"queue": md.ClassQueue(4, {"a": 2}), "inner": md.EMAWrapper(nn.Linear(2, 2), decay=WarmUp(0.9))}
+    )
+    model["said"] = Saying()
+    ema, states = md.EMAWrapper(model, decay=PowerFunction(0.1)), []
+    for _ in range(3):
+        ema.update(model)
+        states.append(copy.deepcopy(ema.state_dict()))
+    mixed = post_hoc_average(states, sigma_rel=0.2)
+    assert mixed.keys() == states[0].keys()
+    assert mixed["module.said._extra_state"] == {"word": "so"}
+    ema.load_state_dict(mixed)
+
+
+class Saying(nn.Module):
+    def get_extra_state(self):
+        return {"word": "so"}
+
+    def set_extra_state(self, state):
+        assert state == {"word": "so"}
+
+
 def test_the_mixture_is_that_of_the_equation():
     """Against the profiles themselves, on a fine grid of times, by least squares in NumPy."""
     found = [(40, 0.05), (40, 0.1), (60, 0.05), (60, 0.1), (100, 0.05), (100, 0.1)]

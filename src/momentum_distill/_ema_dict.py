@@ -36,7 +36,8 @@ class EMADict(nn.Module):
         hooks: `"drop"` or `"keep"`.
 
     Raises:
-        TypeError: If an argument has the wrong type, or as for `EMAWrapper`.
+        TypeError: If an argument has the wrong type, or as for `EMAWrapper`. A model that cannot be deep-copied needs
+            an `EMAWrapper` with a `teacher` for each average.
         ValueError: If there is no average, a name cannot be one or a decay is out of range, or as for `EMAWrapper`.
 
     Example:

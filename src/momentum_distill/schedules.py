@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
@@ -363,24 +364,26 @@ def post_hoc_average(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: i
     check_int("step", step, minimum=1)
     if step > last:
         wrong_value("step", f"at most {last}, the updates of the last snapshot", str(step))
-    nearest = min(found, key=lambda each: abs(each.step - step))
-    shapes: dict[str, torch.Size] = {}
-    kept: dict[str, Tensor] = {}
+    weights = _mixture(found, step, wanted)
+    nearest = min(range(len(found)), key=lambda i: (abs(found[i].step - step), -weights[i]))
+    first: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     sums: dict[str, Tensor] = {}
-    for each, weight in zip(found, _mixture(found, step, wanted), strict=True):
+    for i, (each, weight) in enumerate(zip(found, weights, strict=True)):
         state = _load(snapshots[each.place])
         own = {key.removeprefix(each.prefix): value for key, value in state.items() if key.startswith(each.prefix)}
-        del own["_extra_state"]
-        shapes = shapes or {name: value.shape for name, value in own.items()}
-        unlike = [name for name in own.keys() | shapes.keys() if name not in own or own[name].shape != shapes.get(name)]
-        if unlike:
+        shapes = {name: getattr(value, "shape", None) for name, value in own.items() if name != "_extra_state"}
+        first = first or shapes
+        if unlike := {name for name, _ in shapes.items() ^ first.items()}:
             wrong_value(f"snapshots[{each.place}]", "names and shapes of the first", f"others at {min(unlike)!r}")
-        for name, value in own.items():
-            if value.is_floating_point() and not name.endswith(STATISTICS):
+        for name in shapes:
+            value = own[name]
+            mixes = isinstance(value, Tensor) and value.is_floating_point() and not name.endswith(STATISTICS)
+            if mixes and weight:
                 part = weight * value.to("cpu", torch.float64)
                 sums[name] = sums[name] + part if name in sums else part
-            if each is nearest or name not in kept:
-                kept[name] = value.detach().to("cpu", copy=True)
+            if i == nearest:
+                kept[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
     mixed = {name: sums[name].to(value.dtype) if name in sums else value for name, value in kept.items()}
     return {**mixed, "_extra_state": pack(step, wanted)}
 
@@ -407,11 +410,10 @@ def _find(index: int, state: Mapping[str, Any]) -> list[_Found]:
     """The averages of a wrapper's state, or of a dictionary's, that follow a power function."""
     found = []
     for key, value in state.items():
-        prefix = key.removesuffix("_extra_state")
-        if prefix != key and prefix.count(".") in (0, 2) and isinstance(value, Tensor):
+        if re.fullmatch(r"(averages\.\w+\.)?_extra_state", key) and isinstance(value, Tensor):
             step, decay = unpack(value)
             if isinstance(decay, PowerFunction) and step:
-                found.append(_Found(index, prefix, step, decay))
+                found.append(_Found(index, key.removesuffix("_extra_state"), step, decay))
     if not found:
         wrong_value(f"snapshots[{index}]", "the state of an EMAWrapper with a PowerFunction, updated", "none")
     return found
@@ -422,8 +424,8 @@ def _mixture(found: list[_Found], step: int, wanted: PowerFunction) -> list[floa
     same = [each.step == step and each.decay == wanted for each in found]
     if any(same):
         return [float(i == same.index(True)) for i in range(len(found))]
-    times = torch.tensor([each.step for each in found] + [step], dtype=torch.float64) / step
-    powers = torch.tensor([each.decay.gamma for each in found] + [wanted.gamma], dtype=torch.float64)
+    times = torch.tensor([each.step for each in found] + [step], dtype=torch.float64, device="cpu") / step
+    powers = torch.tensor([each.decay.gamma for each in found] + [wanted.gamma], dtype=torch.float64, device="cpu")
     earlier = times[:, None] <= times
     ratio = torch.where(earlier, times[:, None] / times, times / times[:, None])
     power = torch.where(earlier, powers, powers[:, None])  # that of the later one
