@@ -18,7 +18,7 @@ from momentum_distill._ema_plan import JointPlan
 
 
 class EMADict(nn.Module):
-    r"""Several averages of one module by name, each an :class:`EMAWrapper`, moved in one pass over its weights.
+    r"""Several averages of one module by name, each an `EMAWrapper`, moved in one pass over its weights.
 
     $$\theta_{ema}^{(k)} \leftarrow \eta^{(k)}\,\theta_{ema}^{(k)} + (1-\eta^{(k)})\,\theta_{online}$$
 
