@@ -1,4 +1,4 @@
-"""EMAWrapper: one update, and swapping the averaged weights in and out, against other libraries' averages.
+"""EMAWrapper: one update, and swapping the averaged weights in and out, against other libraries' averages; EMADict.
 
     python benchmarks/bench_ema.py            both models, a minute; 6 GiB
     python benchmarks/bench_ema.py --full     the same, more rounds
@@ -166,6 +166,52 @@ UPDATE = (
 )
 
 
+# ------------------------------------------------------------------------------------------- several averages of one
+
+DECAYS = {"fast": 0.99, "slow": 0.995, "slower": 0.999}
+
+
+def reckon_several(seconds: float, *, model: str, device: str, dtype: str) -> float:
+    """Each average is read and written, the model read once."""
+    del device
+    streams = 2 * len(DECAYS) + getattr(torch, dtype).itemsize / 4
+    return seconds * count(model) / TRIAD_ELEMENTS * streams / 3
+
+
+@functools.lru_cache(maxsize=1)
+def online_model_of(model: str, device: str, dtype: str) -> nn.Module:
+    return copy.deepcopy(online_model(model, device)).to(getattr(torch, dtype))
+
+
+def build_triad_of(dtype: str, **parameters: str) -> Run:
+    del dtype
+    return build_triad(**parameters)
+
+
+def build_together(model: str, device: str, dtype: str) -> Run:
+    online = online_model_of(model, device, dtype)
+    averages = md.EMADict(online, DECAYS)
+    return lambda: averages.update(online)
+
+
+def build_apart(model: str, device: str, dtype: str) -> Run:
+    online = online_model_of(model, device, dtype)
+    averages = [md.EMAWrapper(online, decay=decay) for decay in DECAYS.values()]
+
+    def run() -> None:
+        for average in averages:
+            average.update(online)
+
+    return run
+
+
+SEVERAL = (
+    Contender("two streams for each, one for the model", build_triad_of, role="bound", reckon=reckon_several),
+    Contender("momentum-distill EMADict", build_together, role="ours"),
+    Contender("momentum-distill, one EMAWrapper each", build_apart, role="reference"),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- swap
 
 
@@ -239,12 +285,17 @@ SWAP = (
 
 def make_cases(options: Options) -> list[Case]:
     models = list(MODELS)[:1] if options.size == "quick" else list(MODELS)
-    return [
+    cases = [
         Case(f"{what}, {model}, {count(model) / 1e6:.2f} M parameters", contenders, parameters)
         for what, contenders in (("update", UPDATE), ("swap", SWAP))
         for model in models
         for parameters in [{"model": model, "device": options.device}]
     ]
+    for model in models:
+        for dtype in ("float32", "bfloat16"):
+            name = f"three averages, {model}, {dtype}, {count(model) / 1e6:.2f} M parameters"
+            cases.append(Case(name, SEVERAL, {"model": model, "device": options.device, "dtype": dtype}))
+    return cases
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
     python examples/two_views_digits.py                        # two to three minutes on one CPU core
     python examples/two_views_digits.py --seeds 2 --epochs 2   # seconds, to see it run
+    python examples/two_views_digits.py --decays               # other decays of the momentum model
 
 The strong view is the lower half of scikit-learn's 8×8 digits, the weak view the upper half; 1,000 pairs for training.
 All pairs have a label, or ten of each class and the others none (-2: what draws predictions to predictions needs none).
@@ -48,6 +49,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
+from momentum_distill.schedules import Cosine, Schedule, WarmUp
 from study_tools import FORMATS, paired_interval, save_figure, write_results
 
 CLASSES, WIDTH = 10, 32  # digits, features of a view
@@ -76,6 +78,7 @@ class Arm:
     features: float = 0.0  # contrast between the views, both directions
     fusion: float = 0.0  # both views drawn to the classes that the fusion's momentum model sees
     hard_attention: bool = False  # ... the more, the more mistakes the fusion makes
+    decay: float | Schedule = 0.98  # of the momentum model
 
 
 BLOCKS = Arm("all blocks", "#D55E00", response=3.0, momentum_teacher=True, alpha=0.2, fusion=3.0, features=1.0)
@@ -85,6 +88,18 @@ ARMS = (
     replace(BLOCKS, name="no contrast", colour="#009E73", features=0.0),
     BLOCKS,
 )
+
+
+def decays(epochs: int) -> tuple[Arm, ...]:
+    """All blocks with other decays of the momentum model."""
+    steps = epochs * -(-TRAIN // BATCH)
+    named = {
+        "constant 0.98": 0.98,
+        "constant 0.995": 0.995,
+        "warm-up to 0.995": WarmUp(0.995),
+        "cosine, 0.996 to 1": Cosine(steps),
+    }
+    return tuple(replace(BLOCKS, name=name, decay=decay) for name, decay in named.items())
 
 
 class Digits(NamedTuple):
@@ -170,7 +185,7 @@ class Objective(nn.Module):
     def __init__(self, arm: Arm, model: Model) -> None:
         super().__init__()
         self.arm = arm
-        self.momentum = md.EMAWrapper(model, decay=0.98)  # of both views and the fusion
+        self.momentum = md.EMAWrapper(model, decay=arm.decay)  # of both views and the fusion
         self.queue = md.ClassQueue(QUEUE, {"strong": WIDTH, "weak": WIDTH, "weak_momentum": WIDTH})
         self.contrast = md.SupConDistillLoss(temperature=0.5)
         self.response = md.ResponseDistillLoss(task="classification", alpha=arm.alpha)
@@ -257,27 +272,31 @@ class Result(NamedTuple):
     fused: float
 
 
-def runs(pair: str, arms: Sequence[Arm], *, seeds: range, epochs: int, valid: bool) -> Iterator[Result]:
+def runs(
+    pair: str, arms: Sequence[Arm], settings: Sequence[str], *, seeds: range, epochs: int, valid: bool
+) -> Iterator[Result]:
     """Every setting and arm for every seed, which draws rows for training, labels, weights and batches."""
     digits, pool, test = load_views(pair)
     for seed in seeds:
         order = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))]
         train_set, rest = digits.rows(order[:TRAIN]), digits.rows(order[TRAIN:])
-        for setting, per_class in SETTINGS.items():
-            given = train_set._replace(labels=with_labels(train_set.labels, per_class))
+        for setting in settings:
+            given = train_set._replace(labels=with_labels(train_set.labels, SETTINGS[setting]))
             for arm in arms:
                 model = train(arm, given, epochs=epochs, seed=seed)
                 yield Result(setting, arm.name, seed, **accuracy(model, rest if valid else digits.rows(test)))
 
 
-def table_of(results: list[Result], title: str) -> Table:
-    """Mean ± deviation of each arm, and the weak view's distance from the first two arms."""
-    columns = ("labels", "trained with", "weak alone", "vs labels", "vs response", "strong")
+def table_of(
+    results: list[Result], title: str, arms: Sequence[Arm], compared: Sequence[str], settings: Sequence[str]
+) -> Table:
+    """Mean ± deviation of each arm, and the weak view's distance from those to compare with that come before it."""
+    columns = ("labels", "trained with", "weak alone", *(f"vs {name}" for name in compared), "strong")
     table = Table(*columns, title=title, box=SIMPLE_HEAD)
-    for setting in SETTINGS:
-        weak = {arm.name: scores(results, setting, arm.name) for arm in ARMS}
-        for place, arm in enumerate(ARMS):
-            before = [other.name for other in ARMS[:2][:place]]
+    for setting in settings:
+        weak = {arm.name: scores(results, setting, arm.name) for arm in arms}
+        for place, arm in enumerate(arms):
+            before = [name for name in compared if name in [other.name for other in arms[:place]]]
             intervals = [paired_interval(weak[arm.name], weak[name]) for name in before]
             table.add_row(
                 setting if place == 0 else "",
@@ -285,7 +304,7 @@ def table_of(results: list[Result], title: str) -> Table:
                 f"{weak[arm.name].mean():.1f} ± {weak[arm.name].std(ddof=1):.1f}",
                 *([f"{mean:+.1f} ± {half:.1f}" for mean, half in intervals] + ["", ""])[:2],
                 f"{scores(results, setting, arm.name, 'strong').mean():.1f}",
-                end_section=place == len(ARMS) - 1,
+                end_section=place == len(arms) - 1,
             )
     return table
 
@@ -319,6 +338,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
     parser.add_argument("--hard-attention", action="store_true", help="weigh the fusion term as the paper does")
+    parser.add_argument("--decays", action="store_true", help="the momentum model's decay, with few labels")
     parser.add_argument("--out", type=Path, default=Path("runs/two_views_digits"))
     parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
@@ -326,16 +346,21 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         parser.error("--seeds: expected 2 or more, for a deviation")
 
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    arms = [replace(arm, hard_attention=options.hard_attention) for arm in ARMS]
-    results = list(runs(options.views, arms, seeds=seeds, epochs=options.epochs, valid=options.valid))
+    arms, settings = (decays(options.epochs), list(SETTINGS)[1:]) if options.decays else (ARMS, list(SETTINGS))
+    compared = [arm.name for arm in arms[:2]]
+    arms = [replace(arm, hard_attention=options.hard_attention) for arm in arms]
+    results = list(runs(options.views, arms, settings, seeds=seeds, epochs=options.epochs, valid=options.valid))
     rows = "validation" if options.valid else "test"
     title = f"{PAIRS[options.views]}: {rows} accuracy, %, {options.seeds} seeds"
-    Console().print(table_of(results, title))
+    Console().print(table_of(results, title, arms, compared, settings))
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {"views": options.views, "rows": rows, "seeds": options.seeds, "epochs": options.epochs}
-    write_results(options.out / f"{options.views}.json", settings, [result._asdict() for result in results])
-    plot(results, options.out / f"{options.views}.{options.format}")
-    print(f"results and figure: {options.out / options.views}.json, .{options.format}")
+    given = {"views": options.views, "rows": rows, "seeds": options.seeds, "epochs": options.epochs}
+    path = options.out / f"{options.views}{'_decays' if options.decays else ''}.json"
+    write_results(path, given, [result._asdict() for result in results])
+    print(f"results: {path}")
+    if not options.decays:
+        plot(results, path.with_suffix(f".{options.format}"))
+        print(f"figure: {path.with_suffix(f'.{options.format}')}")
     return results
 
 

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 import momentum_distill as md
 from loss_cases import numbers_alone
-from momentum_distill import diagnostics, functional
+from momentum_distill import diagnostics, functional, schedules
 
 pytestmark = numbers_alone
 
@@ -120,6 +120,25 @@ def ema_method(name):
     return Call(function, {"model": model}, (ema, model))
 
 
+def averages_update():
+    model = nn.Linear(2, 2)
+    averages = md.EMADict(model, {"fast": 0.5, "slow": 0.9})
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    return Call(averages.update, {"model": model}, (*averages.averages.values(), model))
+
+
+def snapshot(decay, updates=1, model=None):
+    model = model or nn.Linear(2, 2)
+    ema = md.EMAWrapper(model, decay=decay)
+    for _ in range(updates):
+        ema.update(model)
+    return ema.state_dict()
+
+
+SNAPSHOT = snapshot(schedules.PowerFunction(0.1))
+
+
 def queue_method(name, **kwargs):
     queue = md.ClassQueue(4, {"t": 3, "a": 2}, **kwargs)
     batch = {"labels": ints(3), "features": {"t": real(3, 3), "a": real(3, 2)}}
@@ -188,6 +207,14 @@ CALLS = {
     "EMAWrapper.swap": lambda: ema_method("swap"),
     "EMAWrapper.copy_to": lambda: ema_method("copy_to"),
     "EMAWrapper.check_in_sync": lambda: Call(md.EMAWrapper(nn.Linear(2, 2)).check_in_sync),
+    "EMADict()": lambda: Call(md.EMADict, {"model": nn.Linear(2, 2), "decays": {"fast": 0.5, "slow": 0.9}}),
+    "EMADict.update": averages_update,
+    "Cosine()": lambda: Call(schedules.Cosine, {"steps": 10}),
+    "WarmUp()": lambda: Call(schedules.WarmUp, {"decay": 0.5}),
+    "HalfLife()": lambda: Call(schedules.HalfLife, {"half_life": 10}),
+    "Scaled()": lambda: Call(schedules.Scaled, {"decay": 0.5, "kappa": 2}),
+    "PowerFunction()": lambda: Call(schedules.PowerFunction, {"sigma_rel": 0.1}),
+    "post_hoc_average": lambda: Call(schedules.post_hoc_average, {"snapshots": [SNAPSHOT], "sigma_rel": 0.1}),
     "ClassQueue()": lambda: Call(md.ClassQueue, {"size": 4, "dims": {"t": 3, "a": 2}}),
     "ClassQueue.enqueue": lambda: queue_method("enqueue"),
     "ClassQueue(num_classes).enqueue": lambda: queue_method("enqueue", num_classes=2),
@@ -789,6 +816,61 @@ for call in ("EMAWrapper.update", "EMAWrapper.swap", "EMAWrapper.copy_to"):
 bad("EMAWrapper.update", "decay", wrong_numbers(0, 1, optional=True))
 
 bad("EMAWrapper.check_in_sync", "group", GROUPS)
+
+bad("EMADict()", "model", [*NO_MODULES, ("is lazy", nn.LazyLinear(2), V)])
+bad("EMADict()", "decays", [("is a number", 0.5, T), ("is None", None, T), ("is empty", {}, V)])
+bad("EMADict()", "decays", [(f"is named {name!r}", {name: 0.5}, V) for name in ("", "a.b", "keys", 3)])
+bad(
+    "EMADict()",
+    "decays",
+    [(f"{what} for one", {"fast": 0.5, "slow": value}, e) for what, value, e in wrong_numbers(0, 1)],
+)
+bad("EMADict()", "buffers", [("is 'none'", "none", V)])
+bad("EMADict()", "mode", choices())
+bad("EMADict()", "hooks", choices())
+bad("EMADict()", "dtype", [("is a string", "float32", T), ("is narrow", torch.bfloat16, V)])
+bad("EMADict()", "device", NO_DEVICES)
+bad("EMADict.update", "model", [*NO_MODULES, ("is another", nn.Linear(2, 3), V)])
+bad("EMADict.update", "decay", wrong_numbers(0, 1, optional=True))
+
+# ---- schedules -------------------------------------------------------------------------------
+
+NO_DECAYS = [*wrong_numbers(0, 1), ("is a function", max, T), ("is a class", schedules.Cosine, T)]
+
+bad("Cosine()", "steps", [*WHOLE_NUMBERS, ("is zero", 0, V), ("is negative", -1, V), ("is None", None, T)])
+bad("Cosine()", "start", wrong_numbers(0, 1))
+bad("Cosine()", "end", wrong_numbers(0, 1))
+bad("WarmUp()", "decay", NO_DECAYS)
+bad("Scaled()", "decay", NO_DECAYS)
+for call, argument in (
+    ("WarmUp()", "inv_gamma"),
+    ("WarmUp()", "power"),
+    ("HalfLife()", "half_life"),
+    ("HalfLife()", "batch_size"),
+    ("Scaled()", "kappa"),
+):
+    bad(call, argument, [*wrong_numbers(), ("is zero", 0, V)])
+bad("PowerFunction()", "sigma_rel", [*wrong_numbers(0, 0.3), ("is zero", 0, V), ("is next to nothing", 1e-200, V)])
+bad("post_hoc_average", "sigma_rel", [*wrong_numbers(0, 0.3), ("is zero", 0, V), ("is next to nothing", 1e-200, V)])
+bad(
+    "post_hoc_average",
+    "step",
+    [*WHOLE_NUMBERS, ("is zero", 0, V), ("is after the last snapshot", 2, V)],
+)
+bad(
+    "post_hoc_average",
+    "snapshots",
+    [
+        ("are none", [], V),
+        ("are numbers", [1], T),
+        ("are a state", SNAPSHOT, EITHER),
+        ("have another schedule", [SNAPSHOT, snapshot(0.5)], V),
+        ("have no update", [snapshot(schedules.PowerFunction(0.1), updates=0)], V),
+        ("are of other modules", [SNAPSHOT, snapshot(schedules.PowerFunction(0.1), model=nn.PReLU())], V),
+        ("are of other shapes", [SNAPSHOT, snapshot(schedules.PowerFunction(0.1), model=nn.Linear(3, 2))], V),
+        ("are of the model", [nn.Linear(2, 2).state_dict()], V),
+    ],
+)
 
 # ---- the queue -------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """The small examples at tiny sizes: they run, and say what their docstrings promise."""
 
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,34 @@ def test_the_page_has_what_the_results_beside_it_say():
             mean, half = paired_interval(weak[few], two_views_digits.scores(results, few, "response"))
             cells.append(f"{mean:+.1f} ± {half:.1f}")
         assert f"| {' | '.join(cells)} |" in page, arm.name
+
+
+def test_digits_by_decay_give_every_result(tmp_path, capsys):
+    results = two_views_digits.main(["--decays", "--seeds=2", "--epochs=1", f"--out={tmp_path}"])
+    assert len(results) == 2 * len(two_views_digits.decays(1))
+    rows = read_results(tmp_path / "halves_decays.json")["rows"]
+    assert [two_views_digits.Result(**row) for row in rows] == results
+    assert "warm-up" in capsys.readouterr().out
+
+
+def test_the_page_has_what_the_results_of_the_decays_say():
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    found = read_results(docs / "results" / "two_views_digits_decays.json")
+    results = [two_views_digits.Result(**row) for row in found["rows"]]
+    arms = [arm.name for arm in two_views_digits.decays(found["settings"]["epochs"])]
+    assert len(results) == found["settings"]["seeds"] * len(arms)
+    page = (docs / "when.md").read_text(encoding="utf-8")
+    weak = {arm: two_views_digits.scores(results, results[0].setting, arm) for arm in arms}
+    said = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", page.split("## The decay of the momentum model")[1].split("\n## ")[0])
+    for arm in arms:
+        apart = [paired_interval(weak[arm], weak[base]) if arm != base else None for base in arms[:2]]
+        cells = [arm, summary(weak[arm]), *("" if one is None else f"{one[0]:+.1f} ± {one[1]:.1f}" for one in apart)]
+        assert f"| {' | '.join(cells)} |" in page, arm
+        said = [figure for figure in said if figure not in cells]
+    assert said == []
+    for arm, left in zip(two_views_digits.decays(50)[1:], (13, 0, 45), strict=True):
+        decay = arm.decay if callable(arm.decay) else lambda _, constant=arm.decay: constant
+        assert round(100 * math.prod(decay(step) for step in range(400))) == left
 
 
 def test_digits_of_the_test_set_are_never_trained_on():

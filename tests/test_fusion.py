@@ -233,3 +233,24 @@ def test_wrong_sets_of_modalities_are_refused():
         fuse(x | {"extra": x["t"]})
     with pytest.raises(ValueError, match="a"):
         fuse(x | {"a": x["a"][:3]})
+
+
+def test_factors_inside_an_average_have_nothing_to_update():
+    """They follow the model's own, through the wrapper: no warning that `update()` was never called."""
+    model = Fused()
+    average = md.EMAWrapper(model, decay=0.9)
+    for _ in range(150):
+        with torch.no_grad():
+            model.fuse.weight.add_(0.01)
+        model.fuse.update()
+        average.update(model)
+        average(torch.ones(2, 3))
+
+
+class Fused(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fuse = md.MomentumFusionFactors(["text"])
+
+    def forward(self, text):
+        return self.fuse({"text": text})["text"]

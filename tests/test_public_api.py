@@ -35,7 +35,7 @@ def arguments(function: object) -> str:
     return str(inspect.Signature(bare))[1:-1]
 
 
-def found(modules: Iterable[ModuleType] = (md, md.functional, md.diagnostics)) -> list[str]:
+def found(modules: Iterable[ModuleType] = (md, md.functional, md.diagnostics, md.schedules)) -> list[str]:
     """A line for each name."""
     names = {}
     for module in modules:
@@ -74,7 +74,7 @@ def test_everything_public_is_documented(name):
 
 def functions() -> list[object]:
     found = []
-    for module in (md, md.functional, md.diagnostics):
+    for module in (md, md.functional, md.diagnostics, md.schedules):
         public = [getattr(module, name) for name in module.__all__]
         found += [item for item in public if inspect.isfunction(item)]
         found += [each for item in public if inspect.isclass(item) for each in vars(item).values()]

@@ -41,6 +41,8 @@ ALLOWED = {
     "inference.py": {"torch.export.load"},
     # The loop that everybody knows, with weights_only=True: see SAFE.
     "plain_loop.py": {"torch.load"},
+    # Snapshots of averages, file by file, with weights_only=True as well.
+    "schedules.py": {"torch.load"},
 }
 
 

@@ -30,7 +30,9 @@ from importlib.metadata import version as _version
 
 from momentum_distill import diagnostics as diagnostics
 from momentum_distill import functional as functional
+from momentum_distill import schedules as schedules
 from momentum_distill._ema import EMAWrapper as EMAWrapper
+from momentum_distill._ema_dict import EMADict as EMADict
 from momentum_distill._fusion import MomentumFusionFactors as MomentumFusionFactors
 from momentum_distill._group import gather_rows as gather_rows
 from momentum_distill._hard_sample import HardSampleFusionLoss as HardSampleFusionLoss
@@ -43,6 +45,7 @@ __version__ = _version("momentum-distill")
 
 __all__ = [
     "ClassQueue",
+    "EMADict",
     "EMAWrapper",
     "HardSampleFusionLoss",
     "MomentumFusionFactors",
@@ -52,4 +55,5 @@ __all__ = [
     "functional",
     "gather_rows",
     "param_groups",
+    "schedules",
 ]

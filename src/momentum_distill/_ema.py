@@ -27,7 +27,8 @@ from momentum_distill._ema_pairs import Buffers, Pairing, Tree, cast, is_average
 from momentum_distill._ema_plan import Plan
 from momentum_distill._group import Group, check_group, find_ranks, require_in_sync
 from momentum_distill._precision import WideModule, is_16_bit, wide_dtype
-from momentum_distill._watch import UpdateWatch
+from momentum_distill._watch import UpdateWatch, warn
+from momentum_distill.schedules import Schedule, pack, unpack
 
 Decay: TypeAlias = float | Callable[[int], float]
 
@@ -67,7 +68,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
         model: The online module; may be wrapped by DDP, DataParallel or torch.compile.
         decay: Share $\eta$ that the average keeps at an update, a number in [0, 1], or a function from the number of
             updates made so far (0 at the first) to such a number, for warm-up or a cosine. Paper and ALBEF: 0.995.
-            1.0 says that the average is to stay as it is.
+            1.0 says that the average is to stay as it is. A schedule of `momentum_distill.schedules` is saved with the
+            average; where it is loaded, a number gives way to it, another function stays, and the next update warns.
         buffers: What an update does with floating buffers. `"copy"` (default): they become those of `model`, in shape
             and absence too. `"ema"`: statistics are averaged, that is those called `running_mean` or `running_var`, as
             normalisation layers have them; the rest is copied, for the mean of two unit vectors is shorter than they.
@@ -115,6 +117,9 @@ class EMAWrapper(WideModule, Generic[M_co]):
 
     module: M_co
     """The averaged module."""
+
+    _differing: tuple[Schedule, Decay, Decay] | None = None
+    """The schedule that was loaded, the decay it was built with, and which of the two it has, until that is told."""
 
     if TYPE_CHECKING:
 
@@ -233,18 +238,13 @@ class EMAWrapper(WideModule, Generic[M_co]):
             tensor([[0.1000]])
         """
         check_module("model", model)
-        if self._swapped:
-            raise RuntimeError("update: expected a call outside swap(), got one inside it")
-        if decay is None:
-            decay = self.decay(self._step) if callable(self.decay) else self.decay
-        check_number("decay", decay, low=0.0, high=1.0)
+        decay = self._next_decay(decay)
         plan = self._match(model, follow=True)
         for group in plan.averages:
-            group.lerp(float(decay))
+            group.lerp(decay)
         for group in plan.copies:
             group.copy()
-        self._step += 1
-        self._watch.stop()
+        self._count_update()
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -376,6 +376,27 @@ class EMAWrapper(WideModule, Generic[M_co]):
         self.module.train(keep)
         return self
 
+    def _next_decay(self, decay: float | None) -> float:
+        """That of the update that is to be made."""
+        if self._swapped:
+            raise RuntimeError("update: expected a call outside swap(), got one inside it")
+        if decay is None:
+            decay = self.decay(self._step) if callable(self.decay) else self.decay
+        check_number("decay", decay, low=0.0, high=1.0)
+        return float(decay)
+
+    def _count_update(self) -> None:
+        self._step += 1
+        self._watch.stop()
+        if self._differing is not None:
+            saved, given, chosen = self._differing
+            self._differing = None
+            if self.decay is chosen:
+                warn(
+                    f"EMAWrapper goes on with decay={chosen}: the state that was loaded has {saved}, and it was built "
+                    f"with {given}. Build it with the one that is meant, or assign it to `decay` after loading"
+                )
+
     def _match(self, model: nn.Module, *, follow: bool = False) -> Plan:
         """The plan for `model`, made anew when one of its or our tensors is another object than before.
 
@@ -415,14 +436,19 @@ class EMAWrapper(WideModule, Generic[M_co]):
 
     @override
     def get_extra_state(self) -> Tensor:
-        """The number of updates, without which a decay schedule would start again."""
-        return torch.tensor(self._step)
+        """The number of updates, without which a decay schedule would start again, and the schedule if it has one."""
+        return pack(self._step, self.decay)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        self._step = int(state)
+        self._step, saved = unpack(state)
         if self._step:
             self._watch.stop()
+        self._differing = None
+        if saved is not None and saved != self.decay:
+            given = self.decay
+            self.decay = given if callable(given) else saved
+            self._differing = saved, given, self.decay
 
     @override
     def __getstate__(self) -> dict[str, Any]:

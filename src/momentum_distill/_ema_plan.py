@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
-from itertools import chain, starmap
+from itertools import chain, pairwise, starmap
 from operator import attrgetter, call
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import proxy, ref
 
 import torch
@@ -15,7 +16,34 @@ from momentum_distill._ema_pairs import Pairing, Share, is_plain, reshard
 from momentum_distill.functional import lerp_
 
 
-class Plan:
+class _Checked:
+    """Whether what a plan was made from is still what it was."""
+
+    def __init__(self, contents: _Contents, asked: list[Any], shared: list[tuple[Tensor, Tensor, Share]]) -> None:
+        self._contents = contents
+        self._asked = asked
+        self._shared = shared
+        self._layout = self._find_layout()
+
+    def is_current(self) -> bool:
+        """Whether the module trees still hold the very tensors and submodules this plan was made from, as they were.
+
+        `tensor.data = ...`, which `model.to()` does too, leaves the tensor the same object. It shows in the address and
+        the number of elements, which take less time to ask for than dtype and device; where there are several
+        dimensions, the shape and the order in memory are asked for instead. Buffers are resized in place as well, those
+        of the average by its own forward pass.
+        """
+        return (
+            self._contents.are_unchanged()
+            and self._find_layout() == self._layout
+            and all(share.is_current(average, online) for average, online, share in self._shared)
+        )
+
+    def _find_layout(self) -> list[object]:
+        return list(chain.from_iterable(starmap(map, self._asked)))
+
+
+class Plan(_Checked):
     """What an update of the average by one online module does: `averages` and `copies`.
 
     Walking two module trees and comparing names costs more than the update itself, so it is done once. The plan holds
@@ -32,11 +60,9 @@ class Plan:
         shared = pairing.shared.items()
         taken = [name in shares and shares[name].is_current(old, new) for name, (old, new, _) in shared]
         self.behind = bool(pairing.unlike) or not all(taken)
-        self._shared = [(old, new, Share(old, new)) for _, (old, new, _) in shared]
         online = pairing.online.root
         self._online = [ref(module) for module in online.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self._sharded = [ref(module) for module in pairing.sharded]
-        self._contents = _Contents(pairing.average.root, online)
         parameters, buffers, own_buffers = (
             list({id(tensor): tensor for slot in slots.values() if (tensor := slot.tensor) is not None}.values())
             for slots in (pairing.online.parameters, pairing.online.buffers, pairing.average.buffers)
@@ -51,8 +77,11 @@ class Plan:
             (_form, others),
             (_kind, [group.average[0] for group in self.averages]),  # .to() moves all
         ]
-        self._asked: list[Any] = [(question, tensors) for question, tensors in asked if tensors]
-        self._layout = self._find_layout()
+        super().__init__(
+            _Contents([pairing.average.root], online),
+            [(question, tensors) for question, tensors in asked if tensors],
+            [(old, new, Share(old, new)) for _, (old, new, _) in shared],
+        )
 
     def reshard(self) -> None:
         """Let the modules of FSDP2 hold their shards again."""
@@ -63,22 +92,43 @@ class Plan:
         """Those of Python, as long as the plan is current."""
         return [alive for module in self._online if (alive := module()) is not None]
 
-    def is_current(self) -> bool:
-        """Whether both module trees still hold the very tensors and submodules this plan was made from, as they were.
 
-        `tensor.data = ...`, which `model.to()` does too, leaves the tensor the same object. It shows in the address and
-        the number of elements, which take less time to ask for than dtype and device; where there are several
-        dimensions, the shape and the order in memory are asked for instead. Buffers are resized in place as well, those
-        of the average by its own forward pass.
-        """
-        return (
-            self._contents.are_unchanged()
-            and self._find_layout() == self._layout
-            and all(share.is_current(average, online) for average, online, share in self._shared)
+class JointPlan(_Checked):
+    """Plans of several averages of one online module, checked together and carried out in one pass over its weights."""
+
+    def __init__(self, plans: list[Plan], averages: list[nn.Module], online: nn.Module) -> None:
+        self.plans = plans
+        self.averages = averages
+        self.behind = any(plan.behind for plan in plans)
+        asked: dict[Any, dict[int, Tensor]] = {}
+        for question, tensors in chain.from_iterable(plan._asked for plan in plans):
+            asked.setdefault(question, {}).update({id(tensor): tensor for tensor in tensors})
+        super().__init__(
+            _Contents(averages, online),
+            [(question, list(tensors.values())) for question, tensors in asked.items()],
+            [shared for plan in plans for shared in plan._shared],
         )
+        alike = [[(_kind(group.average[0]), *map(id, group.online)) for group in plan.averages] for plan in plans]
+        if all(each == alike[0] for each in alike):
+            groups = zip(*(plan.averages for plan in plans), strict=True)
+            self._rows = [row for each in groups for row in _rows(each)]
+        else:
+            self._rows = [([], [], [(group, k)]) for k, plan in enumerate(plans) for group in plan.averages]
 
-    def _find_layout(self) -> list[object]:
-        return list(chain.from_iterable(starmap(map, self._asked)))
+    def reshard(self) -> None:
+        """Let the modules of FSDP2 hold their shards again."""
+        for plan in self.plans:
+            plan.reshard()
+
+    def move(self, decays: list[float]) -> None:
+        """Move all averages."""
+        for online, scratch, groups in self._rows:
+            if scratch:
+                torch._foreach_copy_(scratch, online)
+            for group, k in groups:
+                group.lerp(decays[k])
+        for group in chain.from_iterable(plan.copies for plan in self.plans):
+            group.copy()
 
 
 _shape = attrgetter("shape")
@@ -125,22 +175,16 @@ class _Group:
 
         A part at a time: the conversion needs no more memory than the largest tensor or SCRATCH elements.
         """
-        parts: list[tuple[list[Tensor], list[Tensor]]] = []
-        left = 0
-        for average, online in zip(self.average, self.online, strict=True):
-            if not parts or average.numel() > left:
-                parts.append(([], []))
-                left = SCRATCH
-            parts[-1][0].append(average)
-            parts[-1][1].append(online)
-            left -= average.numel()
-        sizes = [[tensor.numel() for tensor in averages] for averages, _ in parts]
+        parts = _parts(self.average, SCRATCH)
+        averages, onlines = [self.average[part] for part in parts], [self.online[part] for part in parts]
+        sizes = [[tensor.numel() for tensor in some] for some in averages]
         memory = self.average[0].new_empty(max(map(sum, sizes)))
         pieces = [torch.split(memory[: sum(numbers)], numbers) for numbers in sizes]
-        return [
-            (averages, onlines, [piece.view_as(average) for piece, average in zip(split, averages, strict=True)])
-            for (averages, onlines), split in zip(parts, pieces, strict=True)
+        scratch = [
+            [piece.view_as(average) for piece, average in zip(split, some, strict=True)]
+            for some, split in zip(averages, pieces, strict=True)
         ]
+        return list(zip(averages, onlines, scratch, strict=True))
 
 
 _descend = partial(
@@ -149,6 +193,38 @@ _descend = partial(
 
 SCRATCH = 2**22
 """Elements converted at a time where the online model has another dtype or device than the average."""
+
+
+CACHED = 2**20
+"""Elements of the online model that are moved towards at a time: they are still in the cache for the next average."""
+
+_Row: TypeAlias = tuple[list[Tensor], list[Tensor], list[tuple["_Group", int]]]
+"""Online tensors, where they are converted to if they have to be, and what then moves towards them by which decay."""
+
+
+def _rows(groups: Sequence[_Group]) -> Iterator[_Row]:
+    """The same group of several averages, part by part."""
+    first = groups[0]
+    if first.converts and is_plain(first.average[0]):
+        start = 0
+        for averages, online, scratch in first._parts:
+            part = slice(start, start := start + len(averages))
+            yield online, scratch, [(_Group(group.average[part], scratch), k) for k, group in enumerate(groups)]
+    else:
+        parts = _parts(first.average, CACHED) if first.average[0].is_cpu else [slice(None)]
+        for part in parts:
+            yield [], [], [(_Group(group.average[part], group.online[part]), k) for k, group in enumerate(groups)]
+
+
+def _parts(tensors: list[Tensor], most: int) -> list[slice]:
+    """Consecutive tensors of together at most so many elements, or a larger one by itself."""
+    starts, left = [0], most
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() > left and index:
+            starts.append(index)
+            left = most
+        left -= tensor.numel()
+    return [slice(*ends) for ends in pairwise([*starts, len(tensors)])]
 
 
 def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> list[_Group]:
@@ -174,11 +250,12 @@ class _Contents:
     This runs at every update, so each comparison is one loop inside the interpreter.
     """
 
-    def __init__(self, average: nn.Module, online: nn.Module) -> None:
-        modules = [*average.modules(), *online.modules()]
+    def __init__(self, averages: list[nn.Module], online: nn.Module) -> None:
+        own = [module for average in averages for module in average.modules()]
+        modules = [*own, *online.modules()]
         tensors = [entries for module in modules for entries in (module._parameters, module._buffers)]
         submodules = [module._modules for module in modules]
-        own_submodules = [module._modules for module in average.modules()]
+        own_submodules = [module._modules for module in own]
         self._empty = [entries for entries in tensors + submodules if not entries]
         # Dictionaries compare their values by identity first, in half the time of a loop over them, then by `==`. For
         # two tensors that is an error, which is answer enough, unless they hold a single number: it may be equal.

@@ -112,7 +112,7 @@ class MomentumFusionFactors(WideModule):
         check_names("features", features, self.modalities)
         for name in self.modalities:
             check_floating(f"features[{name!r}]", features[name], shape=("N", "d"), like=("the factors", self.weight))
-        self._updates.look([self.weight])
+        self._updates.look([self.weight] if self.weight.requires_grad else [])  # an average of these has its own update
         rows = features[self.modalities[0]].shape[0]
         factors = straight_through(self.average, self.weight).unbind()
         weighted = {}
