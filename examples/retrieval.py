@@ -73,6 +73,7 @@ class Setting:
     alpha: float = 0.0  # weight of the momentum targets; 0: none
     decay: float = 0.98  # of the momentum models
     teacher_temperature: float | None = None  # inside the momentum targets; None: the same as the student's
+    targets: str = "softmax"  # or "centred" or "sinkhorn": what is made of the momentum logits
     batch_keys: str = "online"  # or "momentum"; the keys of the queue are always the momentum models'
     queue_positives: bool = True  # False: a sample's own rows in the queue, of an epoch ago, are keys as any other
 
@@ -86,11 +87,19 @@ ARMS: dict[str, dict[str, Any]] = {
     "queue and targets": {"slots": 1024, "alpha": 0.4},
 }
 COMPARED = ("batch alone", "queue", "targets")  # along every axis
+KINDS = ("softmax", "centred", "sinkhorn")  # of momentum targets, each with these students and teachers
+STUDENTS = ({"temperature": 0.1}, {"temperature": 0.4}, {"temperature": 0.1, "wrong": 0.4})
+TEACHERS = (0.5, 1.0, 2.0)  # times the student's temperature
 TEMPERATURES, WRONG, BATCHES = (0.05, 0.1, 0.2, 0.4), (0.0, 0.2, 0.4), (16, 64, 256)
 
 
 def arm(name: str, data: str, **change: Any) -> Setting:
     return replace(Setting(data), **{**ARMS[name], **change})
+
+
+def taught(data: str, student: dict[str, Any], times: float, kind: str) -> Setting:
+    temperature = None if times == 1.0 else round(times * student["temperature"], 3)
+    return arm("targets", data, teacher_temperature=temperature, targets=kind, **student)
 
 
 def grid(data: str) -> list[Setting]:
@@ -106,6 +115,7 @@ def grid(data: str) -> list[Setting]:
     settings += [arm("targets", data, alpha=alpha) for alpha in (0.2, 0.8)]
     settings += [arm("targets", data, teacher_temperature=t) for t in (0.05, 0.2)]
     settings += [arm(name, data, decay=decay) for decay in (0.9, 0.995) for name in ("queue", "targets")]
+    settings += [taught(data, student, times, kind) for student in STUDENTS for times in TEACHERS for kind in KINDS]
     return list(dict.fromkeys(settings))
 
 
@@ -216,7 +226,18 @@ class Objective(nn.Module):
         uses_momentum = setting.slots or setting.alpha
         self.momentum = md.EMAWrapper(encoders, decay=setting.decay) if uses_momentum else None
         self.queue = md.ClassQueue(setting.slots, dict.fromkeys(VIEWS, WIDTH)) if setting.slots else None
-        self.loss = md.SupConDistillLoss(temperature=setting.temperature, learnable_temperature=False)
+        # One for each direction: centres are of their queries.
+        self.losses = nn.ModuleDict(
+            {
+                query: md.SupConDistillLoss(
+                    temperature=setting.temperature,
+                    learnable_temperature=False,
+                    momentum_temperature=setting.teacher_temperature,
+                    targets=setting.targets,
+                )
+                for query in VIEWS
+            }
+        )
 
     def forward(self, online: dict[str, Tensor], batch: Pairs, ids: Tensor, ramp: float) -> Tensor:
         setting = self.setting
@@ -236,17 +257,10 @@ class Objective(nn.Module):
             soft = {}
             if setting.alpha:
                 soft = {"momentum_query": slow[query], "momentum_keys": slow_keys[key], "alpha": ramp * setting.alpha}
-            losses.append(self.contrast(online[query], keys[key], ids, key_ids, **soft))
+            losses.append(self.losses[query](online[query], keys[key], ids, key_ids, **soft))
         if self.queue is not None:
             self.queue.enqueue(ids, slow)
         return (losses[0] + losses[1]) / 2
-
-    def contrast(self, *features_and_ids: Any, **soft: Any) -> Tensor:
-        teacher = self.setting.teacher_temperature
-        if teacher is None:
-            return self.loss(*features_and_ids, **soft)
-        temperatures = {"temperature": self.setting.temperature, "momentum_temperature": teacher}
-        return md.functional.supcon_distill_loss(*features_and_ids, **soft, **temperatures)
 
 
 def train(setting: Setting, pairs: Pairs, *, epochs: int, seed: int) -> Encoders:
@@ -399,6 +413,17 @@ def table_of_gains(results: Results, data: list[str]) -> list[list[str]]:
     return rows
 
 
+def table_of_targets(results: Results, data: list[str]) -> list[list[str]]:
+    """What each kind of momentum targets adds to the batch alone, by the temperatures of student and teacher."""
+    rows = [["wrong pairs", "temperature", "teacher's", *(f"{one}: {kind}" for one in data for kind in KINDS)]]
+    for student in STUDENTS:
+        for times in TEACHERS:
+            temperature = student["temperature"]
+            gains = [signed(gain(results, taught(one, student, times, kind))) for one in data for kind in KINDS]
+            rows.append([f"{student.get('wrong', 0):.0%}", f"{temperature:g}", f"{times * temperature:g}", *gains])
+    return rows
+
+
 def table_of_choices(results: Results, data: list[str]) -> list[list[str]]:
     """Every arm with the temperature that is best for it on the validation rows."""
     rows = [["views", "wrong pairs", "trained with", "temperature", "mAP", "recall@1", "mAP beyond the batch alone"]]
@@ -483,6 +508,7 @@ def main(arguments: list[str] | None = None) -> Results:
         results |= collect(done)
         show(f"{DATA[data]}: retrieval of the class, %, {options.seeds} seeds", table_of_arms(results, data))
     show("mAP of the batch alone, and what is gained beyond it", table_of_gains(results, options.data))
+    show("what kinds of momentum targets add to the batch alone", table_of_targets(results, options.data))
     show("each with its temperature, chosen on the validation rows", table_of_choices(results, options.data))
     settings = {"seeds": options.seeds, "epochs": options.epochs, "train": options.train}
     write_results(options.out / "retrieval.json", settings, to_rows(results))

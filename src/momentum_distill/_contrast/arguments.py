@@ -55,7 +55,7 @@ def read_problem(
     check_group(group)
     everyone = find_ranks(group)
     ranks = everyone if reduction != "none" else None
-    with errors_shared_by_sum(everyone if targets == "sinkhorn" else ranks, query):
+    with errors_shared_by_sum(ranks if targets in ("softmax", "centred") else everyone, query):
         check_scalar("temperature", temperature, low=0.0, open_low=True)
         if momentum_temperature is not None:
             check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
