@@ -314,6 +314,8 @@ def test_a_centre_stands_where_nothing_is_learned():
         loss_fn(*case.args, **case.momentum)
     query, keys, labels, key_labels = case.args
     loss_fn(query, keys, torch.full_like(labels, -1), key_labels, **case.momentum)
+    broken = torch.full_like(case.momentum_query, torch.inf)
+    assert loss_fn(*case.args, momentum_query=broken, momentum_keys=case.momentum_keys).isnan()
     with pytest.raises(ValueError, match=r"^centre: expected shape \(3,\), got \(4,\)"):
         loss_fn(*supcon_case(0, d=3).args, **supcon_case(0, d=3).momentum)
     loss_fn.eval()(*case.args, **case.momentum)

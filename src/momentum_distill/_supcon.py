@@ -256,15 +256,16 @@ class SupConDistillLoss(WideModule):
         momentum_keys: Parts | None,
     ) -> dict[str, Any]:
         """All keyword arguments of the functions."""
-        if self.centre is not None and isinstance(query, Tensor) and self.centre.device != query.device:
-            self.centre = self.centre.to(query.device)  # as a state without a parameter was loaded
+        centre = self.centre if self.targets == "centred" else None
+        if centre is not None and isinstance(query, Tensor) and centre.device != query.device:
+            self.centre = centre = centre.to(query.device)  # of a state that was loaded where there is no parameter
         return {
             "temperature": self._temperature(query, keys, momentum_query, momentum_keys),
             "momentum_query": momentum_query,
             "momentum_keys": momentum_keys,
             "momentum_temperature": momentum_temperature,
             "targets": self.targets,
-            "centre": self.centre,
+            "centre": centre,
             "alpha": self.alpha if alpha is None else alpha,
             "positives": self.positives,
             "reduction": self.reduction,

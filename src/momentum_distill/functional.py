@@ -632,7 +632,8 @@ def centre_update(
     $$c \leftarrow m c + (1 - m)\,\frac1N\sum_i \bar q_i'$$
 
     DINO's is the running mean of the momentum logits, which for key $j$ is $c^\top \bar k_j'$: so this one serves all
-    keys, whichever come and go. Call it after the loss, as DINO does; a batch of absent rows alone changes nothing.
+    keys, whichever come and go. Call it after the loss, as DINO does. A batch of absent rows alone changes nothing, nor
+    does one whose mean is not finite: one bad batch would be in every centre to come.
 
     Args:
         centre: $c$, shape `(d,)`, to update in place; zeros at first.
@@ -674,7 +675,8 @@ def centre_update(
     sums = torch.cat([rows.sum(dim=0), present.sum()[None].to(rows.dtype)])
     sums = sum_vector_over_ranks(ranks, f"centre_update, {width=}, {decay=}, {normalize=}", sums)
     mean = sums[:-1] / sums[-1].clamp(min=1)
-    centre.lerp_(torch.where(sums[-1] > 0, mean, centre).to(centre.dtype), 1 - decay)
+    counts = (sums[-1] > 0) & mean.isfinite().all()
+    centre.lerp_(torch.where(counts, mean, centre).to(centre.dtype), 1 - decay)
 
 
 @torch.no_grad()

@@ -41,11 +41,7 @@ def balanced(problem: Problem, ranks: Ranks | None) -> Problem:
     query = ready(problem.query, known.present, problem.prepare)
     momentum = ready(problem.momentum_query.detach(), known.present, problem.prepare)
     online = [ready(part.online, part.present, part.prepare) for part in known.keys]
-    others = [
-        rows.detach() if raw is None or raw is part.online else ready(raw.detach(), part.present, part.prepare)
-        for rows, part in zip(online, known.keys, strict=True)
-        for raw in (part.momentum,)
-    ]
+    others = [_momentum_rows(part, rows) for part, rows in zip(known.keys, online, strict=True)]
     temperature = problem.momentum_temperature
     temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
     bias = _key_biases(known, momentum / temperature, others, ranks) * temperature
@@ -58,6 +54,13 @@ def balanced(problem: Problem, ranks: Ranks | None) -> Problem:
     one = query.new_ones(query.shape[0], 1)
     query, momentum = torch.cat([query, one * 0], dim=1), torch.cat([momentum, one], dim=1)
     return _given(problem, query, momentum, parts, normalize_keys=False)
+
+
+def _momentum_rows(part: Part, online: Tensor) -> Tensor:
+    """The momentum keys prepared, which may be the online ones."""
+    if part.momentum is None or part.momentum is part.online:
+        return online.detach()
+    return ready(part.momentum.detach(), part.present, part.prepare)
 
 
 @torch.no_grad()
