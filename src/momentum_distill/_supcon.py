@@ -59,6 +59,7 @@ class SupConDistillLoss(WideModule):
             away, by a running mean that this loss keeps) or `"sinkhorn"` (SwAV, DINOv2: all keys get nearly the same
             share of $U$). A centre is of one direction: give each a loss of its own. It is updated after each call that
             counts as above, outside of the transforms of `torch.func`, and a batch is centred by what came before it.
+            Sinkhorn-Knopp makes the loss take about three times as long, and holds a copy of the keys in float32.
         positives: `"outside"`, `"inside"` or `"inside_per_positive"`: how Eq. 8, 9 and 22 are read.
         reduction: `"mean"`, `"sum"` or `"none"`.
         normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
