@@ -24,8 +24,9 @@ So both help at this temperature, the more the more pairs are wrong. What does n
 - That MoCo's keys will do: with momentum keys of the batch too, the queue is -0.8 ± 0.2 and -1.8 ± 0.6.
 
 `docs/when.md` has all axes: temperature, wrong pairs, batch, length of training, slots, decay, alpha, the teacher's
-temperature, kinds of targets. Of the settings, rates and dropout are those of `two_views_digits.py`; the number of epochs was chosen on
-validation rows of two other seeds for the batch alone; temperatures in the last table are chosen on validation rows.
+temperature, kinds of targets. Of the settings, rates and dropout are those of `two_views_digits.py`; the number of
+epochs was chosen on validation rows of two other seeds for the batch alone; temperatures in the last table are chosen
+on validation rows.
 """
 
 import argparse
