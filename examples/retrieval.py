@@ -24,8 +24,9 @@ So both help at this temperature, the more the more pairs are wrong. What does n
 - That MoCo's keys will do: with momentum keys of the batch too, the queue is -0.8 ± 0.2 and -1.8 ± 0.6.
 
 `docs/when.md` has all axes: temperature, wrong pairs, batch, length of training, slots, decay, alpha, the teacher's
-temperature. Of the settings, rates and dropout are those of `two_views_digits.py`; the number of epochs was chosen on
-validation rows of two other seeds for the batch alone; temperatures in the last table are chosen on validation rows.
+temperature, kinds of targets. Of the settings, rates and dropout are those of `two_views_digits.py`; the number of
+epochs was chosen on validation rows of two other seeds for the batch alone; temperatures in the last table are chosen
+on validation rows.
 """
 
 import argparse
@@ -73,6 +74,7 @@ class Setting:
     alpha: float = 0.0  # weight of the momentum targets; 0: none
     decay: float = 0.98  # of the momentum models
     teacher_temperature: float | None = None  # inside the momentum targets; None: the same as the student's
+    targets: str = "softmax"  # or "centred" or "sinkhorn": what is made of the momentum logits
     batch_keys: str = "online"  # or "momentum"; the keys of the queue are always the momentum models'
     queue_positives: bool = True  # False: a sample's own rows in the queue, of an epoch ago, are keys as any other
 
@@ -86,11 +88,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "queue and targets": {"slots": 1024, "alpha": 0.4},
 }
 COMPARED = ("batch alone", "queue", "targets")  # along every axis
+KINDS = ("softmax", "centred", "sinkhorn")  # of momentum targets: on the digits, with these students and teachers
+STUDENTS = ({"temperature": 0.1}, {"temperature": 0.4}, {"temperature": 0.1, "wrong": 0.4})
+TEACHERS = (0.5, 1.0, 2.0)  # times the student's temperature
 TEMPERATURES, WRONG, BATCHES = (0.05, 0.1, 0.2, 0.4), (0.0, 0.2, 0.4), (16, 64, 256)
 
 
 def arm(name: str, data: str, **change: Any) -> Setting:
     return replace(Setting(data), **{**ARMS[name], **change})
+
+
+def taught(kind: str, student: dict[str, Any], times: float) -> Setting:
+    """The arm "targets" of the digits, of one kind, with a teacher of so many times the student's temperature."""
+    temperature = None if times == 1.0 else round(times * student["temperature"], 3)
+    return arm("targets", "digits", teacher_temperature=temperature, targets=kind, **student)
 
 
 def grid(data: str) -> list[Setting]:
@@ -106,6 +117,8 @@ def grid(data: str) -> list[Setting]:
     settings += [arm("targets", data, alpha=alpha) for alpha in (0.2, 0.8)]
     settings += [arm("targets", data, teacher_temperature=t) for t in (0.05, 0.2)]
     settings += [arm(name, data, decay=decay) for decay in (0.9, 0.995) for name in ("queue", "targets")]
+    if data == "digits":
+        settings += [taught(kind, student, times) for student in STUDENTS for times in TEACHERS for kind in KINDS]
     return list(dict.fromkeys(settings))
 
 
@@ -216,7 +229,18 @@ class Objective(nn.Module):
         uses_momentum = setting.slots or setting.alpha
         self.momentum = md.EMAWrapper(encoders, decay=setting.decay) if uses_momentum else None
         self.queue = md.ClassQueue(setting.slots, dict.fromkeys(VIEWS, WIDTH)) if setting.slots else None
-        self.loss = md.SupConDistillLoss(temperature=setting.temperature, learnable_temperature=False)
+        # One for each direction: centres are of their queries.
+        self.losses = nn.ModuleDict(
+            {
+                query: md.SupConDistillLoss(
+                    temperature=setting.temperature,
+                    learnable_temperature=False,
+                    momentum_temperature=setting.teacher_temperature,
+                    momentum_targets=setting.targets,
+                )
+                for query in VIEWS
+            }
+        )
 
     def forward(self, online: dict[str, Tensor], batch: Pairs, ids: Tensor, ramp: float) -> Tensor:
         setting = self.setting
@@ -236,17 +260,10 @@ class Objective(nn.Module):
             soft = {}
             if setting.alpha:
                 soft = {"momentum_query": slow[query], "momentum_keys": slow_keys[key], "alpha": ramp * setting.alpha}
-            losses.append(self.contrast(online[query], keys[key], ids, key_ids, **soft))
+            losses.append(self.losses[query](online[query], keys[key], ids, key_ids, **soft))
         if self.queue is not None:
             self.queue.enqueue(ids, slow)
         return (losses[0] + losses[1]) / 2
-
-    def contrast(self, *features_and_ids: Any, **soft: Any) -> Tensor:
-        teacher = self.setting.teacher_temperature
-        if teacher is None:
-            return self.loss(*features_and_ids, **soft)
-        temperatures = {"temperature": self.setting.temperature, "momentum_temperature": teacher}
-        return md.functional.supcon_distill_loss(*features_and_ids, **soft, **temperatures)
 
 
 def train(setting: Setting, pairs: Pairs, *, epochs: int, seed: int) -> Encoders:
@@ -399,6 +416,21 @@ def table_of_gains(results: Results, data: list[str]) -> list[list[str]]:
     return rows
 
 
+def table_of_targets(results: Results) -> list[list[str]]:
+    """What each kind of momentum targets adds to the batch alone, and to the plain softmax."""
+    plain, *others = KINDS
+    rows = [["wrong pairs", "temperature", "teacher's", *KINDS, *(f"{kind} beyond {plain}" for kind in others)]]
+    for student in STUDENTS:
+        for times in TEACHERS:
+            found = {kind: taught(kind, student, times) for kind in KINDS}
+            beyond = [paired_interval(results[found[kind]]["map"], results[found[plain]]["map"]) for kind in others]
+            gains = [*(gain(results, found[kind]) for kind in KINDS), *beyond]
+            temperatures = (student["temperature"], times * student["temperature"])
+            given = [f"{student.get('wrong', 0):.0%}", *(f"{temperature:g}" for temperature in temperatures)]
+            rows.append([*given, *map(signed, gains)])
+    return rows
+
+
 def table_of_choices(results: Results, data: list[str]) -> list[list[str]]:
     """Every arm with the temperature that is best for it on the validation rows."""
     rows = [["views", "wrong pairs", "trained with", "temperature", "mAP", "recall@1", "mAP beyond the batch alone"]]
@@ -483,6 +515,8 @@ def main(arguments: list[str] | None = None) -> Results:
         results |= collect(done)
         show(f"{DATA[data]}: retrieval of the class, %, {options.seeds} seeds", table_of_arms(results, data))
     show("mAP of the batch alone, and what is gained beyond it", table_of_gains(results, options.data))
+    if "digits" in options.data:
+        show("digits: mAP gained by kinds of momentum targets", table_of_targets(results))
     show("each with its temperature, chosen on the validation rows", table_of_choices(results, options.data))
     settings = {"seeds": options.seeds, "epochs": options.epochs, "train": options.train}
     write_results(options.out / "retrieval.json", settings, to_rows(results))

@@ -181,6 +181,9 @@ def change_one_queue(where: str) -> tuple[str, str]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+SINKHORN = ["gather"] * 4  # whether the ranks agree, and a number for each key in each iteration
+
+
 class LossCase(NamedTuple):
     sizes: tuple[int, ...]  # rows of each rank
     dtype: torch.dtype = torch.float64
@@ -301,6 +304,8 @@ GATHERED: dict[str, Callable[[Outputs], Tensor]] = {
         for positives in POSITIVES
         for reduction in ("mean", "sum")
     },
+    "supcon, centred": lambda o: supcon(o, momentum_targets="centred", centre=o.past["keys"][1] / 3).total,
+    "supcon, sinkhorn": lambda o: supcon(o, momentum_targets="sinkhorn", momentum_temperature=0.3).total,
     "supcon without self": without_self,
     "supcon without self, inside": lambda o: without_self(o, positives="inside", reduction="sum"),
     "supervised": lambda o: supcon(o).supervised,
@@ -339,6 +344,7 @@ LOSSES: dict[str, Callable[[Outputs], Tensor]] = {
 
 ROW_BY_ROW: dict[str, tuple[Callable[[Outputs], Tensor], list[str]]] = {
     "supcon": (lambda o: supcon(o, reduction="none").total, []),
+    "supcon, sinkhorn": (lambda o: supcon(o, momentum_targets="sinkhorn", reduction="none").total, SINKHORN),
     "regression": (lambda o: response(o, "regression", reduction="none"), []),
     "classification": (lambda o: response(o, "classification", reduction="none"), []),
     "hard sample": (lambda o: hard_sample(o, reduction="none"), ["gather"]),  # for the weight of the classes
@@ -421,6 +427,24 @@ def row_by_row(case: LossCase) -> dict[str, tuple[list[float], list[str]]]:
     return found
 
 
+def centre(sizes: tuple[int, ...]) -> tuple[list[float], list[str]]:
+    """That of a loss after three steps, in which no row of the first and of another rank is there at times."""
+    rank, world = rank_and_world()
+    loss_fn = md.SupConDistillLoss(momentum_targets="centred", reduction="sum")
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) if world > 1 else slice(None)
+    with counted() as calls:
+        for step in range(3):
+            labels = (torch.arange(sum(sizes), device=DEVICE) % CLASSES).masked_fill_(
+                numbers(step, sum(sizes)) > 0.5, -1
+            )
+            labels = torch.full_like(labels, -1) if step == 1 else labels
+            query, momentum = (numbers(step + seed, sum(sizes), 4, dtype=torch.float32)[mine] for seed in (10, 20))
+            keys, key_labels = numbers(30, 6, 4, dtype=torch.float32), torch.arange(6, device=DEVICE)
+            soft = {"momentum_query": momentum, "momentum_keys": keys}
+            loss_fn(query.requires_grad_(), keys, labels[mine], key_labels, **soft).backward()
+    return loss_fn.centre.tolist(), calls
+
+
 class AllLosses(nn.Module):
     """Every loss at once, for DDP to wrap."""
 
@@ -450,7 +474,15 @@ def compiled(case: LossCase, fused_scores: int) -> dict[str, tuple[float, float]
     The contrastive loss is an operator of that graph for more than `fused_scores` scores.
     """
     engine.FUSED_SCORES = fused_scores
-    names = ["supcon inside mean", "supervised", "classification", "hard sample distance mean", "mean of rows"]
+    names = [
+        "supcon inside mean",
+        "supcon, centred",
+        "supcon, sinkhorn",
+        "supervised",
+        "classification",
+        "hard sample distance mean",
+        "mean of rows",
+    ]
     found = {}
     for name in names:
         given = outputs(case, leaves(case))
@@ -597,6 +629,17 @@ def wrong_supcon(rank: int, **change: object) -> None:
     F.supcon_distill_loss(**options)
 
 
+def wrong_balance(rank: int, **change: object) -> None:
+    options = {"query": eye(), "keys": eye(4), "query_labels": torch.tensor([0, 1]), "key_labels": torch.arange(4)}
+    options |= {**MOMENTUM, "momentum_targets": "sinkhorn", "reduction": "none", **(change if rank == 1 else {})}
+    F.supcon_distill_loss(temperature=0.5, group="auto", **options)
+
+
+def wrong_centre(rank: int, **change: object) -> None:
+    options = {"momentum_query": eye(), "query_labels": torch.tensor([0, 1]), **(change if rank == 1 else {})}
+    F.centre_update(torch.zeros(3), group="auto", **options)
+
+
 def wrong_response(rank: int, **change: object) -> None:
     options = {"student": eye(), "teacher": eye(), "task": "classification", "group": "auto"}
     F.response_distill_loss(**options | (change if rank == 1 else {}))
@@ -620,6 +663,7 @@ def other_call(rank: int) -> None:
 
 
 TOO_HIGH = {"labels": torch.tensor([0, 9])}
+OWN_KEYS = {"keys": eye(), "momentum_keys": eye(), "key_labels": torch.tensor([0, 1]), "exclude_self": True}
 MOMENTUM = {"momentum_query": eye(), "momentum_keys": eye(4)}
 
 # By name: what the ranks call, what rank 1 has of its own, and the error on all of them.
@@ -666,6 +710,32 @@ WRONG: dict[str, tuple[Callable, dict, str, str]] = {
     "positives": (wrong_supcon, {"positives": "inside"}, "ValueError", r"positives='inside'.* on rank 1$"),
     "reduction": (wrong_supcon, {"reduction": "sum"}, "ValueError", r"'mean' on rank 0.*'sum' on rank 1$"),
     "no reduction": (wrong_supcon, {"reduction": "most"}, "ValueError", r"^reduction: .* \(on rank 1\)$"),
+    "other targets": (
+        wrong_balance,
+        {"momentum_targets": "softmax", "reduction": "mean"},
+        "ValueError",
+        "'sinkhorn' and 4 keys",
+    ),
+    "no targets": (
+        wrong_balance,
+        {"momentum_targets": "sinkhorn_knopp"},
+        "ValueError",
+        r"^momentum_targets: .* \(on rank 1\)$",
+    ),
+    "other keys": (
+        wrong_balance,
+        {"key_labels": torch.tensor([0, 1, 3, 2])},
+        "ValueError",
+        r"to 20 on rank 0: .* to 19 on ",
+    ),
+    "own keys": (wrong_balance, OWN_KEYS, "ValueError", r"^exclude_self: .*on rank 1\)$"),
+    "centre": (wrong_centre, {"momentum_query": eye(2, 4)}, "ValueError", r"^momentum_query: .* \(on rank 1\)$"),
+    "decay of a centre": (
+        wrong_centre,
+        {"decay": 0.8},
+        "ValueError",
+        r"decay=0.9.* on rank 0: .*decay=0.8.*on rank 1$",
+    ),
     "loss NaN": (wrong_supcon, {"query": eye() * torch.nan, "validate": True}, "ValueError", r"^query: .*NaN"),
     "teacher": (wrong_response, {"teacher": eye(2, 4)}, "ValueError", r"^teacher: .* \(on rank 1\)$"),
     "task": (

@@ -92,8 +92,34 @@ class SupConTerms(NamedTuple):
 def similarities(query: Rows, keys: Rows, temperature: float, normalize: bool | str) -> Rows:
     """s(q_i, k_j) / tau, the exponents of Eq. 8."""
     q = [unit(row) for row in query] if normalize in (True, "query") else query
-    k = [unit(row) for row in keys] if normalize is True else keys
+    k = [unit(row) for row in keys] if normalize in (True, "keys") else keys
     return [[dot(qi, kj) / temperature for kj in k] for qi in q]
+
+
+def sinkhorn(scores: dict[int, dict[int, float]], keys: int, iterations: int = 3) -> dict[int, dict[int, float]]:
+    """Sinkhorn-Knopp as SwAV has it, on the matrix itself: every key gets as much, then every row gives 1."""
+    top = max((x for row in scores.values() for x in row.values()), default=0.0)
+    matrix = {i: {j: math.exp(x - top) for j, x in row.items()} for i, row in scores.items()}
+    for _ in range(iterations):
+        for j in {j for row in matrix.values() for j in row}:
+            total = math.fsum(row[j] for row in matrix.values() if j in row)
+            for row in matrix.values():
+                if j in row:
+                    row[j] *= len(matrix) / keys / total
+        for i, row in matrix.items():
+            total = math.fsum(row.values())
+            matrix[i] = {j: x / total for j, x in row.items()}
+    return matrix
+
+
+def centre_update(centre: Row, momentum_query: Rows, query_labels: Sequence[int], decay: float = 0.9) -> list[float]:
+    """DINO's Eq. 4 for the momentum queries, whose labels are not -1."""
+    rows = [unit(row) for row, label in zip(momentum_query, query_labels, strict=True) if label != -1]
+    if not rows:
+        return list(centre)
+    return [
+        decay * c + (1 - decay) * math.fsum(x) / len(rows) for c, x in zip(centre, zip(*rows, strict=True), strict=True)
+    ]
 
 
 def supcon_rows(
@@ -106,6 +132,8 @@ def supcon_rows(
     momentum_query: Rows | None = None,
     momentum_keys: Rows | None = None,
     momentum_temperature: float | None = None,
+    momentum_targets: str = "softmax",
+    centre: Row | None = None,
     positives: str = "outside",
     normalize: bool | str = True,
     ignore_index: int = -1,
@@ -117,6 +145,16 @@ def supcon_rows(
     if momentum_query is not None:
         tau = temperature if momentum_temperature is None else momentum_temperature
         s_m = similarities(momentum_query, momentum_keys, tau, normalize)
+        if centre is not None:
+            mean = similarities([centre], momentum_keys, tau, normalize is True and "keys")[0]
+            s_m = [[x - m for x, m in zip(row, mean, strict=True)] for row in s_m]
+        if momentum_targets == "sinkhorn":
+            seen = {
+                i: [j for j in everyone if not (exclude_self and j == i)]
+                for i, label in enumerate(query_labels)
+                if label != ignore_index
+            }
+            balanced = sinkhorn({i: {j: s_m[i][j] for j in keys_of} for i, keys_of in seen.items()}, len(everyone))
 
     out: list[SupConRow | None] = []
     for i, label in enumerate(query_labels):
@@ -142,6 +180,8 @@ def supcon_rows(
         distill = 0.0
         if momentum_query is not None:  # KL(U || V) of Eq. 11
             log_u = log_softmax([s_m[i][j] for j in present])
+            if momentum_targets == "sinkhorn":
+                log_u = [math.log(balanced[i][j]) for j in present]
             distill = math.fsum(math.exp(a) * (a - b) for a, b in zip(log_u, log_v, strict=True) if a > -700.0)
         out.append(SupConRow(supervised, distill))
     return out

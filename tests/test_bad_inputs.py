@@ -173,6 +173,9 @@ CALLS = {
     "hard_sample_fusion_loss": lambda: Call(functional.hard_sample_fusion_loss, hard_arguments()),
     "mean_rows": lambda: Call(functional.mean_rows, {"values": real(4), "mask": bools(4)}),
     "straight_through": lambda: Call(functional.straight_through, {"average": real(2), "online": real(2)}),
+    "centre_update": lambda: Call(
+        functional.centre_update, {"centre": real(3), "momentum_query": real(4, 3), "query_labels": ints(4)}
+    ),
     "ema_update": lambda: Call(
         functional.ema_update,
         {"average": [real(2), real(3, 2)], "online": [real(2) + 1, real(3, 2) + 1], "decay": 0.5},
@@ -180,6 +183,7 @@ CALLS = {
     "SupConDistillLoss()": lambda: Call(md.SupConDistillLoss),
     "SupConDistillLoss.forward": lambda: supcon_module("__call__"),
     "SupConDistillLoss.terms": lambda: supcon_module("terms"),
+    "SupConDistillLoss(centred).forward": lambda: supcon_module("__call__", momentum_targets="centred"),
     "SupConDistillLoss(query, validate).forward": unit_keys_module,
     "SupConDistillLoss(validate).forward": lambda: supcon_module("__call__", validate=True),
     "ResponseDistillLoss()": lambda: Call(md.ResponseDistillLoss, {"task": "regression"}),
@@ -415,10 +419,26 @@ bad(
     [*wrong_numbers(), ("is zero", 0.0, V), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
 )
 bad(
-    "supcon_distill_loss",
+    SUPCON_CALLS,
     "momentum_temperature",
     [*wrong_numbers(optional=True), ("is zero", 0, V), ("is a vector", real(2), V)],
 )
+bad(
+    "supcon_distill_loss",
+    "centre",
+    [*no_floats(3), ("is of another width", real(2), V), ("is on another device", real(3, device="meta"), V)],
+    momentum_targets="centred",
+)
+bad("supcon_distill_loss", "centre", [("is without a use", real(3), V)], momentum_targets="sinkhorn")
+bad("SupConDistillLoss(centred).forward", "momentum_query", [("is of another width", real(4, 2), V)])
+bad("centre_update", "centre", [*no_floats(3), ("is None", None, T), ("is a matrix", real(1, 3), V)])
+bad("centre_update", "momentum_query", [*no_floats(4, 3), ("is of another width", real(4, 2), V)])
+bad("centre_update", "momentum_query", [("is on another device", real(4, 3, device="meta"), V)])
+bad("centre_update", "query_labels", [*no_labels(4), ("are of another number", ints(3), V)])
+bad("centre_update", "decay", wrong_numbers(0, 1))
+bad("centre_update", "normalize", FLAGS)
+bad("centre_update", "ignore_index", WHOLE_NUMBERS)
+bad("centre_update", "group", GROUPS)
 bad("supcon_distill_loss", "validate", FLAGS)
 bad(
     SUPCON_CALLS,
@@ -457,6 +477,7 @@ bad(
 SUPCON_OPTIONS = ["supcon_distill_loss", "supcon_distill_terms", "SupConDistillLoss()"]
 bad(SUPCON_OPTIONS, "positives", choices())
 bad(SUPCON_OPTIONS, "reduction", choices())
+bad(SUPCON_OPTIONS, "momentum_targets", choices())
 bad(SUPCON_OPTIONS, "normalize", [("is 'keys'", "keys", V), ("is None", None, EITHER), ("is a number", 1, EITHER)])
 bad(SUPCON_OPTIONS, "ignore_index", [*WHOLE_NUMBERS, ("is None", None, T)])
 
@@ -481,6 +502,7 @@ bad(
         ("ends at infinity", (0.1, INF), V),
     ],
 )
+bad("SupConDistillLoss()", "momentum_temperature", [*wrong_numbers(optional=True), ("is zero", 0, V)])
 bad("SupConDistillLoss()", "learnable_temperature", FLAGS)
 bad("SupConDistillLoss()", "exclude_self", FLAGS)
 bad("SupConDistillLoss()", "alpha", wrong_numbers(0, 1))

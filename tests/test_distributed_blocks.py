@@ -127,7 +127,7 @@ def test_value_and_gradients_of_each_loss_are_those_of_one_process(ranks, case):
             close([answer.value], [expected.value], for_values, name)
             for leaf, grad in expected.grads.items():
                 close(answer.grads[leaf], grad, for_gradients, f"{name}, {leaf}")
-            assert answer.forward == ["gather"], name
+            assert answer.forward == [*(rank_blocks.SINKHORN if "sinkhorn" in name else []), "gather"], name
             # The way back of the keys, which is not the loss's.
             assert answer.backward == (["scatter"] if name in rank_blocks.GATHERED else []), name
 
@@ -163,6 +163,14 @@ def test_rows_are_those_of_each_rank_and_cost_nothing(ranks):
         assert [len(answer[name][0]) for answer in answers] == list(case.sizes)
         close([row for answer in answers for row in answer[name][0]], alone[name][0], 1e-14, name)
         assert [answer[name][1] for answer in answers] == [collectives] * 3, name
+
+
+def test_a_centre_is_that_of_the_rows_of_all_ranks(ranks):
+    alone, _ = rank_blocks.centre((3, 0, 4))
+    for centre, calls in (answers := ranks.run(3, "rank_blocks:centre", (3, 0, 4))):
+        assert centre == answers[0][0]
+        close(centre, alone, 1e-6, "centre")
+        assert calls == ["gather"] * 6
 
 
 @pytest.mark.parametrize("case", [LossCase((4, 3), blind=True), LossCase((0, 3, 2))], ids=["blind", "empty"])

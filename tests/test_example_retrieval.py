@@ -157,6 +157,8 @@ def test_every_knob_changes_what_is_trained():
         *({"temperature": 0.2}, {"decay": 0.5}, {"alpha": 0.2}, {"slots": 16}, {"slots": 0}, {"alpha": 0.0}),
         *(
             {"teacher_temperature": 0.05},
+            {"targets": "centred"},
+            {"targets": "sinkhorn"},
             {"batch_keys": "momentum"},
             {"queue_positives": False},
             {"batch": 24},
@@ -253,7 +255,8 @@ def tables():
     results = retrieval.from_rows(study_tools.read_results(ROOT / "docs" / "results" / "retrieval.json")["rows"])
     data = list(retrieval.DATA)
     every = [retrieval.table_of_arms(results, one) for one in data]
-    return [*every, retrieval.table_of_gains(results, data), retrieval.table_of_choices(results, data)]
+    whole = (retrieval.table_of_gains(results, data), retrieval.table_of_choices(results, data))
+    return [*every, *whole, retrieval.table_of_targets(results)]
 
 
 def test_the_page_has_the_tables_of_the_results(tables):

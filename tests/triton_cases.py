@@ -417,3 +417,34 @@ def test_a_batch_that_excludes_itself_goes_without_the_kernel(monkeypatch):
         monkeypatch.setattr(kernel, "attend", None)
     for plain, asked in zip(*results, strict=True):
         torch.testing.assert_close(asked, plain, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("targets", ["centred", "sinkhorn"])
+def test_other_targets_go_through_the_kernels(targets, monkeypatch):
+    generator = torch.Generator().manual_seed(13)
+    query, momentum_query, keys, momentum_keys = (
+        torch.randn(count, 24, generator=generator).to(DEVICE) for count in (9, 9, 40, 40)
+    )
+    labels, key_labels = ((torch.arange(count) % 4 - 1).to(DEVICE) for count in (9, 40))
+    centre = torch.linspace(-0.4, 0.6, 24, device=DEVICE) if targets == "centred" else None
+    results = []
+    for wanted in ("0", "1", "lean"):
+        monkeypatch.setenv("MOMENTUM_DISTILL_TRITON", wanted)
+        leaf = query.clone().requires_grad_()
+        loss = functional.supcon_distill_loss(
+            leaf,
+            keys,
+            labels,
+            key_labels,
+            momentum_query=momentum_query,
+            momentum_keys=momentum_keys,
+            temperature=0.2,
+            momentum_temperature=0.1,
+            momentum_targets=targets,
+            centre=centre,
+        )
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for fused in results[1:]:
+        for ours, plain in zip(fused, results[0], strict=True):
+            torch.testing.assert_close(ours, plain, rtol=2e-5, atol=2e-6)

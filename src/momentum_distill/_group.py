@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -100,23 +101,32 @@ class _Sum(torch.autograd.Function):
         return grad * ctx.size, None, None
 
 
-def errors_shared_by_sum(ranks: Ranks | None, like: object) -> AbstractContextManager[None]:
+def sum_vector_over_ranks(ranks: Ranks | None, signature: str, values: Tensor) -> Tensor:
+    """The same of a vector, with its length for the slots, and without a gradient."""
+    if ranks is None:
+        return values
+    sent = F.pad(values.to(torch.float64), (2, 0))
+    sent[1].fill_(_checksum(signature))
+    return _exchange(ranks, sent, signature)[:, 2:].sum(dim=0).to(values.dtype)
+
+
+def errors_shared_by_sum(ranks: Ranks | None, like: object, slots: int = SLOTS) -> AbstractContextManager[None]:
     """Inside, check what the loss is given; what is raised reaches all ranks, by taking part in the sum they make.
 
     On an accelerator the others get a loss of NaN instead of the error: reading it would make every step wait.
     """
-    return nullcontext() if ranks is None else _errors_shared(_fail_sum, ranks, like)
+    return nullcontext() if ranks is None else _errors_shared(partial(_fail_sum, slots), ranks, like)
 
 
-def _fail_sum(ranks: Ranks, device: torch.device, error: Exception) -> None:
-    sent = torch.full((2 + SLOTS,), torch.nan, dtype=torch.float64, device=device)
+def _fail_sum(slots: int, ranks: Ranks, device: torch.device, error: Exception) -> None:
+    sent = torch.full((2 + slots,), torch.nan, dtype=torch.float64, device=device)
     sent[0].fill_(1)
     _exchange(ranks, sent, "", error)
 
 
 def _exchange(ranks: Ranks, sent: Tensor, signature: str, error: Exception | None = None) -> Tensor:
     """What all ranks sent, with the signatures compared where that is free."""
-    came = _all_gather(ranks, sent)
+    came = all_gather(ranks, sent)
     if may_ask(sent):
         _compare(ranks, came.tolist(), signature, sent.device, error)
     return came
@@ -192,7 +202,7 @@ def _tell_rows(
     """How many rows each rank brings; with a backend for the CPU nobody's accelerator is waited for."""
     device = _host_device(ranks, device)
     sent = torch.tensor([int(error is not None), _checksum(signature), rows], device=device)
-    came = _all_gather(ranks, sent).tolist()
+    came = all_gather(ranks, sent).tolist()
     _compare(ranks, came, signature, device, error)
     return [row[2] for row in came]
 
@@ -232,7 +242,7 @@ def _gather_bytes(ranks: Ranks, sizes: list[int], tensors: list[Tensor]) -> list
     parts = [_as_bytes(tensor) for tensor in tensors]
     packed = torch.cat(parts, dim=1)
     longest = max(1, *sizes)
-    came = _all_gather(ranks, F.pad(packed, (0, 0, 0, longest - len(packed))))
+    came = all_gather(ranks, F.pad(packed, (0, 0, 0, longest - len(packed))))
     kept = torch.cat([rows[:size] for rows, size in zip(came, sizes, strict=True)])
     columns = torch.split(kept, [part.shape[1] for part in parts], dim=1)
     return [
@@ -359,7 +369,7 @@ _gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_ga
 _scatter_into = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
-def _all_gather(ranks: Ranks, sent: Tensor) -> Tensor:
+def all_gather(ranks: Ranks, sent: Tensor) -> Tensor:
     """What each rank sent, all of one shape: `(ranks, ...)`."""
     assert _gather_into is not None
     came = sent.new_empty((ranks.size * sent.shape[0], *sent.shape[1:]))
@@ -369,8 +379,8 @@ def _all_gather(ranks: Ranks, sent: Tensor) -> Tensor:
 
 def _gather_uneven(ranks: Ranks, sent: Tensor) -> tuple[Tensor, list[int]]:
     """What each rank sent, of any length, filled up with zeros: `(ranks, longest)`; and how long it was."""
-    lengths = _all_gather(ranks, torch.tensor([len(sent)], device=sent.device))[:, 0].tolist()
-    return _all_gather(ranks, F.pad(sent, (0, max(1, *lengths) - len(sent)))), lengths
+    lengths = all_gather(ranks, torch.tensor([len(sent)], device=sent.device))[:, 0].tolist()
+    return all_gather(ranks, F.pad(sent, (0, max(1, *lengths) - len(sent)))), lengths
 
 
 def _reduce_scatter(ranks: Ranks, sent: Tensor) -> Tensor:

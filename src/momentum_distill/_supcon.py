@@ -1,5 +1,6 @@
 """Feature-based distillation: the supervised contrastive loss with momentum targets."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from momentum_distill._checks import (
 )
 from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize
 from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
+from momentum_distill._contrast.targets import TARGETS, Targets
 from momentum_distill._group import Group, check_group, describe_group
-from momentum_distill._precision import WideModule
+from momentum_distill._precision import WideModule, sum_dtype
 from momentum_distill._temperature import check_temperature, exp_in_range, project, project_
 from momentum_distill._watch import IdleWatch, StudentWatch
 from momentum_distill.functional import SupConTerms
@@ -30,7 +32,7 @@ class SupConDistillLoss(WideModule):
     $$\mathcal L_i = (1-\alpha)\,\mathcal S_i + \alpha\,\mathrm{KL}(U_i \,\Vert\, V_i), \qquad
       \mathcal S_i = -\frac{1}{K_i} \sum_{j : c_j = c_i} \log V_{ij}$$
     $$V_i = \mathrm{softmax}_j(\bar q_i^\top \bar k_j / \tau), \qquad
-      U_i = \mathrm{softmax}_j(\bar q_i'^\top \bar k_j' / \tau)$$
+      U_i = \mathrm{softmax}_j(\bar q_i'^\top \bar k_j' / \tau' + b_j)$$
 
     This is one direction. For a teacher modality t and a student modality u the paper averages two: query $F_t$
     against the keys of u, and query $F_u$ against the keys of t (`docs/quickstart.md` shows both). The mathematics,
@@ -47,7 +49,17 @@ class SupConDistillLoss(WideModule):
         learnable_temperature: Learn $\tau$ (as in the paper), or keep it fixed.
         temperature_range: Smallest and largest $\tau$. A learned one that an optimizer step took outside is brought
             back to the border, in place, at the next call.
+        momentum_temperature: $\tau'$ inside $U$: None (the paper: $\tau$, without gradient), a positive number, or a
+            function that returns one for the number of calls so far, for a warm-up. Counted are calls in training
+            mode with gradients enabled; where several make an optimizer step (two directions, say), these are more
+            than the steps. The count is part of the state, and 0 after loading one from before there was any. The
+            function runs outside the graphs of `torch.compile`.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
+        momentum_targets: `"softmax"` (the paper: all $b_j = 0$), `"centred"` (DINO: $b_j$ takes the mean momentum logit
+            of key j away, by a running mean that this loss keeps) or `"sinkhorn"` (SwAV, DINOv2: all keys get nearly
+            the same share of $U$). A centre is of one direction: give each a loss of its own. It is updated after each call that
+            counts as above, outside of the transforms of `torch.func`, and a batch is centred by what came before it.
+            Sinkhorn-Knopp makes the loss take about three times as long, and holds a copy of the keys in float32.
         positives: `"outside"`, `"inside"` or `"inside_per_positive"`: how Eq. 8, 9 and 22 are read.
         reduction: `"mean"`, `"sum"` or `"none"`.
         normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
@@ -73,10 +85,14 @@ class SupConDistillLoss(WideModule):
         >>> loss = loss_fn(audio, text, labels, labels, momentum_query=text, momentum_keys=text)
         >>> loss.shape, float(loss_fn.temperature)
         (torch.Size([]), 0.5)
+        >>> warm_up = lambda call: min(0.04 + call * 1e-4, 0.07)  # named, it could be pickled
+        >>> dino = SupConDistillLoss(
+        ...     temperature=0.1, momentum_temperature=warm_up, momentum_targets="centred"
+        ... )
 
     References:
         MTMD (Lin and Hu, 2023), Eq. 8, 9, 11, 22 and 23; SupCon (Khosla et al., 2020). How the paper is read:
-        `docs/paper_map.md`.
+        `docs/paper_map.md`. Targets: DINO (Caron et al., 2021), SwAV (Caron et al., 2020), DINOv2 (Oquab et al., 2023).
     """
 
     undecayed: ClassVar[tuple[str, ...]] = ("log_temperature_ratio",)
@@ -88,7 +104,9 @@ class SupConDistillLoss(WideModule):
         temperature: float = 0.5,
         learnable_temperature: bool = True,
         temperature_range: tuple[float, float] = (0.01, 10.0),
+        momentum_temperature: float | Callable[[int], float] | None = None,
         alpha: float = 0.4,
+        momentum_targets: Targets = "softmax",
         positives: Positives = "outside",
         reduction: Reduction = "mean",
         normalize: Normalize = True,
@@ -100,7 +118,10 @@ class SupConDistillLoss(WideModule):
         super().__init__()
         check_bool("learnable_temperature", learnable_temperature)
         self.temperature_range: tuple[float, float] = check_temperature(temperature, temperature_range)
+        if momentum_temperature is not None and not callable(momentum_temperature):
+            check_number("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
         check_number("alpha", alpha, low=0.0, high=1.0)
+        check_choice("momentum_targets", momentum_targets, TARGETS)
         check_choice("positives", positives, POSITIVES)
         check_choice("reduction", reduction, REDUCTIONS)
         check_normalize(normalize)
@@ -114,7 +135,14 @@ class SupConDistillLoss(WideModule):
         self.log_temperature_ratio: nn.Parameter | None = scalar
         self._watch = IdleWatch("the temperature of SupConDistillLoss", patience=500)  # several calls make a step
         self._students = StudentWatch("neither query nor keys requires a gradient")
+        self.momentum_temperature = momentum_temperature
+        # That train, where momentum_temperature is a function of them; a compiler would take a number for a constant.
+        self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
         self.alpha: float = float(alpha)
+        self.momentum_targets: Targets = momentum_targets
+        # As wide as the features turn out to be, with momentum_targets="centred".
+        self.centre: Tensor | None
+        self.register_buffer("centre", None)
         self.positives: Positives = positives
         self.reduction: Reduction = reduction
         self.normalize: Normalize = normalize
@@ -142,6 +170,7 @@ class SupConDistillLoss(WideModule):
         *,
         momentum_query: Tensor | None = None,
         momentum_keys: Parts | None = None,
+        momentum_temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of one direction.
@@ -154,6 +183,8 @@ class SupConDistillLoss(WideModule):
             key_labels: Integer, shape `(Q,)`, a tuple of parts where `keys` is one.
             momentum_query: The query from the momentum model, shape `(N, d)`. Together with `momentum_keys`.
             momentum_keys: Keys that stand for the same samples as `keys`, shape `(Q, d)`, in parts like `keys`.
+            momentum_temperature: Overrides the temperature inside $U$ for this call: a positive number or a tensor of
+                shape `()`.
             alpha: Overrides the weight of the momentum targets for this call (a ramp, say): a number in [0, 1] or a
                 tensor of shape `()`.
 
@@ -162,7 +193,8 @@ class SupConDistillLoss(WideModule):
 
         Raises:
             TypeError: If an argument has the wrong type or dtype.
-            ValueError: If a shape, device or label is wrong, or only one momentum input is given.
+            ValueError: If a shape, device or label is wrong, only one momentum input is given, or the function
+                `momentum_temperature` returns no positive number.
 
         Warns:
             UserWarning: Once, if in training mode neither query nor keys requires a gradient: student and teacher, or
@@ -177,9 +209,10 @@ class SupConDistillLoss(WideModule):
             >>> f"{loss.item():.4f}"
             '0.7067'
         """
-        settings = self._settings(alpha, query, keys, momentum_query, momentum_keys)
+        inside = self._inside(momentum_temperature)
+        settings = self._settings(alpha, inside, query, keys, momentum_query, momentum_keys)
         loss = functional.supcon_distill_loss(query, keys, query_labels, key_labels, **settings)
-        self._students.look(self, query, keys)
+        self._learned(query, keys, momentum_query, query_labels)
         return loss
 
     def terms(
@@ -191,6 +224,7 @@ class SupConDistillLoss(WideModule):
         *,
         momentum_query: Tensor | None = None,
         momentum_keys: Parts | None = None,
+        momentum_temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> SupConTerms:
         """The loss with its parts; arguments as in the call.
@@ -207,24 +241,32 @@ class SupConDistillLoss(WideModule):
             >>> int(terms.rows), int(terms.rows_with_positive)
             (2, 1)
         """
-        settings = self._settings(alpha, query, keys, momentum_query, momentum_keys)
+        inside = self._inside(momentum_temperature)
+        settings = self._settings(alpha, inside, query, keys, momentum_query, momentum_keys)
         terms = functional.supcon_distill_terms(query, keys, query_labels, key_labels, **settings)
-        self._students.look(self, query, keys)
+        self._learned(query, keys, momentum_query, query_labels)
         return terms
 
     def _settings(
         self,
         alpha: float | Tensor | None,
+        momentum_temperature: float | Tensor | None,
         query: Tensor,
         keys: Parts,
         momentum_query: Tensor | None,
         momentum_keys: Parts | None,
     ) -> dict[str, Any]:
         """All keyword arguments of the functions."""
+        centre = self.centre if self.momentum_targets == "centred" else None
+        if centre is not None and isinstance(query, Tensor) and centre.device != query.device:
+            self.centre = centre = centre.to(query.device)  # of a state that was loaded where there is no parameter
         return {
             "temperature": self._temperature(query, keys, momentum_query, momentum_keys),
             "momentum_query": momentum_query,
             "momentum_keys": momentum_keys,
+            "momentum_temperature": momentum_temperature,
+            "momentum_targets": self.momentum_targets,
+            "centre": centre,
             "alpha": self.alpha if alpha is None else alpha,
             "positives": self.positives,
             "reduction": self.reduction,
@@ -234,6 +276,42 @@ class SupConDistillLoss(WideModule):
             "group": self.group,
             "validate": self.validate,
         }
+
+    def _inside(self, momentum_temperature: float | Tensor | None) -> float | Tensor | None:
+        """The temperature inside U; None for that of V."""
+        if momentum_temperature is not None:
+            return momentum_temperature
+        if not callable(self.momentum_temperature):
+            return self.momentum_temperature
+        scheduled: Tensor = self._scheduled()
+        return scheduled if torch.compiler.is_compiling() else scheduled.item()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # a function of numbers, which graphs have none of
+    def _scheduled(self) -> Tensor:
+        """What the function says of the calls so far."""
+        assert callable(self.momentum_temperature)
+        value = self.momentum_temperature(int(self._calls))
+        check_number("momentum_temperature", value, low=0.0, open_low=True)
+        return torch.tensor(float(value), dtype=torch.float64)
+
+    def _learned(self, query: Tensor, keys: Parts, momentum_query: Tensor | None, query_labels: Tensor) -> None:
+        """After a call that went well, if it trains."""
+        self._students.look(self, query, keys)
+        if not self.training or not torch.is_grad_enabled() or in_transform():
+            return
+        if callable(self.momentum_temperature):
+            self._calls = self._calls + 1
+        if self.momentum_targets == "centred" and momentum_query is not None:
+            if self.centre is None:
+                self.centre = momentum_query.new_zeros(momentum_query.shape[1], dtype=sum_dtype(momentum_query))
+            functional.centre_update(
+                self.centre,
+                momentum_query,
+                query_labels,
+                normalize=bool(self.normalize),
+                ignore_index=self.ignore_index,
+                group=self.group,
+            )
 
     def _temperature(self, *features: object) -> float | Tensor:
         """The temperature with its gradient, in float64 where the features are."""
@@ -253,19 +331,34 @@ class SupConDistillLoss(WideModule):
 
     @override
     def get_extra_state(self) -> Tensor:
-        """The initial temperature, without which the saved ratio means nothing."""
-        return torch.tensor(self.initial_temperature, dtype=torch.float64)
+        """The initial temperature, without which the saved ratio means nothing; with a warm-up the calls so far."""
+        state = [self.initial_temperature, int(self._calls)]
+        return torch.tensor(state if callable(self.momentum_temperature) else state[0], dtype=torch.float64)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        self.initial_temperature = float(state)
+        self.initial_temperature, *calls = state.flatten().tolist()
+        self._calls = torch.tensor(int(calls[0]) if calls else 0, device="cpu")
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A centre of any width, or of none: that of a loss that has not been trained."""
+        if self.momentum_targets == "centred":
+            centre = state_dict.get(f"{prefix}centre")
+            home = self.log_temperature_ratio
+            device = None if home is None else home.device
+            self.centre = None if centre is None else torch.empty_like(centre, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
     def extra_repr(self) -> str:
         low, high = self.temperature_range
         kind = "fixed" if self.log_temperature_ratio is None else f"learned in [{low:g}, {high:g}]"
+        given = self.momentum_temperature
+        inside = "" if given is None else f"momentum_temperature={given if callable(given) else f'{given:g}'}, "
+        targets = "" if self.momentum_targets == "softmax" else f"momentum_targets={self.momentum_targets!r}, "
         return (
-            f"temperature={float(self.temperature):g} ({kind}), alpha={self.alpha:g}, "
+            f"temperature={float(self.temperature):g} ({kind}), {inside}alpha={self.alpha:g}, {targets}"
             f"positives={self.positives!r}, reduction={self.reduction!r}, "
             f"normalize={self.normalize!r}, ignore_index={self.ignore_index}, "
             f"exclude_self={self.exclude_self}, group={describe_group(self.group)}"

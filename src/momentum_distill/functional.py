@@ -20,6 +20,7 @@ from momentum_distill._checks import (
     check_device,
     check_floating,
     check_int,
+    check_labels,
     check_number,
     check_scalar,
     check_shape,
@@ -31,7 +32,15 @@ from momentum_distill._checks import (
 from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize, read_problem
 from momentum_distill._contrast.autograd import contrast
 from momentum_distill._contrast.formulas import Positives, Reduction
-from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks, sum_over_ranks
+from momentum_distill._contrast.targets import Targets
+from momentum_distill._group import (
+    Group,
+    check_group,
+    errors_shared_by_sum,
+    find_ranks,
+    sum_over_ranks,
+    sum_vector_over_ranks,
+)
 from momentum_distill._outputs import (
     CLASS_WEIGHTS,
     TASKS,
@@ -46,6 +55,7 @@ from momentum_distill._rows import normalize_rows, shortest
 
 __all__ = [
     "SupConTerms",
+    "centre_update",
     "contrast_logits",
     "ema_update",
     "hard_sample_fusion_loss",
@@ -169,6 +179,8 @@ def supcon_distill_loss(
     momentum_query: Tensor | None = None,
     momentum_keys: Parts | None = None,
     momentum_temperature: float | Tensor | None = None,
+    momentum_targets: Targets = "softmax",
+    centre: Tensor | None = None,
     alpha: float | Tensor = 0.4,
     positives: Positives = "outside",
     reduction: Reduction = "mean",
@@ -184,13 +196,22 @@ def supcon_distill_loss(
     $K_i = \#\{j : c_j = c_i \ge 0\}$ positive keys of row $i$,
 
     $$\mathcal L_i = (1-\alpha)\,\mathcal S_i + \alpha\, \mathrm{KL}(U_i \,\Vert\, V_i), \qquad
-      U_i = \mathrm{softmax}_j(\bar q_i'^\top \bar k_j' / \tau)$$
+      U_i = \mathrm{softmax}_j(\bar q_i'^\top \bar k_j' / \tau' + b_j)$$
 
     where $\mathcal S_i$ is, by `positives`,
 
     - `"outside"`: $-\frac1{K_i}\sum_{j:c_j=c_i}\log V_{ij}$ (Eq. 9 with targets that sum to 1),
     - `"inside"`: $-\log\sum_{j:c_j=c_i} V_{ij}$ (Eq. 8 put into Eq. 9),
     - `"inside_per_positive"`: $-\frac1{K_i}\log\sum_{j:c_j=c_i} V_{ij}$ (Eq. 22 as printed).
+
+    and $b_j$, so that $U$ does not gather on a few keys, is by `momentum_targets`
+
+    - `"softmax"`: 0, with $\tau' = \tau$ unless `momentum_temperature` is given (the paper's);
+    - `"centred"`: $-c^\top \bar k_j' / \tau'$, which takes the mean momentum logit of each key away (DINO): $c$ is the
+      running mean of the momentum queries, see :func:`centre_update`;
+    - `"sinkhorn"`: what three iterations of Sinkhorn-Knopp make of it (SwAV, DINOv2), so that all keys get nearly the
+      same share of $\sum_i U_{ij}$. The sum runs over the rows of all ranks, whatever the reduction; they must have the
+      same keys in the same order. Keys are normalised into a copy.
 
     No gradient flows through $U$, nor through the temperature inside it. Without momentum inputs the loss is
     $\mathcal S_i$ alone.
@@ -220,7 +241,9 @@ def supcon_distill_loss(
         temperature: $\tau > 0$, a number or a tensor of shape `()` (with gradient if it requires it).
         momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
         momentum_keys: $k'$, shape `(Q, d)`, in parts like `keys`; key $j$ is the same sample in both.
-        momentum_temperature: Temperature inside $U$; by default `temperature`, detached.
+        momentum_temperature: $\tau'$, the temperature inside $U$; by default `temperature`, detached.
+        momentum_targets: How $U$ is made of the momentum logits: `"softmax"`, `"centred"` or `"sinkhorn"`, see above.
+        centre: $c$ of centred targets, shape `(d,)`; None stands for zeros, with which they begin.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         positives: Where the sum over the positive keys stands, see above.
         reduction: `"mean"`: the mean of $\mathcal S_i$ over rows with a positive and the mean of the KL terms over
@@ -232,8 +255,8 @@ def supcon_distill_loss(
             for row $i$. With several ranks that part is this rank's rows, and those of others are further parts.
         group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
             where there is one) or a process group. One collective of 64 bytes; none with `"none"`, which returns the
-            rows of this rank. The keys are those given: a queue that all ranks share, the batch's through
-            :func:`~momentum_distill.gather_rows`.
+            rows of this rank (`momentum_targets="sinkhorn"`: one more, and three of a number for each key). The keys
+            are those given: a queue that all ranks share, the batch's through :func:`~momentum_distill.gather_rows`.
         validate: Also check values: finite features, labels wherever they are, unit rows where keys must have them.
             Makes the host wait for the device.
 
@@ -256,11 +279,13 @@ def supcon_distill_loss(
     References:
         MTMD, Eq. 8, 9, 11, 22 and 23. Eq. 9 and 11 average two directions: call once for each. The sum over the
         positives stands outside the logarithm by default, as in SupCon (Khosla et al., 2020): `docs/paper_map.md`.
+        Centres: DINO (Caron et al., 2021), Eq. 4. Sinkhorn-Knopp: SwAV (Caron et al., 2020); DINOv2 (Oquab et al.,
+        2023).
     """
     tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
     numbers = (temperature, momentum_temperature, alpha)
     choices = (positives, reduction, normalize, ignore_index, exclude_self, group, validate)
-    problem = read_problem(*(*tensors, *numbers, *choices))
+    problem = read_problem(*(*tensors, *numbers, *choices), momentum_targets=momentum_targets, centre=centre)
     return contrast(problem, only_total=True).total
 
 
@@ -274,6 +299,8 @@ def supcon_distill_terms(
     momentum_query: Tensor | None = None,
     momentum_keys: Parts | None = None,
     momentum_temperature: float | Tensor | None = None,
+    momentum_targets: Targets = "softmax",
+    centre: Tensor | None = None,
     alpha: float | Tensor = 0.4,
     positives: Positives = "outside",
     reduction: Reduction = "mean",
@@ -299,7 +326,7 @@ def supcon_distill_terms(
     tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
     numbers = (temperature, momentum_temperature, alpha)
     choices = (positives, reduction, normalize, ignore_index, exclude_self, group, validate)
-    problem = read_problem(*(*tensors, *numbers, *choices))
+    problem = read_problem(*(*tensors, *numbers, *choices), momentum_targets=momentum_targets, centre=centre)
     return SupConTerms(*contrast(problem, only_total=False).tensors())
 
 
@@ -587,6 +614,69 @@ def mean_rows(values: Tensor, *, mask: Tensor | None = None, group: Group = None
 # --------------------------------------------------------------------------------------------------------------------
 # Averages: Eq. 6 and 12
 # --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def centre_update(
+    centre: Tensor,
+    momentum_query: Tensor,
+    query_labels: Tensor,
+    *,
+    decay: float = 0.9,
+    normalize: bool = True,
+    ignore_index: int = -1,
+    group: Group = None,
+) -> None:
+    r"""One step of the running mean of the momentum queries, in place: the centre of `momentum_targets="centred"`.
+
+    $$c \leftarrow m c + (1 - m)\,\frac1N\sum_i \bar q_i'$$
+
+    DINO's is the running mean of the momentum logits, which for key $j$ is $c^\top \bar k_j'$: so this one serves all
+    keys, whichever come and go. Call it after the loss, as DINO does. A batch of absent rows alone changes nothing, nor
+    does one whose mean is not finite: one bad batch would be in every centre to come.
+
+    Args:
+        centre: $c$, shape `(d,)`, to update in place; zeros at first.
+        momentum_query: $q'$ of the batch, shape `(N, d)`.
+        query_labels: Integer, shape `(N,)`: rows of `ignore_index` are absent.
+        decay: $m$ in [0, 1], what the old mean keeps. DINO's is 0.9.
+        normalize: L2-normalise the rows, as the loss does.
+        ignore_index: Label of what is absent.
+        group: Whose rows the mean runs over, as in :func:`supcon_distill_loss`: one collective of d + 3 numbers, the
+            same bits on all ranks.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or range is wrong.
+
+    Example:
+        >>> import torch
+        >>> centre = torch.zeros(2)
+        >>> centre_update(centre, torch.tensor([[0.0, 3.0], [4.0, 0.0]]), torch.tensor([0, -1]))
+        >>> centre
+        tensor([0.0000, 0.1000])
+
+    References:
+        DINO (Caron et al., 2021), Eq. 4.
+    """
+    check_group(group)
+    check_floating("centre", centre, shape=("d",))
+    width, ranks = centre.shape[0], find_ranks(group)
+    with errors_shared_by_sum(ranks, centre, slots=width + 1):
+        check_floating("momentum_query", momentum_query, shape=("N", width), like=("centre", centre))
+        like = ("momentum_query", momentum_query)
+        check_labels("query_labels", query_labels, shape=(momentum_query.shape[0],), like=like)
+        check_number("decay", decay, low=0.0, high=1.0)
+        check_bool("normalize", normalize)
+        check_int("ignore_index", ignore_index)
+    present = query_labels.to(torch.int64) != ignore_index
+    rows = keep_rows(momentum_query.to(sum_dtype(momentum_query, centre)), present)
+    rows = normalize_rows(rows, shortest(momentum_query)) if normalize else rows
+    sums = torch.cat([rows.sum(dim=0), present.sum()[None].to(rows.dtype)])
+    sums = sum_vector_over_ranks(ranks, f"centre_update, {width=}, {decay=}, {normalize=}", sums)
+    mean = sums[:-1] / sums[-1].clamp(min=1)
+    counts = (sums[-1] > 0) & mean.isfinite().all()
+    centre.lerp_(torch.where(counts, mean, centre).to(centre.dtype), 1 - decay)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@
   until it has been measured on a GPU.
 - `fused`: whether a problem goes to Triton, and its calls.
 - `engine`: chooses between these, and makes a loss and its gradient at once.
+- `targets`: problems with other momentum targets than the plain softmax, as problems that the engine knows.
 - `operator`: the engine as an operator of PyTorch, which `torch.compile` takes whole.
 - `autograd`: the door; connects it all to autograd.
 """

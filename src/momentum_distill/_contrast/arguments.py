@@ -23,7 +23,9 @@ from momentum_distill._checks import (
 )
 from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
 from momentum_distill._contrast.problem import Choices, Problem, problem_of
+from momentum_distill._contrast.targets import TARGETS, Targets, balanced, centred
 from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks
+from momentum_distill._precision import full_precision
 
 Parts: TypeAlias = Tensor | Sequence[Tensor]
 Normalize: TypeAlias = Literal["query"] | bool
@@ -46,11 +48,14 @@ def read_problem(
     exclude_self: bool,
     group: Group,
     validate: bool,
+    momentum_targets: Targets = "softmax",
+    centre: Tensor | None = None,
 ) -> Problem:
     """The arguments of :func:`momentum_distill.functional.supcon_distill_loss`, or the errors it promises."""
     check_group(group)
-    ranks = find_ranks(group) if reduction != "none" else None
-    with errors_shared_by_sum(ranks, query):
+    everyone = find_ranks(group)
+    ranks = everyone if reduction != "none" else None
+    with errors_shared_by_sum(ranks if momentum_targets in ("softmax", "centred") else everyone, query):
         check_scalar("temperature", temperature, low=0.0, open_low=True)
         if momentum_temperature is not None:
             check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
@@ -64,6 +69,15 @@ def read_problem(
         parts, labels, momentum_parts = _check_features(
             query, keys, query_labels, key_labels, momentum_query, momentum_keys, exclude_self
         )
+        check_choice("momentum_targets", momentum_targets, TARGETS)
+        if centre is not None:
+            if momentum_targets != "centred":
+                wrong_value("centre", f"None with {momentum_targets=}", describe(centre))
+            check_floating("centre", centre, shape=(query.shape[1],), like=("query", query))
+        if momentum_targets == "sinkhorn" and exclude_self and everyone is not None:
+            wrong_value(
+                "exclude_self", "False with momentum_targets='sinkhorn' on several ranks, whose keys are shared", "True"
+            )
         # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
         query_labels = query_labels.to(torch.int64)
         labels = tuple(part.to(torch.int64) for part in labels)
@@ -81,7 +95,7 @@ def read_problem(
 
     choices = Choices(positives, reduction, bool(normalize), normalize is True, ignore_index, exclude_self)
     momentum_temperature = temperature if momentum_temperature is None else momentum_temperature
-    return problem_of(
+    problem = problem_of(
         query,
         parts,
         query_labels,
@@ -96,6 +110,10 @@ def read_problem(
         seen,
         seen_keys,
     )
+    if momentum_query is None or (momentum_targets != "sinkhorn" and centre is None):
+        return problem
+    with full_precision(query):
+        return balanced(problem, everyone) if centre is None else centred(problem, centre)
 
 
 def check_normalize(normalize: object) -> None:

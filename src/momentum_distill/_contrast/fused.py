@@ -37,13 +37,15 @@ def lean(problem: Problem) -> "Answer | None":
     """Terms and gradient of the total by the lean kernels, where `MOMENTUM_DISTILL_TRITON=lean` and they take it."""
     if os.environ.get("MOMENTUM_DISTILL_TRITON") != "lean" or problem.ranks is not None or not takes(problem):
         return None
+    choices = problem.choices
+    if choices.normalize_keys and not choices.normalize:  # centred targets
+        return None
     from momentum_distill._contrast import lean
 
     parts = [lean.Part(part.online, part.momentum, part.labels) for part in problem.keys]
     rows = (problem.query, problem.momentum_query, parts, problem.labels)
     if not lean.takes(*rows, problem.temperature, problem.momentum_temperature, problem.alpha):
         return None
-    choices = problem.choices
     return lean.contrast(
         *rows,
         temperature=problem.temperature,

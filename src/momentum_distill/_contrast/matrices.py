@@ -122,8 +122,8 @@ def by_autograd(problem: Problem) -> Sums:
     labels = problem.labels[:, None]
     pairs = (labels == joined([part.labels for part in problem.keys])) & (labels >= 0)
     pairs = pairs if hidden is None else pairs & ~hidden
-    queries = _ready(problem.query, problem.present, problem.prepare) / problem.temperature
-    log_v = log_softmax(queries @ joined([_ready(part.online, part.present, part.prepare) for part in problem.keys]).T)
+    queries = ready(problem.query, problem.present, problem.prepare) / problem.temperature
+    log_v = log_softmax(queries @ joined([ready(part.online, part.present, part.prepare) for part in problem.keys]).T)
     count = pairs.sum(dim=1)
     if by_softmax(problem.choices.positives):
         positive_log = _logsumexp(log_v, pairs)
@@ -132,15 +132,15 @@ def by_autograd(problem: Problem) -> Sums:
     if problem.momentum_query is None:
         return Sums(count, positive_log, None)
     with torch.no_grad():
-        momentum = _ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
+        momentum = ready(problem.momentum_query, problem.present, problem.prepare) / problem.momentum_temperature
         parts = [(part, part.momentum) for part in problem.keys if part.momentum is not None]
-        seen = momentum @ joined([_ready(raw, part.present, part.prepare) for part, raw in parts]).T
+        seen = momentum @ joined([ready(raw, part.present, part.prepare) for part, raw in parts]).T
         log_u = log_softmax(seen.detach())  # for no_grad() does not stop forward-mode derivatives
         u = log_u.exp() if hidden is None else log_u.exp().masked_fill_(hidden, 0.0)
     return Sums(count, positive_log, torch.linalg.vecdot(u, log_u - log_v))
 
 
-def _ready(raw: Tensor, present: Tensor | None, prepare: Prepare) -> Tensor:
+def ready(raw: Tensor, present: Tensor | None, prepare: Prepare) -> Tensor:
     """Rows prepared, zeros for absent ones, by operations that have derivatives."""
     rows = raw.to(prepare.dtype)
     rows = rows if present is None else torch.where(present[:, None], rows, 0.0)
