@@ -15,8 +15,8 @@ from momentum_distill._checks import (
     check_number,
     in_transform,
 )
-from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize
-from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
+from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize, check_pairs
+from momentum_distill._contrast.formulas import POSITIVES, Positives, PositivesFrom, Reduction
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._precision import WideModule
 from momentum_distill._temperature import check_temperature, exp_in_range, project, project_
@@ -49,6 +49,10 @@ class SupConDistillLoss(WideModule):
             back to the border, in place, at the next call.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         positives: `"outside"`, `"inside"` or `"inside_per_positive"`: how Eq. 8, 9 and 22 are read.
+        positives_from: What makes a key positive: `"labels"` (its class); or, from the targets that the call is given,
+            `"distance"` (scores of a regression), `"overlap"` (several labels, or soft ones) or a function of them.
+        width: For `"distance"`, in the unit of the targets: the standard deviation of the Gaussian by which keys weigh.
+        hardness: How much the similarity of a negative adds to its weight; 0: nothing. See the function.
         reduction: `"mean"`, `"sum"` or `"none"`.
         normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
             of them, are unit rows as a `ClassQueue` stores them), or neither (False).
@@ -63,7 +67,7 @@ class SupConDistillLoss(WideModule):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is out of its range or a choice is unknown.
+        ValueError: If a number is out of its range or a choice is unknown, or choices do not go together.
 
     Example:
         >>> import torch
@@ -90,6 +94,9 @@ class SupConDistillLoss(WideModule):
         temperature_range: tuple[float, float] = (0.01, 10.0),
         alpha: float = 0.4,
         positives: Positives = "outside",
+        positives_from: PositivesFrom = "labels",
+        width: float | None = None,
+        hardness: float = 0.0,
         reduction: Reduction = "mean",
         normalize: Normalize = True,
         ignore_index: int = -1,
@@ -106,6 +113,7 @@ class SupConDistillLoss(WideModule):
         check_normalize(normalize)
         check_int("ignore_index", ignore_index)
         check_bool("exclude_self", exclude_self)
+        check_pairs(positives_from, width, hardness, positives)
         check_group(group)
         check_bool("validate", validate)
         self.initial_temperature: float = float(temperature)
@@ -116,6 +124,9 @@ class SupConDistillLoss(WideModule):
         self._students = StudentWatch("neither query nor keys requires a gradient")
         self.alpha: float = float(alpha)
         self.positives: Positives = positives
+        self.positives_from: PositivesFrom = positives_from
+        self.width = width
+        self.hardness = hardness
         self.reduction: Reduction = reduction
         self.normalize: Normalize = normalize
         self.ignore_index = ignore_index
@@ -142,6 +153,8 @@ class SupConDistillLoss(WideModule):
         *,
         momentum_query: Tensor | None = None,
         momentum_keys: Parts | None = None,
+        query_targets: Tensor | None = None,
+        key_targets: Parts | None = None,
         alpha: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of one direction.
@@ -154,6 +167,8 @@ class SupConDistillLoss(WideModule):
             key_labels: Integer, shape `(Q,)`, a tuple of parts where `keys` is one.
             momentum_query: The query from the momentum model, shape `(N, d)`. Together with `momentum_keys`.
             momentum_keys: Keys that stand for the same samples as `keys`, shape `(Q, d)`, in parts like `keys`.
+            query_targets: What `positives_from` reads of the rows, floating, shape `(N,)` or `(N, C)`.
+            key_targets: The same of the keys, shape `(Q,)` or `(Q, C)`, in parts like `keys`.
             alpha: Overrides the weight of the momentum targets for this call (a ramp, say): a number in [0, 1] or a
                 tensor of shape `()`.
 
@@ -177,7 +192,8 @@ class SupConDistillLoss(WideModule):
             >>> f"{loss.item():.4f}"
             '0.7067'
         """
-        settings = self._settings(alpha, query, keys, momentum_query, momentum_keys)
+        inputs = (query, keys, momentum_query, momentum_keys, query_targets, key_targets)
+        settings = self._settings(alpha, *inputs)
         loss = functional.supcon_distill_loss(query, keys, query_labels, key_labels, **settings)
         self._students.look(self, query, keys)
         return loss
@@ -191,6 +207,8 @@ class SupConDistillLoss(WideModule):
         *,
         momentum_query: Tensor | None = None,
         momentum_keys: Parts | None = None,
+        query_targets: Tensor | None = None,
+        key_targets: Parts | None = None,
         alpha: float | Tensor | None = None,
     ) -> SupConTerms:
         """The loss with its parts; arguments as in the call.
@@ -207,7 +225,8 @@ class SupConDistillLoss(WideModule):
             >>> int(terms.rows), int(terms.rows_with_positive)
             (2, 1)
         """
-        settings = self._settings(alpha, query, keys, momentum_query, momentum_keys)
+        inputs = (query, keys, momentum_query, momentum_keys, query_targets, key_targets)
+        settings = self._settings(alpha, *inputs)
         terms = functional.supcon_distill_terms(query, keys, query_labels, key_labels, **settings)
         self._students.look(self, query, keys)
         return terms
@@ -219,6 +238,8 @@ class SupConDistillLoss(WideModule):
         keys: Parts,
         momentum_query: Tensor | None,
         momentum_keys: Parts | None,
+        query_targets: Tensor | None,
+        key_targets: Parts | None,
     ) -> dict[str, Any]:
         """All keyword arguments of the functions."""
         return {
@@ -226,7 +247,12 @@ class SupConDistillLoss(WideModule):
             "momentum_query": momentum_query,
             "momentum_keys": momentum_keys,
             "alpha": self.alpha if alpha is None else alpha,
+            "query_targets": query_targets,
+            "key_targets": key_targets,
             "positives": self.positives,
+            "positives_from": self.positives_from,
+            "width": self.width,
+            "hardness": self.hardness,
             "reduction": self.reduction,
             "normalize": self.normalize,
             "ignore_index": self.ignore_index,
@@ -263,10 +289,13 @@ class SupConDistillLoss(WideModule):
     @override
     def extra_repr(self) -> str:
         low, high = self.temperature_range
+        pairs = "" if self.positives_from == "labels" else f"positives_from={self.positives_from!r}, "
+        pairs += "" if self.width is None else f"width={self.width:g}, "
+        pairs += f"hardness={self.hardness:g}, " if self.hardness else ""
         kind = "fixed" if self.log_temperature_ratio is None else f"learned in [{low:g}, {high:g}]"
         return (
             f"temperature={float(self.temperature):g} ({kind}), alpha={self.alpha:g}, "
-            f"positives={self.positives!r}, reduction={self.reduction!r}, "
+            f"positives={self.positives!r}, {pairs}reduction={self.reduction!r}, "
             f"normalize={self.normalize!r}, ignore_index={self.ignore_index}, "
             f"exclude_self={self.exclude_self}, group={describe_group(self.group)}"
         )
