@@ -175,12 +175,12 @@ class Config:
     )
     sampling: str = setting(
         "class",
-        "positives of the contrast: samples of the same class (paper), the same sample alone (Table III), or all, weighed "
-        "by the distance of their scores",
+        "positives of the contrast: samples of the same class (paper), the same sample alone (Table III), or every "
+        "sample, weighed by the distance of the scores",
         choices=("class", "instance", "distance"),
     )
     score_width: float = setting(
-        1.0, "with --sampling distance: of two scores so far apart the weight is 0.61 (standard deviation of a Gaussian)"
+        1.0, "with --sampling distance: standard deviation of the Gaussian; scores so far apart weigh 0.61"
     )
     hardness: float = setting(0.0, "how much more the negatives of the contrast weigh that are similar; 0: no more")
     without: list[str] = setting(

@@ -146,8 +146,8 @@ class ClassQueue(WideModule):
         # Slot `size` is where rows go that are not stored: always zeros and -1, never read. With it every write has a
         # fixed shape. Row s of `labels` belongs to stream s: a stream that misses a sample has -1 there.
         self.register_buffer("labels", torch.full((len(dims), size + 1), EMPTY, dtype=torch.int64, device=device))
-        # Streams of a width, normalised or not, share a bank, (streams, size + 1, width), which is written at once. In a
-        # state each has its own keys: see `_save_to_state_dict` and `_load_keys`.
+        # Streams of a width, if both are normalised or neither, share a bank, (streams, size + 1, width), which is
+        # written at once. In a state each has its own keys: see `_save_to_state_dict` and `_load_keys`.
         self._banks: dict[str, list[str]] = {}
         for stream, width in dims.items():
             self._banks.setdefault(f"bank_{width}" if stream in unit else f"raw_bank_{width}", []).append(stream)

@@ -133,7 +133,7 @@ def check_normalize(normalize: object) -> None:
 
 def check_pairs(positives_from: object, width: object, hardness: object, positives: str) -> None:
     """What says how positive a pair is, and how much a hard negative weighs."""
-    if not callable(positives_from) and positives_from not in POSITIVES_FROM:
+    if not callable(positives_from) and not (isinstance(positives_from, str) and positives_from in POSITIVES_FROM):
         choices = ", ".join(repr(choice) for choice in POSITIVES_FROM)
         wrong_value("positives_from", f"one of {choices} or a function", describe(positives_from))
     if positives_from == "distance":

@@ -59,7 +59,7 @@ def pair_weights(rows: Tensor, keys: Tensor, positives_from: PositivesFrom, widt
 
 
 def penalty(logits: Tensor, weights: Tensor, scale: Number) -> Tensor:
-    r"""What negatives get beyond their logits: $\beta\tau\,(1 - w_{ij})_+\,\mathrm{sg}(s_{ij})$, of `scale` $\beta\tau$."""
+    r"""Beyond the logits of negatives, $\beta\,(1 - w_{ij})_+\,\mathrm{sg}(\tau s_{ij})$; $\beta\tau$ is `scale`."""
     # Not a plain product: of a hidden key, 0 * -inf would be NaN.
     return torch.where(weights < 1, logits.detach() * ((1 - weights) * scale), 0.0)
 
