@@ -139,9 +139,9 @@ def check_pairs(positives_from: object, width: object, hardness: object, positiv
     if positives_from == "distance":
         check_number("width", width, low=0.0, open_low=True)
     elif width is not None:
-        wrong_value("width", "None, but for positives_from='distance'", describe(width))
+        wrong_value("width", "None without positives_from='distance'", describe(width))
     if positives_from != "labels" and positives == "inside_per_positive":
-        wrong_value("positives", "'outside' or 'inside' beside positives_from, which counts nothing", repr(positives))
+        wrong_value("positives", "'outside' or 'inside' with positives_from, whose weights count no keys", repr(positives))
     check_number("hardness", hardness, low=0.0)
 
 
