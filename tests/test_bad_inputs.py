@@ -428,9 +428,9 @@ bad(
 )
 
 BY_DISTANCE = {"positives_from": "distance", "width": 1.0}
+bad(ALL_SUPCON_CALLS, "query_targets", [("are read by nothing", real(4), V)])
+bad(ALL_SUPCON_CALLS, "key_targets", [("are read by nothing", real(5), V)])
 for call in ["supcon_distill_loss"]:
-    bad(call, "query_targets", [("are read by nothing", real(4), V)])
-    bad(call, "key_targets", [("are read by nothing", real(5), V)])
     bad(call, "positives_from", [("lacks targets", "overlap", V)], named="query_targets")
     bad(call, "key_targets", [("are missing", None, V)], query_targets=real(4), **BY_DISTANCE)
     wrong = [("are integers", ints(4), T), ("have another N", real(3), V), ("have no column", real(4, 0), V)]

@@ -50,9 +50,11 @@ class SupConDistillLoss(WideModule):
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         positives: `"outside"`, `"inside"` or `"inside_per_positive"`: how Eq. 8, 9 and 22 are read.
         positives_from: What makes a key positive: `"labels"` (its class); or, from the targets that the call is given,
-            `"distance"` (scores of a regression), `"overlap"` (several labels, or soft ones) or a function of them.
-        width: For `"distance"`, in the unit of the targets: the standard deviation of the Gaussian by which keys weigh.
-        hardness: How much the similarity of a negative adds to its weight; 0: nothing. See the function.
+            `"distance"` (scores of a regression, shape `(N,)`), `"overlap"` (several labels, or soft ones, shape
+            `(N, C)`) or a function of them.
+        width: For `"distance"`, positive, in the unit of the targets: the standard deviation of the Gaussian by which
+            keys weigh.
+        hardness: How much the similarity of a negative adds to its weight, at least 0; 0: nothing.
         reduction: `"mean"`, `"sum"` or `"none"`.
         normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
             of them, are unit rows as a `ClassQueue` stores them), or neither (False).

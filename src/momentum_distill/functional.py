@@ -253,10 +253,10 @@ def supcon_distill_loss(
         momentum_temperature: Temperature inside $U$; by default `temperature`, detached.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         positives: Where the sum over the positive keys stands, see above.
-        positives_from: What makes a key positive: `"labels"` (its class), `"distance"`, `"overlap"` or a function, see
-            above. Not with `"inside_per_positive"`, which counts keys.
+        positives_from: What makes a key positive: `"labels"` (its class), `"distance"`, `"overlap"` or a function that
+            gives weights `(N, B)`, see above. Not with `"inside_per_positive"`, which counts keys.
         width: $\sigma > 0$, for `"distance"`, in the unit of the targets: at that distance a weight is 0.61.
-        hardness: Weight $\beta \ge 0$ of hard negatives, see above; 0: none.
+        hardness: Weight $\beta$ of hard negatives, at least 0, see above; 0: none.
         reduction: `"mean"`: the mean of $\mathcal S_i$ over rows with a positive and the mean of the KL terms over
             rows, weighted; `"sum"`; or `"none"`: one value per row, 0 where a row is left out.
         normalize: True: rows of queries and keys are L2-normalised here; `"query"`: only those of the queries, the keys

@@ -141,7 +141,7 @@ def check_pairs(positives_from: object, width: object, hardness: object, positiv
     elif width is not None:
         wrong_value("width", "None without positives_from='distance'", describe(width))
     if positives_from != "labels" and positives == "inside_per_positive":
-        wrong_value("positives", "'outside' or 'inside' with positives_from, whose weights count no keys", repr(positives))
+        wrong_value("positives", "'outside' or 'inside' with positives_from, which counts no keys", repr(positives))
     check_number("hardness", hardness, low=0.0)
 
 
