@@ -353,7 +353,7 @@ def test_the_module_is_the_function_and_tells_what_it_weighs_by():
     assert bits(loss_fn(*case.args, **case.momentum, **targets)) == bits(expected.total)
     assert bits(loss_fn.terms(*case.args, **case.momentum, **targets).supervised) == bits(expected.supervised)
     assert "hardness" not in repr(md.SupConDistillLoss())
-    with pytest.raises(ValueError, match=r"^query_targets: expected targets for positives_from='distance', got None$"):
+    with pytest.raises(ValueError, match=r"^query_targets: expected targets with positives_from='distance', got None"):
         loss_fn(*case.args, **case.momentum)
 
 

@@ -153,17 +153,13 @@ def _check_targets(
     positives_from: PositivesFrom,
 ) -> tuple[Tensor, ...]:
     """The targets that `positives_from` reads; returns those of the keys as a tuple of parts."""
-    if positives_from == "labels":
-        for name, given in (("query_targets", query_targets), ("key_targets", key_targets)):
-            if given is not None:
-                wrong_value(name, "None with positives_from='labels'", describe(given))
-        return ()
     kind = "a function" if callable(positives_from) else repr(positives_from)
     for name, given in (("query_targets", query_targets), ("key_targets", key_targets)):
-        if given is None:
-            wrong_value(name, f"targets for positives_from={kind}", "None")
-    assert query_targets is not None
-    assert key_targets is not None
+        if (given is None) != (positives_from == "labels"):
+            expected = "targets" if given is None else "None"
+            wrong_value(name, f"{expected} with positives_from={kind}", describe(given))
+    if query_targets is None or key_targets is None:
+        return ()
     check_floating("query_targets", query_targets)
     several = positives_from == "overlap" or query_targets.ndim == 2
     shape = (len(query), "C") if several else (len(query),)
@@ -196,12 +192,13 @@ def _check_weights(
         check_finite(name, targets, keep)
         if positives_from == "overlap" and bool((targets.detach()[keep] < 0).any()):
             wrong_value(name, "shares of at least 0", f"{float(targets.detach()[keep].min()):.3g}")
-        if callable(positives_from) and targets is not query_targets:
-            rows = query_targets.detach()[labelled[0]]
-            for keys in torch.split(targets.detach()[keep], TILE):
-                weights = positives_from(rows[:, None], keys[None])
-                if not bool((weights >= 0).all()) or not bool(torch.isfinite(weights).all()):
-                    wrong_value("positives_from", "a function of finite weights of at least 0", describe(weights))
+    if callable(positives_from):
+        rows = query_targets.detach()[labelled[0]]
+        every_key = torch.cat([part.detach()[keep] for part, keep in zip(key_targets, labelled[1:], strict=True)])
+        for keys in every_key.split(TILE):  # type: ignore[no-untyped-call]
+            weights = positives_from(rows[:, None], keys[None])
+            if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+                wrong_value("positives_from", "a function of finite weights of at least 0", describe(weights))
 
 
 def _check_features(

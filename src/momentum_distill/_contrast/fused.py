@@ -24,9 +24,9 @@ def takes(problem: Problem) -> bool:
     know no row with a key that it does not see, no weight of a pair and no hard negative: matrices and tiles do.
     """
     asked = os.environ.get("MOMENTUM_DISTILL_TRITON")
-    if problem.keys[0].own or problem.targets is not None or problem.choices.hardness:
+    if problem.keys[0].own or problem.weighs or problem.prepare.dtype != torch.float32:
         return False
-    if problem.prepare.dtype != torch.float32 or asked == "0" or not is_plain(problem.query):
+    if asked == "0" or not is_plain(problem.query):
         return False
     if problem.query.is_cuda:
         from momentum_distill._contrast import kernel

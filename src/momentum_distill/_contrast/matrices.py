@@ -7,7 +7,7 @@ from torch import Tensor
 
 from momentum_distill._checks import may_ask, within
 from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column, penalty
-from momentum_distill._contrast.problem import Graded, Prepare, Problem, negated
+from momentum_distill._contrast.problem import PairWeights, Prepare, Problem, negated
 from momentum_distill._rows import are_ordinary, normalize_rows, shortest
 
 
@@ -115,7 +115,7 @@ def _pairs(problem: Problem, hidden: Tensor | None) -> Tensor:
     labels, key_labels = problem.labels, joined([part.labels for part in problem.keys])
     if problem.targets is not None:
         targets = joined([part.targets for part in problem.keys if part.targets is not None])
-        weights = Graded(problem).weights(key_labels, targets)
+        weights = PairWeights(problem).of(key_labels, targets)
         return weights if hidden is None else weights.masked_fill(hidden, 0.0)
     if problem.small_labels and len(labels) * len(key_labels) > 2**14:  # as floats, where vector instructions compare
         labels, key_labels = labels.to(torch.float32), key_labels.to(torch.float32)

@@ -93,6 +93,11 @@ class Problem(NamedTuple):
         return self.momentum_query is not None and all(part.momentum is part.online for part in self.keys)
 
     @property
+    def weighs(self) -> bool:
+        """Whether something else than counting keys by class asks for the weights of pairs."""
+        return self.targets is not None or self.choices.hardness > 0
+
+    @property
     def least(self) -> float:
         """The least that the weights of a row with a positive key sum to."""
         return 1 if self.targets is None else torch.finfo(self.prepare.dtype).tiny
@@ -221,24 +226,30 @@ def _present(labels: Tensor, ignore_index: int) -> Tensor | None:
     return None if may_ask(present) and bool(present.all()) else present
 
 
-class Graded:
-    """The weights of pairs from their targets, for as many keys at a time as are at hand."""
+class PairWeights:
+    """How positive keys are for rows, for as many keys at a time as are at hand: by targets, or by class alone."""
 
     def __init__(self, problem: Problem) -> None:
-        assert problem.targets is not None
-        self.choices = problem.choices
+        self.problem = problem
         self.labelled = self._labelled(problem.labels)
-        self.rows = _where_rows(self.labelled, problem.targets)
+        self.rows = None if problem.targets is None else _where_rows(self.labelled, problem.targets)
 
-    def weights(self, labels: Tensor, targets: Tensor) -> Tensor:
-        """w_ij (N, B) of keys, 0 where a row or a key is absent or unlabelled, whatever its target holds."""
-        labelled = self._labelled(labels)
-        keys = _where_rows(labelled, targets)
-        weights = pair_weights(self.rows, keys, self.choices.positives_from, self.choices.width)
-        return weights.masked_fill(~(self.labelled[:, None] & labelled), 0.0)
+    def of(self, labels: Tensor, targets: Tensor | None, own: Tensor | None = None) -> Tensor:
+        """w_ij (N, B) of keys, in the dtype to sum in.
+
+        0 where a row or a key is absent or unlabelled, whatever its target holds, and where row `own` (1, B) does not
+        see the key.
+        """
+        choices, labelled = self.problem.choices, self._labelled(labels)
+        if self.rows is None or targets is None:
+            weights = (self.problem.labels[:, None] == labels).to(self.problem.prepare.dtype)
+        else:
+            weights = pair_weights(self.rows, _where_rows(labelled, targets), choices.positives_from, choices.width)
+        weights = weights.masked_fill(~(self.labelled[:, None] & labelled), 0.0)
+        return weights if own is None else weights.scatter_(0, own, 0.0)
 
     def _labelled(self, labels: Tensor) -> Tensor:
-        return (labels >= 0) & (labels != self.choices.ignore_index)
+        return (labels >= 0) & (labels != self.problem.choices.ignore_index)
 
 
 def _where_rows(mask: Tensor, rows: Tensor) -> Tensor:

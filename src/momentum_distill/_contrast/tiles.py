@@ -16,7 +16,7 @@ from torch import Tensor
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast import fused
 from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column, penalty
-from momentum_distill._contrast.problem import Graded, Part, Problem, negated
+from momentum_distill._contrast.problem import PairWeights, Part, Problem, negated
 from momentum_distill._contrast.statistics import LogSum, Statistics
 
 TILE_SCORES, TILE_KEYS = 2**18, 2**18
@@ -88,7 +88,7 @@ class Way:
         queries, found, problem, hard_p = self.queries, self.statistics, self.problem, p
         grads = []  # out of place, for weights may be a batch of them: torch.func.vmap
         classes = _Classes(problem.labels)
-        weighs = _Weights.of(problem, classes)
+        pairs = PairWeights(problem) if problem.weighs else None
         if not self.softmax:
             p = p / found.positive_count.clamp(min=problem.least)[:, None]
         class_pulls = queries.new_zeros(len(queries) + 1, queries.shape[1]).index_add(0, classes.rows, p * queries)
@@ -100,7 +100,7 @@ class Way:
             labels = classes.of(part.labels[chosen])
             logits = _hide(queries @ keys.T, absent, own)
             targets = None if part.targets is None else part.targets[chosen]
-            weights = None if weighs is None else weighs.tile(part.labels[chosen], targets, own)
+            weights = None if pairs is None else pairs.of(part.labels[chosen], targets, own)
             if weights is not None and found.hard_lse is not None:
                 harder = logits + penalty(logits, weights, problem.hardness)
                 scores = found.lse.off(logits).exp_() * u + found.hard_lse.off(harder).exp_() * hard_p
@@ -143,9 +143,8 @@ def _run(problem: Problem, queries: Tensor, momentum: Tensor | None, *, online: 
     count = len(queries)
     student = _Sums(count, queries, online=online)
     teacher = _Sums(0 if momentum is None else count, queries, online=online)
-    classes = _Classes(problem.labels)
-    weighs = _Weights.of(problem, classes)
-    positives = _Positives(problem, queries, classes) if problem.targets is None else _GradedPositives(problem, queries)
+    pairs = PairWeights(problem) if problem.weighs else None
+    positives = _Positives(problem, queries) if problem.targets is None else _GradedPositives(problem, queries)
     hard = _Sums(count if problem.choices.hardness else 0, queries, online=online)
     # One product serves queries and momentum queries where they meet the same keys.
     same_keys = problem.same_keys
@@ -161,7 +160,7 @@ def _run(problem: Problem, queries: Tensor, momentum: Tensor | None, *, online: 
             torch.mm(stacked, tile.keys.T, out=logits)
             own = torch.cat([tile.own, tile.own + count]) if tile.own is not None and same_keys else tile.own
             logits = _hide(logits, tile.absent, own)
-            weights = None if weighs is None else weighs.tile(tile.labels, tile.targets, tile.own)
+            weights = None if pairs is None else pairs.of(tile.labels, tile.targets, tile.own)
             positives.add(tile, logits[:count], weights)
             if weights is not None and len(hard.total):
                 harder = logits[:count] + penalty(logits[:count], weights, problem.hardness)
@@ -236,9 +235,9 @@ class _Sums:
 class _Positives:
     """Counts and means of the positive keys of each row."""
 
-    def __init__(self, problem: Problem, queries: Tensor, classes: "_Classes") -> None:
+    def __init__(self, problem: Problem, queries: Tensor) -> None:
         count, width = queries.shape
-        self.classes = classes
+        self.classes = _Classes(problem.labels)
         # A row may have no positive key, so a plain sum of exponentials may well be 0.
         self.softmax = _Sums(count, queries, online=True) if by_softmax(problem.choices.positives) else None
         # By index among the sorted labels; the last is of no query's class.
@@ -334,27 +333,6 @@ class _Classes:
     def pairs(self, classes: Tensor, own: Tensor) -> Tensor:
         """Which keys of a tile are positive for which rows, bool, (N, B), those that rows do not see left out."""
         return (self.rows[:, None] == classes).scatter_(0, own, False)
-
-
-class _Weights:
-    """How positive the keys of a tile are for each row, (N, B), where that is no matter of classes alone."""
-
-    def __init__(self, problem: Problem, classes: _Classes) -> None:
-        self.classes, self.dtype = classes, problem.prepare.dtype
-        self.graded = None if problem.targets is None else Graded(problem)
-
-    @classmethod
-    def of(cls, problem: Problem, classes: _Classes) -> "_Weights | None":
-        """None where nothing asks for them."""
-        return cls(problem, classes) if problem.choices.hardness or problem.targets is not None else None
-
-    def tile(self, labels: Tensor, targets: Tensor | None, own: Tensor | None) -> Tensor:
-        """For keys of these labels (B,) and targets; 0 for a key that the row does not see."""
-        if self.graded is not None and targets is not None:
-            weights = self.graded.weights(labels, targets)
-        else:
-            weights = (self.classes.rows[:, None] == self.classes.of(labels)).to(self.dtype)
-        return weights if own is None else weights.scatter_(0, own, 0.0)
 
 
 class _Tile(NamedTuple):
