@@ -74,6 +74,7 @@ class Setting:
     decay: float = 0.98  # of the momentum models
     teacher_temperature: float | None = None  # inside the momentum targets; None: the same as the student's
     batch_keys: str = "online"  # or "momentum"; the keys of the queue are always the momentum models'
+    hardness: float = 0.0  # how much more near negatives weigh
     queue_positives: bool = True  # False: a sample's own rows in the queue, of an epoch ago, are keys as any other
 
 
@@ -84,6 +85,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "queue": {"slots": 1024},
     "targets": {"alpha": 0.4},
     "queue and targets": {"slots": 1024, "alpha": 0.4},
+    "hard negatives": {"hardness": 5.0},
 }
 COMPARED = ("batch alone", "queue", "targets")  # along every axis
 TEMPERATURES, WRONG, BATCHES = (0.05, 0.1, 0.2, 0.4), (0.0, 0.2, 0.4), (16, 64, 256)
@@ -216,7 +218,9 @@ class Objective(nn.Module):
         uses_momentum = setting.slots or setting.alpha
         self.momentum = md.EMAWrapper(encoders, decay=setting.decay) if uses_momentum else None
         self.queue = md.ClassQueue(setting.slots, dict.fromkeys(VIEWS, WIDTH)) if setting.slots else None
-        self.loss = md.SupConDistillLoss(temperature=setting.temperature, learnable_temperature=False)
+        self.loss = md.SupConDistillLoss(
+            temperature=setting.temperature, learnable_temperature=False, hardness=setting.hardness
+        )
 
     def forward(self, online: dict[str, Tensor], batch: Pairs, ids: Tensor, ramp: float) -> Tensor:
         setting = self.setting
