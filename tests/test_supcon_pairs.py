@@ -313,6 +313,18 @@ def test_empty_batches_and_rows_without_a_weight(name, monkeypatch):
         assert case.query.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_a_target_that_counts_and_is_nan_makes_the_loss_nan(name, monkeypatch):
+    way(monkeypatch, name)
+    for kind, positives, which in itertools.product(KINDS, ["outside", "inside"], ["query_targets", "key_targets"]):
+        case, pairs = pairs_case(kind, 3, ignored=0.0, unlabelled=0.0)
+        pairs[which][2] = torch.nan
+        options = {"temperature": 0.5, "positives": positives, "hardness": 1.0, "reduction": "none"}
+        rows = F.supcon_distill_terms(*case.args, **case.momentum, **pairs, **options)
+        assert rows.supervised[2].isnan()
+        assert not rows.distill.isnan().any()
+
+
 def test_weights_carry_no_gradient_and_targets_may_not_change_before_it_is_made():
     case, pairs = pairs_case("soft", 5)
     case = case.requires_grad()

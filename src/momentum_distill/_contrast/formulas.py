@@ -110,7 +110,7 @@ class Rows(NamedTuple):
     def of(cls, sums: Sums, positives: Positives, present: Tensor | None) -> "Rows":
         """The formulas above, where a row counts."""
         supervised, distill = supervised_rows(sums, positives), distill_rows(sums)
-        positive = None if sums.all_positive else sums.positive_count > 0
+        positive = None if sums.all_positive else sums.positive_count != 0  # NaN counts
         if present is not None:
             supervised, distill = torch.where(present, supervised, 0.0), torch.where(present, distill, 0.0)
             positive = present if positive is None else positive & present

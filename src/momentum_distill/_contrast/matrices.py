@@ -38,9 +38,9 @@ class Way:
             kl = log_u.sub_(self.log_v).mul_(self.u).sum(dim=1)
         if by_softmax(problem.choices.positives):
             if problem.targets is not None:
-                log_v = log_v + torch.where(pairs > 0, pairs, 1.0).log_()
-            positive_log = _logsumexp(log_v, pairs > 0)
-            self.p = torch.where(pairs > 0, log_v - positive_log[:, None], -torch.inf).exp_()
+                log_v = log_v + torch.where(pairs != 0, pairs, 1.0).log_()
+            positive_log = _logsumexp(log_v, pairs != 0)
+            self.p = torch.where(pairs != 0, log_v - positive_log[:, None], -torch.inf).exp_()
         else:
             self.p = pairs.div_(count[:, None] if everyone else count.clamp(min=problem.least)[:, None])
             positive_log = torch.linalg.vecdot(log_v, self.p)
@@ -151,8 +151,8 @@ def by_autograd(problem: Problem) -> Sums:
         shared = log_softmax(logits + extra) - extra
     count = pairs.sum(dim=1)
     if by_softmax(problem.choices.positives):
-        by_weight = shared if problem.targets is None else shared + torch.where(pairs > 0, pairs, 1.0).log()
-        positive_log = _logsumexp(by_weight, pairs > 0)
+        by_weight = shared if problem.targets is None else shared + torch.where(pairs != 0, pairs, 1.0).log()
+        positive_log = _logsumexp(by_weight, pairs != 0)
     else:
         positive_log = torch.linalg.vecdot(weights, shared) / count.clamp(min=problem.least)
     if problem.momentum_query is None:

@@ -58,7 +58,7 @@ class Way:
             positive_log = lse.off(found.positive_lse.shift) + found.positive_lse.log
         else:
             positive_log = lse.off((self.queries * found.positive_mean_key).sum(dim=1))
-        positive_log = torch.where(found.positive_count > 0, positive_log, lse.value() * 0)
+        positive_log = torch.where(found.positive_count != 0, positive_log, lse.value() * 0)
         count = found.positive_count.to(positive_log.dtype)  # whose root, or half, is no whole number
         if self.momentum is None:
             return Sums(count, positive_log, None)
@@ -71,7 +71,7 @@ class Way:
         v, p, u = (rows + column(weight) for weight in weights)  # (N, 1)
         # Not 0 * pull: of a row without positives, that may be infinite.
         _, mean_key = found.supervised()
-        pull = torch.where(found.positive_count[:, None] > 0, p * (mean_key - found.positive_mean_key), 0.0)
+        pull = torch.where(found.positive_count[:, None] != 0, p * (mean_key - found.positive_mean_key), 0.0)
         if self.momentum is not None:
             pull = torch.addcmul(pull, u, found.mean_key - found.momentum_mean_key)
         grad_keys = [
