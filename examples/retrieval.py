@@ -76,6 +76,7 @@ class Setting:
     teacher_temperature: float | None = None  # inside the momentum targets; None: the same as the student's
     targets: str = "softmax"  # or "centred" or "sinkhorn": what is made of the momentum logits
     batch_keys: str = "online"  # or "momentum"; the keys of the queue are always the momentum models'
+    hardness: float = 0.0  # how much more near negatives weigh
     queue_positives: bool = True  # False: a sample's own rows in the queue, of an epoch ago, are keys as any other
 
 
@@ -86,6 +87,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "queue": {"slots": 1024},
     "targets": {"alpha": 0.4},
     "queue and targets": {"slots": 1024, "alpha": 0.4},
+    "hard negatives": {"hardness": 5.0},
 }
 COMPARED = ("batch alone", "queue", "targets")  # along every axis
 KINDS = ("softmax", "centred", "sinkhorn")  # of momentum targets: on the digits, with these students and teachers
@@ -237,6 +239,7 @@ class Objective(nn.Module):
                     learnable_temperature=False,
                     momentum_temperature=setting.teacher_temperature,
                     momentum_targets=setting.targets,
+                    hardness=setting.hardness,
                 )
                 for query in VIEWS
             }

@@ -201,7 +201,7 @@ class Outputs(NamedTuple):
     mask: Tensor  # (n,) bool
     targets: Tensor  # (n,)
     keys: Tensor  # (n, 5)
-    here: dict[str, Tensor]  # keys, momentum, labels and rank of all ranks' rows
+    here: dict[str, Tensor]  # keys, momentum, labels, targets and rank of all ranks' rows
     past: dict[str, Tensor]  # the same of a queue
     temperature: Tensor
     alpha: Tensor
@@ -240,8 +240,13 @@ def outputs(case: LossCase, learned: dict[str, Tensor]) -> Outputs:
         keys,
         md.gather_rows(
             {"keys": keys, "momentum": momentum, "labels": labels[mine], "rank": torch.full_like(labels[mine], rank)}
+            | {"targets": numbers(8, total, dtype=case.dtype)[mine]}
         ),
-        {**past, "labels": torch.tensor([0, 1, 2, -1, -2, 0], device=DEVICE)},
+        {
+            **past,
+            "labels": torch.tensor([0, 1, 2, -1, -2, 0], device=DEVICE),
+            "targets": numbers(9, 6, dtype=case.dtype),
+        },
         learned["log_temperature"].exp(),
         learned["alpha"],
     )
@@ -308,6 +313,16 @@ GATHERED: dict[str, Callable[[Outputs], Tensor]] = {
     "supcon, sinkhorn": lambda o: supcon(o, momentum_targets="sinkhorn", momentum_temperature=0.3).total,
     "supcon without self": without_self,
     "supcon without self, inside": lambda o: without_self(o, positives="inside", reduction="sum"),
+    "supcon by distance": lambda o: (
+        supcon(
+            o,
+            query_targets=o.targets,
+            key_targets=(o.here["targets"], o.past["targets"]),
+            positives_from="distance",
+            width=0.5,
+            hardness=2.0,
+        ).total
+    ),
     "supervised": lambda o: supcon(o).supervised,
     "distill": lambda o: supcon(o, reduction="sum").distill,
     "all terms": lambda o: torch.stack(supcon(o, positives="inside")[:3]) @ o.query.new_tensor([0.5, 2.0, 3.0]),
@@ -691,6 +706,8 @@ WRONG: dict[str, tuple[Callable, dict, str, str]] = {
     "query label value": (wrong_supcon, {"query_labels": torch.tensor([0, -100])}, "ValueError", r"^query_labels: "),
     "key label value": (wrong_supcon, {"key_labels": torch.tensor([0, 1, 0, -3])}, "ValueError", r"^key_labels: "),
     "fusion label value": (wrong_fusion, {"labels": torch.tensor([0, 9])}, "ValueError", r"^labels: .*\(on rank 1\)$"),
+    "hardness": (wrong_supcon, {"hardness": 1.0}, "ValueError", r"'mean' on rank 0: .*hardness=1 on rank 1$"),
+    "positives_from": (wrong_supcon, {"positives_from": "overlap"}, "ValueError", r"^query_targets: .* \(on rank 1\)$"),
     "exclude_self": (wrong_supcon, {"exclude_self": True}, "ValueError", r"^keys: .* \(on rank 1\)$"),
     "label beyond the classes": (
         wrong_enqueue,

@@ -122,6 +122,14 @@ def centre_update(centre: Row, momentum_query: Rows, query_labels: Sequence[int]
     ]
 
 
+def pair_weight(y: float | Row, z: float | Row, positives_from: str, width: float) -> float:
+    """How positive a key of target z is for a row of target y."""
+    y, z = ([t] if isinstance(t, float) else t for t in (y, z))
+    if positives_from == "distance":
+        return math.exp(-math.fsum((a - b) ** 2 for a, b in zip(y, z, strict=True)) / (2 * width**2))
+    return dot(unit(y), unit(z))  # "overlap"
+
+
 def supcon_rows(
     query: Rows,
     keys: Rows,
@@ -138,8 +146,23 @@ def supcon_rows(
     normalize: bool | str = True,
     ignore_index: int = -1,
     exclude_self: bool = False,
+    query_targets: Sequence[float | Row] | None = None,
+    key_targets: Sequence[float | Row] | None = None,
+    positives_from: str | Callable[[float | Row, float | Row], float] = "labels",
+    width: float = 1.0,
+    hardness: float = 0.0,
 ) -> list[SupConRow | None]:
     """Supervised and KL part of every row, None where the row is ignored; key i is not there for row i if asked for."""
+
+    def weight(i: int, j: int) -> float:
+        if query_labels[i] < 0 or key_labels[j] < 0:
+            return 0.0
+        if positives_from == "labels":
+            return float(query_labels[i] == key_labels[j])
+        if callable(positives_from):
+            return positives_from(query_targets[i], key_targets[j])
+        return pair_weight(query_targets[i], key_targets[j], positives_from, width)
+
     everyone = [j for j, label in enumerate(key_labels) if label != ignore_index]
     s = similarities(query, keys, temperature, normalize)
     if momentum_query is not None:
@@ -167,13 +190,17 @@ def supcon_rows(
             continue
 
         log_v = log_softmax([s[i][j] for j in present])  # Eq. 8, key by key
-        same = [n for n, j in enumerate(present) if key_labels[j] == label and label >= 0]
+        w = [weight(i, j) for j in present]
+        # LLaVE, Eq. 5: the similarity without its temperature, where a key is no positive.
+        harder = [s[i][j] * (1 + hardness * temperature * max(0.0, 1 - x)) for j, x in zip(present, w, strict=True)]
+        log_s = [s[i][j] - logsumexp(harder) for j in present]
+        same = [n for n, x in enumerate(w) if x > 0]
         if not same:
             supervised = None
         elif positives == "outside":  # Eq. 9 with Y_i summing to one
-            supervised = -math.fsum(log_v[n] for n in same) / len(same)
+            supervised = -math.fsum(w[n] * log_s[n] for n in same) / math.fsum(w)
         else:  # Eq. 8 put into Eq. 9, and Eq. 22 with its 1 / K
-            supervised = -logsumexp([log_v[n] for n in same])
+            supervised = -logsumexp([log_s[n] + math.log(w[n]) for n in same])
             if positives == "inside_per_positive":
                 supervised /= len(same)
 

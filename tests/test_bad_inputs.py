@@ -474,8 +474,33 @@ bad(
     exclude_self=True,
 )
 
+BY_DISTANCE = {"positives_from": "distance", "width": 1.0}
+bad(ALL_SUPCON_CALLS, "query_targets", [("are read by nothing", real(4), V)])
+bad(ALL_SUPCON_CALLS, "key_targets", [("are read by nothing", real(5), V)])
+for call in ["supcon_distill_loss"]:
+    bad(call, "positives_from", [("lacks targets", "overlap", V)], named="query_targets")
+    bad(call, "key_targets", [("are missing", None, V)], query_targets=real(4), **BY_DISTANCE)
+    wrong = [("are integers", ints(4), T), ("have another N", real(3), V), ("have no column", real(4, 0), V)]
+    wrong += [("are on another device", real(4, device="meta"), V), ("are a cube", real(4, 1, 1), V)]
+    bad(call, "query_targets", wrong, key_targets=real(5), **BY_DISTANCE)
+    wrong = [("are integers", ints(5), T), ("have another Q", real(4), V), ("have columns", real(5, 1), V)]
+    wrong += [("are in parts", (real(2), real(3)), V), ("are a dict", {}, T)]
+    bad(call, "key_targets", wrong, query_targets=real(4), **BY_DISTANCE)
+    bad(call, "query_targets", [("are no rows", real(4), V)], key_targets=real(5), positives_from="overlap")
+    for name, function in {
+        "returns a number": lambda *_: 1.0,
+        "returns the keys alone": lambda *both: both[1],
+        "returns them turned round": lambda y, z: (y - z).T,
+    }.items():
+        bad(call, "positives_from", [(name, function, V)], query_targets=real(4), key_targets=real(5))
+
 SUPCON_OPTIONS = ["supcon_distill_loss", "supcon_distill_terms", "SupConDistillLoss()"]
 bad(SUPCON_OPTIONS, "positives", choices())
+bad(SUPCON_OPTIONS, "positives_from", choices())
+bad(SUPCON_OPTIONS, "width", [*wrong_numbers(), ("is zero", 0, V)], positives_from="distance")
+bad(SUPCON_OPTIONS, "width", [("is read by nothing", 1.0, V)])
+bad(SUPCON_OPTIONS, "hardness", wrong_numbers())
+bad(SUPCON_OPTIONS, "positives", [("counts keys", "inside_per_positive", V)], positives_from="overlap")
 bad(SUPCON_OPTIONS, "reduction", choices())
 bad(SUPCON_OPTIONS, "momentum_targets", choices())
 bad(SUPCON_OPTIONS, "normalize", [("is 'keys'", "keys", V), ("is None", None, EITHER), ("is a number", 1, EITHER)])
@@ -919,7 +944,7 @@ bad("ClassQueue()", "num_classes", [*WHOLE_NUMBERS, ("is zero", 0, V), ("is nega
 bad("ClassQueue()", "num_classes", [("is missing", None, V)], balanced=True)
 bad("ClassQueue()", "num_classes", [("is more than the size", 5, V)], balanced=True, named="num_classes|size")
 bad("ClassQueue()", "balanced", FLAGS, num_classes=2)
-bad("ClassQueue()", "normalize", [*FLAGS, ("is 'query'", "query", EITHER)])
+bad("ClassQueue()", "normalize", [*FLAGS, ("is 'query'", "query", EITHER), ("names no stream", ("t", "z"), V)])
 bad(
     "ClassQueue()",
     "dtype",

@@ -246,8 +246,33 @@ def test_inputs_of_any_strides(tiled, backend, monkeypatch):
 def operands(given, **options):
     """The arguments of `contrast` but the last."""
     choices = {"positives": "outside", "reduction": "mean", "normalize": True, "ignore_index": -1}
-    choices |= {"exclude_self": False, "group": None, "validate": False, "momentum_temperature": None} | options
+    choices |= {"exclude_self": False, "group": None, "validate": False, "momentum_temperature": None}
+    choices |= {"query_targets": None, "key_targets": None, "positives_from": "labels", "width": None, "hardness": 0.0}
+    choices |= options
     return operator.arguments(read_problem(**given, **choices))
+
+
+def graded(n=5, q=11, dtype=torch.float64):
+    """Scores of the rows and of the keys of `case_of`, which say what is positive."""
+    scores = torch.linspace(-2, 2, n + q, dtype=dtype)
+    keys = (scores[n : 2 * n], scores[2 * n :])
+    return {"query_targets": scores[:n], "key_targets": keys, "positives_from": "distance", "width": 0.7}
+
+
+@pytest.mark.parametrize("call", [F.supcon_distill_loss, F.supcon_distill_terms])
+@pytest.mark.parametrize("positives_from", ["distance", "function"])
+@pytest.mark.usefixtures("way")
+def test_graded_positives_and_hard_negatives_are_those_without_a_compiler(positives_from, call):
+    """A function is traced with the formula, whatever the size."""
+    options = graded() | {"hardness": 2.0, "exclude_self": True}
+    if positives_from == "function":
+        options |= {"positives_from": lambda y, z: (y - z).abs() < 1, "width": None}
+
+    def f(**given):
+        found = call(**given, **options)
+        return found if call is F.supcon_distill_loss else torch.stack(found[:3])
+
+    compare(case_of(), ("query", "temperature", "alpha", "keys[0]", "keys[1]"), call=f)
 
 
 def permuted(given):
@@ -270,6 +295,10 @@ OPERANDS = {
     "permuted, unit keys": lambda: (operands(permuted(case_of(1)), normalize="query"), [True, True]),
     "without self, bfloat16": lambda: (
         operands(case_of(dtype=torch.bfloat16), exclude_self=True, momentum_temperature=0.5),
+        [True, True, True],
+    ),
+    "graded, hard negatives": lambda: (
+        operands(case_of(), **graded(), hardness=2.0, positives="inside"),
         [True, True, True],
     ),
     "no keys": lambda: (operands(case_of(1, q=0)), [True, True]),

@@ -6,6 +6,7 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sybil import Sybil
@@ -13,6 +14,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import momentum_distill as md
 from mtmd.cli import COMMANDS
+from study_tools import paired_interval, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -160,3 +162,14 @@ def test_options_of_the_example_that_the_pages_name_exist(page):
         named += re.findall(r"(?<!\S)(--[a-z][a-z0-9-]*)", line)
     unknown = {option for option in named if option not in options and f"--{option[5:]}" not in options}
     assert unknown == set()
+
+
+def test_what_the_page_says_of_scores_instead_of_classes_is_what_was_measured():
+    rows = read_results(ROOT / "docs" / "results" / "scores.json")["rows"]
+    page = (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
+    for output in ("fused", "text", "audio", "vision"):
+        by_class, by_distance = ([r[output] for r in rows if r["sampling"] == arm] for arm in ("class", "distance"))
+        cells = [f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in (by_class, by_distance)]
+        mean, half = paired_interval(by_distance, by_class)
+        assert f"| {output} | {' | '.join(cells)} | {mean:+.3f} ± {half:.3f} |" in page
+        assert abs(mean) < half  # as the page says

@@ -164,6 +164,11 @@ CONTRADICTIONS = {
     "--audio-hidden 6": "audio_hidden: expected a multiple of heads (4), got 6",
     # what is distilled
     "--balanced-queue --sampling instance": "balanced_queue: expected sampling 'class'",
+    "--sampling distance --positives inside_per_positive": "positives: expected 'outside' or 'inside' with sampling",
+    "--score-width 2": "--score-width: expected --sampling distance beside it",
+    "--score-width 0 --sampling distance": "score_width: expected a finite number above 0",
+    "--hardness -1": "hardness: expected a finite number of at least 0",
+    "--hardness 1 --without feat": "--hardness: expected L_feat beside it",
     "--queue-size 9 --without queue": "--queue-size: expected a queue beside it",
     "--balanced-queue --without feat": "--balanced-queue: expected a queue beside it",
     **{

@@ -24,7 +24,9 @@ ALONE = [*TINY, "--dropout=0", "--without", "momentum_dmd", "--batch-size=9"]
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
-    "options", [[], ["--sampling=instance"], ["--detach-text"]], ids=["class", "instance", "detach"]
+    "options",
+    [[], ["--sampling=instance"], ["--sampling=distance"], ["--detach-text"]],
+    ids=["class", "instance", "distance", "detach"],
 )
 def test_gradients_are_those_of_one_process(ranks, world, options):
     expected, terms, _ = example_rank_cases.gradients([*ALONE, *options], 4)

@@ -157,6 +157,24 @@ def test_instances_instead_of_classes_change_the_contrastive_term_alone(build, t
     assert other.queue.read("text")[1].tolist() == two_batches[0].index.tolist()
 
 
+@pytest.mark.parametrize(
+    "change", [{"sampling": "distance", "score_width": 0.5}, {"hardness": 2.0}], ids=["scores", "hard"]
+)
+def test_near_scores_or_hard_negatives_change_the_contrastive_term_alone(change, build, two_batches):
+    model, objective = build()
+    _, by_class = total_and_terms(model, objective, two_batches[1])
+    other_model, other = build(**change)
+    _, terms = total_and_terms(other_model, other, two_batches[1])
+    for name in ("gt", "reg", "cls", "fusion"):
+        assert_same(gradients(other_model, terms[name]), gradients(model, by_class[name]))
+    assert terms["feat_shared"] != by_class["feat_shared"]
+    torch.testing.assert_close(terms["feat_specific"], by_class["feat_specific"])
+    if "sampling" in change:  # the scores are kept as they are, in step with the features
+        (scores, labels), _ = other.queue.read("scores"), other.queue.read("text")
+        torch.testing.assert_close(scores[:, 0], two_batches[0].scores)
+        assert torch.equal(labels, two_batches[0].labels)
+
+
 def test_without_fusion_factors_the_features_are_concatenated_as_they_are(build, two_batches):
     model, objective = build("fusion_factors")
     assert model.fusion.factors is None
@@ -238,6 +256,7 @@ def test_texts_in_groups_of_like_length_are_encoded_as_all_at_once(monkeypatch):
 SWITCHES = [
     ["--without", "distillation"],
     ["--sampling", "instance"],
+    ["--sampling", "distance", "--balanced-queue", "--hardness", "1"],
     ["--modalities", "text"],
     *(pytest.param(["--without", part], marks=pytest.mark.long) for part in PARTS if part != "distillation"),
 ]

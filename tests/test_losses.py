@@ -21,6 +21,10 @@ SHARED = ("query", "keys", "query_labels", "key_labels", "momentum_query", "mome
 # ----------------------------------------------------------------------------------------------------------- torch.func
 
 
+def near(y, z):
+    return 1 / (1 + (y - z).square())
+
+
 def contrastive(**options):
     """The loss as a function of its learned temperature, query and keys; the keys are the batch and a queue."""
     case = supcon_case(0, 6, 16, 4, ignored=0.2, unlabelled=0.2)
@@ -31,10 +35,14 @@ def contrastive(**options):
     def parts(x):
         return x.split((6, 10))
 
+    given = {"momentum_query": case.momentum_query, "momentum_keys": parts(case.momentum_keys)}
+    if "positives_from" in options:
+        scores = torch.linspace(-2, 2, 22, dtype=torch.float64)
+        given |= {"query_targets": scores[::4], "key_targets": parts(scores[:16])}
+
     def loss(parameters, query, keys):
-        momentum = {"momentum_query": case.momentum_query, "momentum_keys": parts(case.momentum_keys)}
         arguments = (query, parts(keys), case.query_labels, parts(case.key_labels))
-        return functional_call(loss_fn, parameters, arguments, momentum).sum()
+        return functional_call(loss_fn, parameters, arguments, given).sum()
 
     return loss, [dict(loss_fn.double().named_parameters()), case.query, case.keys]
 
@@ -61,6 +69,8 @@ LOSSES = {
     **{f"contrastive, {p}": lambda p=p: contrastive(positives=p, reduction="sum") for p in POSITIVES},
     **{f"contrastive, {p}, without self": lambda p=p: contrastive(positives=p, exclude_self=True) for p in POSITIVES},
     "contrastive, by row, unit keys": lambda: contrastive(reduction="none", normalize="query"),
+    "contrastive, by distance": lambda: contrastive(positives_from="distance", width=0.5, positives="inside"),
+    "contrastive, by a function, hard negatives": lambda: contrastive(positives_from=near, hardness=2.0),
     "contrastive, plain products": lambda: contrastive(normalize=False),
     "scores": lambda: response("regression", detach_teacher=False),
     "logits": lambda: response("classification", temperature=2.0),

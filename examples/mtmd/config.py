@@ -46,9 +46,9 @@ RANGES = (
     (("alpha", "decay"), "a finite number in [0, 1]", lambda value: 0 <= value <= 1),
     (("layer_decay",), "a finite number above 0, at most 1", lambda value: 0 < value <= 1),
     (("dropout", "average"), "a share in [0, 1)", lambda value: 0 <= value < 1),
-    (("unimodal_lr", "other_lr"), "a finite number above 0", lambda value: 0 < value < math.inf),
+    (("unimodal_lr", "other_lr", "score_width"), "a finite number above 0", lambda value: 0 < value < math.inf),
     (
-        ("bert_lr", "clip", "gamma_reg", "gamma_cls", "gamma_feat", "gamma_fusion"),
+        ("bert_lr", "clip", "gamma_reg", "gamma_cls", "gamma_feat", "gamma_fusion", "hardness"),
         "a finite number of at least 0",
         lambda value: 0 <= value < math.inf,
     ),
@@ -79,6 +79,8 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[["Config"], bool]], ...] = (
         ((f"gamma_{term}",), f"L_{term}", lambda config, term=term: not {term, "distillation"} & {*config.without})
         for term in ("reg", "cls", "feat", "fusion")
     ),
+    (("score_width",), "--sampling distance", lambda config: config.sampling == "distance"),
+    (("hardness",), "L_feat", lambda config: not {"feat", "distillation"} & {*config.without}),
     (
         ("queue_size", "balanced_queue"),
         "a queue",
@@ -173,9 +175,14 @@ class Config:
     )
     sampling: str = setting(
         "class",
-        "positives of the contrast: samples of the same class (paper), or the same sample alone (Table III)",
-        choices=("class", "instance"),
+        "positives of the contrast: samples of the same class (paper), the same sample alone (Table III), or every "
+        "sample, weighed by the distance of the scores",
+        choices=("class", "instance", "distance"),
     )
+    score_width: float = setting(
+        1.0, "with --sampling distance: standard deviation of the Gaussian; scores so far apart weigh 0.61"
+    )
+    hardness: float = setting(0.0, "how much more the negatives of the contrast weigh that are similar; 0: no more")
     without: list[str] = setting(
         (), "parts to switch off, the rows of Table II; distillation: all of it", choices=PARTS, many=True
     )
@@ -283,6 +290,11 @@ class Config:
         if self.fusion_start == "text" and self.fused_width != self.width:
             raise ValueError(
                 f"fused_width: expected width ({self.width}) with fusion_start 'text', got {self.fused_width}"
+            )
+        if self.sampling == "distance" and self.positives == "inside_per_positive":
+            raise ValueError(
+                "positives: expected 'outside' or 'inside' with sampling 'distance', which counts no positives, got "
+                "'inside_per_positive'"
             )
         if self.balanced_queue and self.sampling == "instance":
             raise ValueError(

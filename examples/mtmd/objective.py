@@ -51,17 +51,22 @@ class Objective(nn.Module):
             streams = [*self.modalities, *(f"{name}_momentum" for name in self.momentum)]
             self.queue = md.ClassQueue(
                 config.queue_size,
-                dict.fromkeys(streams, config.width),
-                num_classes=CLASSES if config.sampling == "class" else None,
+                dict.fromkeys(streams, config.width) | ({"scores": 1} if config.sampling == "distance" else {}),
+                num_classes=CLASSES if config.sampling != "instance" else None,
                 balanced=config.balanced_queue,
+                normalize=streams,
             )
         self.by_instance = config.sampling == "instance"
+        self.by_distance = config.sampling == "distance"
         self.detach_text = config.detach_text
         self.contrast = md.SupConDistillLoss(
             temperature=config.temperature,
             learnable_temperature="feat" in self.gammas,  # DDP waits for the gradient of whatever may have one
             alpha=config.alpha,
             positives=config.positives,
+            positives_from="distance" if self.by_distance else "labels",
+            width=config.score_width if self.by_distance else None,
+            hardness=config.hardness,
         )
         self.respond_scores = md.ResponseDistillLoss(task="regression", alpha=config.alpha)
         self.respond_classes = md.ResponseDistillLoss(task="classification", alpha=config.alpha)
@@ -117,7 +122,8 @@ class Objective(nn.Module):
         # Keys are the samples of all processes; the queries of each are its own.
         here = {name: outputs.unimodal[name].features for name in self.students} | {TEACHER: text}
         here |= {f"{name}_momentum": prediction.features for name, prediction in momentum.items()}
-        here = md.gather_rows(here | {f"{name}_labels": marks for name, marks in labels.items()})
+        here |= {f"{name}_labels": marks for name, marks in labels.items()}
+        here = md.gather_rows(here | ({"scores": batch.scores[:, None]} if self.by_distance else {}))
 
         def keys(stream: str) -> tuple[Tensor, ...]:
             """The batch followed by the queue, as it stood before this batch."""
@@ -128,6 +134,7 @@ class Objective(nn.Module):
             batch = (here[f"{name}_labels"],)
             return batch if self.queue is None else (*batch, self.queue.read(name, padded=True)[1])
 
+        scores = {"query_targets": batch.scores[:, None], "key_targets": keys("scores")} if self.by_distance else {}
         sums = {"feat": 0.0, "feat_shared": 0.0, "feat_specific": 0.0}
         for name in self.students:
             student = outputs.unimodal[name].features
@@ -141,6 +148,7 @@ class Objective(nn.Module):
                 student_targets = {"momentum_query": student_momentum, "momentum_keys": keys(TEACHER)}
             # Pairs: a query counts where the sample has both modalities, a key where it has its own.
             both = torch.where(batch.present[TEACHER], labels[name], ABSENT)
+            text_targets, student_targets = text_targets | scores, student_targets | scores
             text_to_student = self.contrast.terms(text, keys(name), both, key_labels(name), **text_targets)
             student_to_text = self.contrast.terms(student, keys(TEACHER), both, key_labels(TEACHER), **student_targets)
             for term, part in zip(sums, ("total", "supervised", "distill"), strict=True):
@@ -148,7 +156,7 @@ class Objective(nn.Module):
         return sums
 
     def contrast_labels(self, batch: Batch) -> Tensor:
-        """What makes two samples positive: their class or, for Table III, that they are the same sample."""
+        """What makes two samples positive: their class (or their scores) or, for Table III, that they are the same."""
         return batch.index if self.by_instance else batch.labels
 
     def fusion_term(self, outputs: Outputs, batch: Batch) -> Tensor:
@@ -180,6 +188,7 @@ class Objective(nn.Module):
             features = {name: outputs.unimodal[name].features for name in self.modalities}
             features |= {f"{name}_momentum": prediction.features for name, prediction in momentum.items()}
             valid = {stream: batch.present[stream.removesuffix("_momentum")] for stream in features}
+            features |= {"scores": batch.scores[:, None]} if self.by_distance else {}
             self.queue.enqueue(self.contrast_labels(batch), features, valid=valid)
         self._since_update.clear()
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ class ClassQueue(WideModule):
         num_classes: Number of classes $C$, at least 1; needed for `balanced`, else it only says which labels are wrong.
         balanced: Give each class its own share of the ring, `size // C` slots (one more for the first `size % C`
             classes), so that a rare class does not starve. Unlabelled samples (-2) have no share and are not stored.
-        normalize: L2-normalise rows on entry.
+        normalize: L2-normalise rows on entry: of all streams (True), of those named here, or of none (False). A stream
+            that is not normalised may carry what belongs to the samples, their scores for one.
         dtype: Floating dtype of the stored rows, whatever the batches have; `.half()` on a parent does not change it.
         device: Where the queue lives; `.to()` moves it.
         group: Whose rows the queue holds: `"auto"` (those of torch.distributed's default group where there is one, else
@@ -98,7 +99,7 @@ class ClassQueue(WideModule):
         *,
         num_classes: int | None = None,
         balanced: bool = False,
-        normalize: bool = True,
+        normalize: bool | Collection[str] = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         group: Group = "auto",
@@ -108,7 +109,7 @@ class ClassQueue(WideModule):
         check_int("size", size, minimum=1)
         _check_dims(dims)
         check_bool("balanced", balanced)
-        check_bool("normalize", normalize)
+        unit = _unit_streams(normalize, dims)
         if not isinstance(dtype, torch.dtype):
             wrong_type("dtype", "a torch.dtype", describe(dtype))
         if not dtype.is_floating_point:
@@ -127,7 +128,7 @@ class ClassQueue(WideModule):
         self.dims: dict[str, int] = dict(dims)
         self.num_classes = num_classes
         self.balanced = balanced
-        self.normalize = normalize
+        self.normalize: bool | tuple[str, ...] = normalize if isinstance(normalize, bool) else tuple(normalize)
         self.dtype = dtype
         self.group = group
         self.validate = validate
@@ -145,11 +146,11 @@ class ClassQueue(WideModule):
         # Slot `size` is where rows go that are not stored: always zeros and -1, never read. With it every write has a
         # fixed shape. Row s of `labels` belongs to stream s: a stream that misses a sample has -1 there.
         self.register_buffer("labels", torch.full((len(dims), size + 1), EMPTY, dtype=torch.int64, device=device))
-        # Streams of a width share a bank, (streams, size + 1, width), which is written at once. In a state each has its
-        # own keys: see `_save_to_state_dict` and `_load_keys`.
+        # Streams of a width, if both are normalised or neither, share a bank, (streams, size + 1, width), which is
+        # written at once. In a state each has its own keys: see `_save_to_state_dict` and `_load_keys`.
         self._banks: dict[str, list[str]] = {}
         for stream, width in dims.items():
-            self._banks.setdefault(f"bank_{width}", []).append(stream)
+            self._banks.setdefault(f"bank_{width}" if stream in unit else f"raw_bank_{width}", []).append(stream)
         self._rows = {stream: row for row, stream in enumerate(dims)}
         self._places = {stream: (bank, i) for bank, streams in self._banks.items() for i, stream in enumerate(streams)}
         for bank, streams in self._banks.items():
@@ -214,19 +215,22 @@ class ClassQueue(WideModule):
             masks = [valid.get(stream) for stream in self.dims]
             marks = torch.stack([labels if mask is None else torch.where(mask, labels, EMPTY) for mask in masks])
             features = dict(features) | {s: torch.where(mask[:, None], features[s], 0.0) for s, mask in valid.items()}
-        banks = [(self._buffer(bank), [features[s] for s in streams]) for bank, streams in self._banks.items()]
+        banks = [
+            (self._buffer(bank), [features[s] for s in streams], bank.startswith("bank"))
+            for bank, streams in self._banks.items()
+        ]
         start = int(self._buffer("count")) % self.size if whole else self.size
         if start + len(labels) <= self.size:  # the usual batch on the CPU: slices write it in half the time of an index
             run = slice(start, start + len(labels))
-            for bank, rows in banks:
-                self._write(bank[:, run], rows)
+            for bank, rows, unit in banks:
+                _write(bank[:, run], rows, unit=unit)
             self._buffer("labels")[:, run] = marks
             self._buffer("count").add_(len(labels))
             return
         slots, stored, count = self._slots(labels)
-        for bank, rows in banks:
-            bank.index_copy_(1, slots, self._stack(rows).to(bank.dtype))
-        torch._foreach_zero_([bank[:, self.size] for bank, _ in banks])
+        for bank, rows, unit in banks:
+            bank.index_copy_(1, slots, _stack(rows, unit=unit).to(bank.dtype))
+        torch._foreach_zero_([bank[:, self.size] for bank, *_ in banks])
         marks = marks if stored is None else torch.where(stored, marks, EMPTY)
         self.labels.index_copy_(1, slots, marks.expand(len(self.dims), -1))
         self.count.copy_(count)
@@ -257,24 +261,6 @@ class ClassQueue(WideModule):
             >>> ClassQueue(4, {"text": 2}).check_in_sync()  # one process: nothing to compare with
         """
         require_in_sync(find_ranks(self.group), self.state_dict(), what="ClassQueue")
-
-    def _write(self, slots: Tensor, rows: list[Tensor]) -> None:
-        """Write rows of streams of one width to their slots, (streams, N, width), if possible with no copy between."""
-        if self.normalize and (is_16_bit(slots.dtype) or any(x.dtype != slots.dtype for x in rows)):
-            slots.copy_(self._stack(rows))
-            return
-        torch._foreach_copy_(slots.unbind(), rows)
-        if self.normalize and (unit := _unit_rows(slots, shortest(slots))) is not slots:
-            slots.copy_(unit)
-
-    def _stack(self, rows: list[Tensor]) -> Tensor:
-        """Rows of streams of one width as they are stored, (streams, N, width)."""
-        if not self.normalize:
-            return torch.stack(rows)
-        if any(x.dtype != rows[0].dtype for x in rows):  # what counts as zero depends on the dtype
-            return torch.cat([self._stack([x]) for x in rows])
-        wide = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
-        return _unit_rows(torch.stack(rows).to(wide), shortest(rows[0]))
 
     def _slots(self, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Where each row goes (N,), which rows are stored (N,), and the count of each ring afterwards (groups,).
@@ -440,6 +426,26 @@ class ClassQueue(WideModule):
         return f"{self._settings()}, group={describe_group(self.group)}"
 
 
+def _write(slots: Tensor, rows: list[Tensor], *, unit: bool) -> None:
+    """Write rows of streams of one width to their slots, (streams, N, width), if possible with no copy between."""
+    if unit and (is_16_bit(slots.dtype) or any(x.dtype != slots.dtype for x in rows)):
+        slots.copy_(_stack(rows, unit=unit))
+        return
+    torch._foreach_copy_(slots.unbind(), rows)
+    if unit and (normalized := _unit_rows(slots, shortest(slots))) is not slots:
+        slots.copy_(normalized)
+
+
+def _stack(rows: list[Tensor], *, unit: bool) -> Tensor:
+    """Rows of streams of one width as they are stored, (streams, N, width)."""
+    if not unit:
+        return torch.stack(rows)
+    if any(x.dtype != rows[0].dtype for x in rows):  # what counts as zero depends on the dtype
+        return torch.cat([_stack([x], unit=unit) for x in rows])
+    wide = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
+    return _unit_rows(torch.stack(rows).to(wide), shortest(rows[0]))
+
+
 def _unit_rows(rows: Tensor, eps: float) -> Tensor:
     """The rows of a stack of matrices, L2-normalised; in place where one may ask how long they are."""
     return rows.div_(row_lengths(rows, eps)) if may_ask(rows) else normalize_rows(rows, eps)
@@ -483,6 +489,18 @@ def _load_keys(
 def _saved_streams(extra: Tensor) -> list[str]:
     saved: list[str] = json.loads(bytes(extra.tolist()))
     return saved
+
+
+def _unit_streams(normalize: object, dims: Mapping[str, int]) -> Collection[str]:
+    """The streams whose rows are normalised."""
+    if isinstance(normalize, bool):
+        return dims if normalize else ()
+    if isinstance(normalize, str) or not isinstance(normalize, Collection):
+        wrong_type("normalize", "True, False or a collection of streams", describe(normalize))
+    for stream in normalize:
+        if stream not in dims:
+            wrong_value("normalize", f"names among {sorted(dims)}", describe(stream))
+    return normalize
 
 
 def _check_dims(dims: object) -> None:

@@ -16,8 +16,8 @@ from momentum_distill._checks import (
     check_number,
     in_transform,
 )
-from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize
-from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
+from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize, check_pairs
+from momentum_distill._contrast.formulas import POSITIVES, Positives, PositivesFrom, Reduction
 from momentum_distill._contrast.targets import TARGETS, Targets
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._precision import WideModule, sum_dtype
@@ -57,10 +57,17 @@ class SupConDistillLoss(WideModule):
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         momentum_targets: `"softmax"` (the paper: all $b_j = 0$), `"centred"` (DINO: $b_j$ takes the mean momentum logit
             of key j away, by a running mean that this loss keeps) or `"sinkhorn"` (SwAV, DINOv2: all keys get nearly
-            the same share of $U$). A centre is of one direction: give each a loss of its own. It is updated after each call that
-            counts as above, outside of the transforms of `torch.func`, and a batch is centred by what came before it.
+            the same share of $U$). A centre is of one direction: give each a loss of its own. It is updated after each
+            call that counts as above, outside of the transforms of `torch.func`, and a batch is centred by what came
+            before it.
             Sinkhorn-Knopp makes the loss take about three times as long, and holds a copy of the keys in float32.
         positives: `"outside"`, `"inside"` or `"inside_per_positive"`: how Eq. 8, 9 and 22 are read.
+        positives_from: What makes a key positive: `"labels"` (its class); or, from the targets that the call is given,
+            `"distance"` (scores of a regression, shape `(N,)`), `"overlap"` (several labels, or soft ones, shape
+            `(N, C)`) or a function of them.
+        width: For `"distance"`, positive, in the unit of the targets: the standard deviation of the Gaussian by which
+            keys weigh.
+        hardness: How much the similarity of a negative adds to its weight, at least 0; 0: nothing.
         reduction: `"mean"`, `"sum"` or `"none"`.
         normalize: L2-normalise query and keys here (True), only the query (`"query"`: the keys, every part
             of them, are unit rows as a `ClassQueue` stores them), or neither (False).
@@ -75,7 +82,7 @@ class SupConDistillLoss(WideModule):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is out of its range or a choice is unknown.
+        ValueError: If a number is out of its range or a choice is unknown, or choices do not go together.
 
     Example:
         >>> import torch
@@ -108,6 +115,9 @@ class SupConDistillLoss(WideModule):
         alpha: float = 0.4,
         momentum_targets: Targets = "softmax",
         positives: Positives = "outside",
+        positives_from: PositivesFrom = "labels",
+        width: float | None = None,
+        hardness: float = 0.0,
         reduction: Reduction = "mean",
         normalize: Normalize = True,
         ignore_index: int = -1,
@@ -127,6 +137,7 @@ class SupConDistillLoss(WideModule):
         check_normalize(normalize)
         check_int("ignore_index", ignore_index)
         check_bool("exclude_self", exclude_self)
+        check_pairs(positives_from, width, hardness, positives)
         check_group(group)
         check_bool("validate", validate)
         self.initial_temperature: float = float(temperature)
@@ -144,6 +155,9 @@ class SupConDistillLoss(WideModule):
         self.centre: Tensor | None
         self.register_buffer("centre", None)
         self.positives: Positives = positives
+        self.positives_from: PositivesFrom = positives_from
+        self.width = width
+        self.hardness = hardness
         self.reduction: Reduction = reduction
         self.normalize: Normalize = normalize
         self.ignore_index = ignore_index
@@ -170,6 +184,8 @@ class SupConDistillLoss(WideModule):
         *,
         momentum_query: Tensor | None = None,
         momentum_keys: Parts | None = None,
+        query_targets: Tensor | None = None,
+        key_targets: Parts | None = None,
         momentum_temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> Tensor:
@@ -183,6 +199,8 @@ class SupConDistillLoss(WideModule):
             key_labels: Integer, shape `(Q,)`, a tuple of parts where `keys` is one.
             momentum_query: The query from the momentum model, shape `(N, d)`. Together with `momentum_keys`.
             momentum_keys: Keys that stand for the same samples as `keys`, shape `(Q, d)`, in parts like `keys`.
+            query_targets: What `positives_from` reads of the rows, floating, shape `(N,)` or `(N, C)`.
+            key_targets: The same of the keys, shape `(Q,)` or `(Q, C)`, in parts like `keys`.
             momentum_temperature: Overrides the temperature inside $U$ for this call: a positive number or a tensor of
                 shape `()`.
             alpha: Overrides the weight of the momentum targets for this call (a ramp, say): a number in [0, 1] or a
@@ -210,7 +228,8 @@ class SupConDistillLoss(WideModule):
             '0.7067'
         """
         inside = self._inside(momentum_temperature)
-        settings = self._settings(alpha, inside, query, keys, momentum_query, momentum_keys)
+        inputs = (query, keys, momentum_query, momentum_keys, query_targets, key_targets)
+        settings = self._settings(alpha, inside, *inputs)
         loss = functional.supcon_distill_loss(query, keys, query_labels, key_labels, **settings)
         self._learned(query, keys, momentum_query, query_labels)
         return loss
@@ -224,6 +243,8 @@ class SupConDistillLoss(WideModule):
         *,
         momentum_query: Tensor | None = None,
         momentum_keys: Parts | None = None,
+        query_targets: Tensor | None = None,
+        key_targets: Parts | None = None,
         momentum_temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> SupConTerms:
@@ -242,7 +263,8 @@ class SupConDistillLoss(WideModule):
             (2, 1)
         """
         inside = self._inside(momentum_temperature)
-        settings = self._settings(alpha, inside, query, keys, momentum_query, momentum_keys)
+        inputs = (query, keys, momentum_query, momentum_keys, query_targets, key_targets)
+        settings = self._settings(alpha, inside, *inputs)
         terms = functional.supcon_distill_terms(query, keys, query_labels, key_labels, **settings)
         self._learned(query, keys, momentum_query, query_labels)
         return terms
@@ -255,6 +277,8 @@ class SupConDistillLoss(WideModule):
         keys: Parts,
         momentum_query: Tensor | None,
         momentum_keys: Parts | None,
+        query_targets: Tensor | None,
+        key_targets: Parts | None,
     ) -> dict[str, Any]:
         """All keyword arguments of the functions."""
         centre = self.centre if self.momentum_targets == "centred" else None
@@ -268,7 +292,12 @@ class SupConDistillLoss(WideModule):
             "momentum_targets": self.momentum_targets,
             "centre": centre,
             "alpha": self.alpha if alpha is None else alpha,
+            "query_targets": query_targets,
+            "key_targets": key_targets,
             "positives": self.positives,
+            "positives_from": self.positives_from,
+            "width": self.width,
+            "hardness": self.hardness,
             "reduction": self.reduction,
             "normalize": self.normalize,
             "ignore_index": self.ignore_index,
@@ -353,13 +382,16 @@ class SupConDistillLoss(WideModule):
     @override
     def extra_repr(self) -> str:
         low, high = self.temperature_range
+        pairs = "" if self.positives_from == "labels" else f"positives_from={self.positives_from!r}, "
+        pairs += "" if self.width is None else f"width={self.width:g}, "
+        pairs += f"hardness={self.hardness:g}, " if self.hardness else ""
         kind = "fixed" if self.log_temperature_ratio is None else f"learned in [{low:g}, {high:g}]"
         given = self.momentum_temperature
         inside = "" if given is None else f"momentum_temperature={given if callable(given) else f'{given:g}'}, "
         targets = "" if self.momentum_targets == "softmax" else f"momentum_targets={self.momentum_targets!r}, "
         return (
             f"temperature={float(self.temperature):g} ({kind}), {inside}alpha={self.alpha:g}, {targets}"
-            f"positives={self.positives!r}, reduction={self.reduction!r}, "
+            f"positives={self.positives!r}, {pairs}reduction={self.reduction!r}, "
             f"normalize={self.normalize!r}, ignore_index={self.ignore_index}, "
             f"exclude_self={self.exclude_self}, group={describe_group(self.group)}"
         )

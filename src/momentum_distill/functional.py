@@ -31,7 +31,7 @@ from momentum_distill._checks import (
 )
 from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize, read_problem
 from momentum_distill._contrast.autograd import contrast
-from momentum_distill._contrast.formulas import Positives, Reduction
+from momentum_distill._contrast.formulas import Positives, PositivesFrom, Reduction
 from momentum_distill._contrast.targets import Targets
 from momentum_distill._group import (
     Group,
@@ -178,11 +178,16 @@ def supcon_distill_loss(
     temperature: float | Tensor,
     momentum_query: Tensor | None = None,
     momentum_keys: Parts | None = None,
+    query_targets: Tensor | None = None,
+    key_targets: Parts | None = None,
     momentum_temperature: float | Tensor | None = None,
     momentum_targets: Targets = "softmax",
     centre: Tensor | None = None,
     alpha: float | Tensor = 0.4,
     positives: Positives = "outside",
+    positives_from: PositivesFrom = "labels",
+    width: float | None = None,
+    hardness: float = 0.0,
     reduction: Reduction = "mean",
     normalize: Normalize = True,
     ignore_index: int = -1,
@@ -216,6 +221,26 @@ def supcon_distill_loss(
     No gradient flows through $U$, nor through the temperature inside it. Without momentum inputs the loss is
     $\mathcal S_i$ alone.
 
+    **Positives that are not classes.** `positives_from` gives each pair a weight $w_{ij} \ge 0$ instead, made from the
+    targets $y$ of row and key:
+
+    - `"distance"`: $e^{-\lVert y_i - y_j\rVert^2 / 2\sigma^2}$ with $\sigma$ = `width`, for the scores of a regression,
+    - `"overlap"`: the cosine $y_i^\top y_j / \lVert y_i\rVert \lVert y_j\rVert$, for several labels (0 or 1) or soft
+      ones (probabilities): 1 for the same, 0 for nothing in common; of one-hot rows that is the class,
+    - a function of targets `(N, 1)` and `(1, B)`, or `(N, 1, C)` and `(1, B, C)`, that returns weights `(N, B)`.
+
+    With $P_{ij} = w_{ij} / \sum_j w_{ij}$, $\mathcal S_i$ is then $-\sum_j P_{ij} \log V_{ij}$ (`"outside"`) or
+    $-\log\sum_j w_{ij} V_{ij}$ (`"inside"`). The labels still say who is there; a row or a key without a class (-2) has
+    weight 0, and so has a weight below the smallest normal number. No gradient flows through weights.
+
+    **Hard negatives.** With `hardness` $\beta > 0$ the supervised term has a $V$ of its own, in whose sum over the keys
+
+    $$s_{ij} + \beta\,(1 - w_{ij})_+\,\mathrm{sg}(\bar q_i^\top \bar k_j)$$
+
+    stands for $s_{ij}$ (sg: no gradient; of classes $w_{ij} = [c_j = c_i]$): the more similar a negative, the more it
+    weighs. What stands above the fraction, and the KL term, stay as they are. A key that is nobody's positive (-2) is a
+    negative; a row without a positive has no supervised term.
+
     A row or key whose label is `ignore_index` is left out of everything, whatever it holds. A row without a positive
     key adds 0 to the supervised sum and does not count in its mean; its KL term stands. With no row or no key left
     the loss is 0 and still connected to the graph. NaN in a row or key that counts makes the loss NaN.
@@ -224,11 +249,13 @@ def supcon_distill_loss(
     the row out, of $V$, $U$ and the positives.
 
     More than $2^{18}$ scores (N·Q), or those of more than $2^{20}$ numbers in the keys (Q·d), are made tile by tile,
-    and nothing of size N×Q is kept, forward or backward. Three cases take the N×Q matrices: fewer of both, which is
-    faster so; the transforms of `torch.func` (grad, jvp, vmap); and a backward pass with `create_graph=True`.
+    and nothing of size N×Q is kept, forward or backward, no weights of pairs either. Four cases take the N×Q matrices:
+    fewer of both, which is faster so; the transforms of `torch.func` (grad, jvp, vmap); a backward pass with
+    `create_graph=True`; and a function as `positives_from` under `torch.compile`.
     `torch.compile` fuses the formula of up to $2^{14}$ scores and takes more as one operator, which does the same; it
     has no second derivative. On an NVIDIA GPU a fused kernel (Triton) takes all sizes, but in float64 and with
-    `exclude_self`: keys in 16 bits are multiplied as they are, and queries rounded to their dtype.
+    `exclude_self`, `positives_from` or `hardness`: keys in 16 bits are multiplied as they are, and queries rounded to
+    their dtype.
 
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.
@@ -241,11 +268,18 @@ def supcon_distill_loss(
         temperature: $\tau > 0$, a number or a tensor of shape `()` (with gradient if it requires it).
         momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
         momentum_keys: $k'$, shape `(Q, d)`, in parts like `keys`; key $j$ is the same sample in both.
+        query_targets: What `positives_from` reads of the rows: floating, shape `(N,)` or `(N, C)` (`"overlap"`:
+            `(N, C)`). Given together with `key_targets`. Rows without a class may hold anything.
+        key_targets: The same of the keys, shape `(Q,)` or `(Q, C)`, in parts like `keys`.
         momentum_temperature: $\tau'$, the temperature inside $U$; by default `temperature`, detached.
         momentum_targets: How $U$ is made of the momentum logits: `"softmax"`, `"centred"` or `"sinkhorn"`, see above.
         centre: $c$ of centred targets, shape `(d,)`; None stands for zeros, with which they begin.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         positives: Where the sum over the positive keys stands, see above.
+        positives_from: What makes a key positive: `"labels"` (its class), `"distance"`, `"overlap"` or a function that
+            gives weights `(N, B)`, see above. Not with `"inside_per_positive"`, which counts keys.
+        width: $\sigma > 0$, for `"distance"`, in the unit of the targets: at that distance a weight is 0.61.
+        hardness: Weight $\beta$ of hard negatives, at least 0, see above; 0: none.
         reduction: `"mean"`: the mean of $\mathcal S_i$ over rows with a positive and the mean of the KL terms over
             rows, weighted; `"sum"`; or `"none"`: one value per row, 0 where a row is left out.
         normalize: True: rows of queries and keys are L2-normalised here; `"query"`: only those of the queries, the keys
@@ -265,7 +299,8 @@ def supcon_distill_loss(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device, range, choice or label is wrong, or only one momentum input is given.
+        ValueError: If a shape, device, range, choice or label is wrong, if only one momentum input is given, or targets
+            are missing or read by nothing.
 
     Example:
         >>> import torch
@@ -275,17 +310,31 @@ def supcon_distill_loss(
         ...     query, keys, torch.tensor([0, 1]), torch.tensor([0, 1, 0]), temperature=1.0
         ... )
         tensor(0.7067)
+        >>> scores = {
+        ...     "query_targets": torch.tensor([2.0, -1.0]),
+        ...     "key_targets": torch.tensor([2.0, 0.0, -1.5]),
+        ... }
+        >>> there = torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+        >>> supcon_distill_loss(
+        ...     query, keys, *there, temperature=1.0, positives_from="distance", width=1.0, **scores
+        ... )
+        tensor(0.7067)
 
     References:
         MTMD, Eq. 8, 9, 11, 22 and 23. Eq. 9 and 11 average two directions: call once for each. The sum over the
         positives stands outside the logarithm by default, as in SupCon (Khosla et al., 2020): `docs/paper_map.md`.
         Centres: DINO (Caron et al., 2021), Eq. 4. Sinkhorn-Knopp: SwAV (Caron et al., 2020); DINOv2 (Oquab et al.,
         2023).
+        Positives by a Gaussian of the distance: Dufumier et al., *Contrastive Learning with Continuous Proxy
+        Meta-data*, 2021; by the cosine of labels: Kim et al., *A Generalized Supervised Contrastive Learning
+        Framework*, 2022. Hard negatives: Lan et al., *LLaVE*, 2025, Eq. 5, which sentence-transformers has too (its
+        pull request 3667); graded positives are ours.
     """
     tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
     numbers = (temperature, momentum_temperature, alpha)
     choices = (positives, reduction, normalize, ignore_index, exclude_self, group, validate)
-    problem = read_problem(*(*tensors, *numbers, *choices), momentum_targets=momentum_targets, centre=centre)
+    pairs = (query_targets, key_targets, positives_from, width, hardness)
+    problem = read_problem(*(*tensors, *numbers, *choices, *pairs), momentum_targets, centre)
     return contrast(problem, only_total=True).total
 
 
@@ -298,11 +347,16 @@ def supcon_distill_terms(
     temperature: float | Tensor,
     momentum_query: Tensor | None = None,
     momentum_keys: Parts | None = None,
+    query_targets: Tensor | None = None,
+    key_targets: Parts | None = None,
     momentum_temperature: float | Tensor | None = None,
     momentum_targets: Targets = "softmax",
     centre: Tensor | None = None,
     alpha: float | Tensor = 0.4,
     positives: Positives = "outside",
+    positives_from: PositivesFrom = "labels",
+    width: float | None = None,
+    hardness: float = 0.0,
     reduction: Reduction = "mean",
     normalize: Normalize = True,
     ignore_index: int = -1,
@@ -326,7 +380,8 @@ def supcon_distill_terms(
     tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
     numbers = (temperature, momentum_temperature, alpha)
     choices = (positives, reduction, normalize, ignore_index, exclude_self, group, validate)
-    problem = read_problem(*(*tensors, *numbers, *choices), momentum_targets=momentum_targets, centre=centre)
+    pairs = (query_targets, key_targets, positives_from, width, hardness)
+    problem = read_problem(*(*tensors, *numbers, *choices, *pairs), momentum_targets, centre)
     return SupConTerms(*contrast(problem, only_total=False).tensors())
 
 

@@ -15,13 +15,21 @@ from momentum_distill._checks import (
     check_floating,
     check_int,
     check_labels,
+    check_number,
     check_scalar,
     check_validate,
     describe,
     wrong_type,
     wrong_value,
 )
-from momentum_distill._contrast.formulas import POSITIVES, Positives, Reduction
+from momentum_distill._contrast.formulas import (
+    POSITIVES,
+    POSITIVES_FROM,
+    Positives,
+    PositivesFrom,
+    Reduction,
+    pair_weights,
+)
 from momentum_distill._contrast.problem import Choices, Problem, problem_of
 from momentum_distill._contrast.targets import TARGETS, Targets, balanced, centred
 from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks
@@ -29,6 +37,9 @@ from momentum_distill._precision import full_precision
 
 Parts: TypeAlias = Tensor | Sequence[Tensor]
 Normalize: TypeAlias = Literal["query"] | bool
+
+TILE = 4096
+"""Keys whose weights are looked at at a time."""
 
 
 def read_problem(
@@ -48,6 +59,11 @@ def read_problem(
     exclude_self: bool,
     group: Group,
     validate: bool,
+    query_targets: Tensor | None,
+    key_targets: Parts | None,
+    positives_from: PositivesFrom,
+    width: float | None,
+    hardness: float,
     momentum_targets: Targets = "softmax",
     centre: Tensor | None = None,
 ) -> Problem:
@@ -65,6 +81,7 @@ def read_problem(
         check_normalize(normalize)
         check_int("ignore_index", ignore_index)
         check_bool("exclude_self", exclude_self)
+        check_pairs(positives_from, width, hardness, positives)
         check_validate(validate)
         parts, labels, momentum_parts = _check_features(
             query, keys, query_labels, key_labels, momentum_query, momentum_keys, exclude_self
@@ -78,6 +95,7 @@ def read_problem(
             wrong_value(
                 "exclude_self", "False with momentum_targets='sinkhorn' on several ranks, whose keys are shared", "True"
             )
+        target_parts = _check_targets(query_targets, key_targets, query, parts, positives_from)
         # Narrow integers would wrap when compared with ignore_index: 255 is -1 in eight bits.
         query_labels = query_labels.to(torch.int64)
         labels = tuple(part.to(torch.int64) for part in labels)
@@ -93,7 +111,14 @@ def read_problem(
                     momentum_query, momentum_parts, query_labels, labels, normalize, ignore_index, "momentum_"
                 )
 
-    choices = Choices(positives, reduction, bool(normalize), normalize is True, ignore_index, exclude_self)
+        if query_targets is not None:
+            labelled = [(marks >= 0) & (marks != ignore_index) for marks in (query_labels, *labels)]
+            _check_weights(query_targets, target_parts, labelled, positives_from, validate=validate)
+
+    choices = Choices(
+        *(positives, reduction, bool(normalize), normalize is True, ignore_index, exclude_self),
+        *(positives_from, 1.0 if width is None else float(width), float(hardness)),
+    )
     momentum_temperature = temperature if momentum_temperature is None else momentum_temperature
     problem = problem_of(
         query,
@@ -109,6 +134,8 @@ def read_problem(
         ranks,
         seen,
         seen_keys,
+        query_targets,
+        target_parts,
     )
     if momentum_query is None or (momentum_targets != "sinkhorn" and centre is None):
         return problem
@@ -120,6 +147,76 @@ def check_normalize(normalize: object) -> None:
     """True, "query" or False."""
     if not isinstance(normalize, bool) and normalize != "query":
         wrong_value("normalize", "True, 'query' or False", describe(normalize))
+
+
+def check_pairs(positives_from: object, width: object, hardness: object, positives: str) -> None:
+    """What says how positive a pair is, and how much a hard negative weighs."""
+    if not callable(positives_from) and not (isinstance(positives_from, str) and positives_from in POSITIVES_FROM):
+        choices = ", ".join(repr(choice) for choice in POSITIVES_FROM)
+        wrong_value("positives_from", f"one of {choices} or a function", describe(positives_from))
+    if positives_from == "distance":
+        check_number("width", width, low=0.0, open_low=True)
+    elif width is not None:
+        wrong_value("width", "None without positives_from='distance'", describe(width))
+    if positives_from != "labels" and positives == "inside_per_positive":
+        wrong_value("positives", "'outside' or 'inside' with positives_from, which counts no keys", repr(positives))
+    check_number("hardness", hardness, low=0.0)
+
+
+def _check_targets(
+    query_targets: Tensor | None,
+    key_targets: Parts | None,
+    query: Tensor,
+    keys: tuple[Tensor, ...],
+    positives_from: PositivesFrom,
+) -> tuple[Tensor, ...]:
+    """The targets that `positives_from` reads; returns those of the keys as a tuple of parts."""
+    kind = "a function" if callable(positives_from) else repr(positives_from)
+    for name, given in (("query_targets", query_targets), ("key_targets", key_targets)):
+        if (given is None) != (positives_from == "labels"):
+            expected = "targets" if given is None else "None"
+            wrong_value(name, f"{expected} with positives_from={kind}", describe(given))
+    if query_targets is None or key_targets is None:
+        return ()
+    check_floating("query_targets", query_targets)
+    several = positives_from == "overlap" or query_targets.ndim == 2
+    shape = (len(query), "C") if several else (len(query),)
+    check_floating("query_targets", query_targets, shape=shape, like=("query", query))
+    if several and query_targets.shape[1] == 0:
+        wrong_value("query_targets", "at least one column", f"shape {tuple(query_targets.shape)}")
+    parts = _parts("key_targets", key_targets)
+    if len(parts) != len(keys):
+        wrong_value("key_targets", f"as many parts as keys ({len(keys)})", f"{len(parts)}")
+    for (name, part), key_part in zip(_named("key_targets", parts), keys, strict=True):
+        check_floating(name, part, shape=(len(key_part), *query_targets.shape[1:]), like=("query", query))
+    return parts
+
+
+def _check_weights(
+    query_targets: Tensor,
+    key_targets: tuple[Tensor, ...],
+    labelled: list[Tensor],
+    positives_from: PositivesFrom,
+    *,
+    validate: bool,
+) -> None:
+    """What targets and a function that weighs them return; their values with `validate` alone."""
+    if callable(positives_from):  # before other ranks wait for this one
+        pair_weights(query_targets.detach()[:2], key_targets[0].detach()[:3], positives_from, 1.0)
+    if not validate:
+        return
+    every = [("query_targets", query_targets), *_named("key_targets", key_targets)]
+    for (name, targets), keep in zip(every, labelled, strict=True):
+        check_finite(name, targets, keep)
+        if positives_from == "overlap" and bool((targets.detach()[keep] < 0).any()):
+            wrong_value(name, "shares of at least 0", f"{float(targets.detach()[keep].min()):.3g}")
+    if callable(positives_from):
+        rows = query_targets.detach()[labelled[0]]
+        every_key = torch.cat([part.detach()[keep] for part, keep in zip(key_targets, labelled[1:], strict=True)])
+        for keys in every_key.split(TILE):  # type: ignore[no-untyped-call]
+            weights = positives_from(rows[:, None], keys[None])
+            if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+                wrong_value("positives_from", "a function of finite weights of at least 0", describe(weights))
 
 
 def _check_features(

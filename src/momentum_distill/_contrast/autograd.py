@@ -31,7 +31,7 @@ def contrast(problem: Problem, *, only_total: bool) -> Terms:
 
 def _compiled(problem: Problem, inputs: list[Tensor | None], *, only_total: bool) -> Terms:
     """As formulas that the compiler fuses, or as an operator."""
-    if engine.is_fused(problem):
+    if engine.is_fused(problem) or callable(problem.choices.positives_from):  # an operator takes no function
         return engine.by_autograd(problem)
     learns = torch.is_grad_enabled()
     wanted = [learns and x is not None and x.requires_grad for x in inputs]

@@ -5,24 +5,31 @@ Every way through the keys (matrices, tiles, kernel) finds the :class:`Sums` of 
 
 $$\frac{\partial\mathcal L}{\partial s_{ij}} = v_i V_{ij} - p_i P_{ij} - u_i U_{ij}$$
 
-with $P_{ij} = [c_j = c_i] / K_i$ or, inside the logarithm, the softmax over the positive keys.
+with $P_{ij} = w_{ij} / \sum_j w_{ij}$ or, inside the logarithm, $w_{ij} V_{ij}$ over its sum; of classes
+$w_{ij} = [c_j = c_i]$, whose sum is $K_i$. Where hard negatives weigh more, $p_i$ of $v_i = p_i + u_i$ has a softmax of
+its own.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from momentum_distill._checks import describe, wrong_value
 from momentum_distill._group import Ranks, sum_over_ranks
 from momentum_distill._precision import blend
+from momentum_distill._rows import normalize_rows, shortest
 
 Positives: TypeAlias = Literal["outside", "inside", "inside_per_positive"]
+PositivesFrom: TypeAlias = Literal["labels", "distance", "overlap"] | Callable[[Tensor, Tensor], Tensor]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Number: TypeAlias = float | Tensor  # a tensor of shape () or, of every row, (N,)
 
 Counts: TypeAlias = tuple[int | Tensor, int | Tensor]
 
 POSITIVES = ("outside", "inside", "inside_per_positive")
+POSITIVES_FROM = ("labels", "distance", "overlap")
 
 
 def by_softmax(positives: Positives) -> bool:
@@ -30,10 +37,37 @@ def by_softmax(positives: Positives) -> bool:
     return positives != "outside"
 
 
+def pair_weights(rows: Tensor, keys: Tensor, positives_from: PositivesFrom, width: float) -> Tensor:
+    r"""How positive keys are for rows, $w_{ij} \ge 0$, `(N, B)`, from their targets, `(N, ...)` and `(B, ...)`.
+
+    Below the smallest normal number a weight is 0.
+    """
+    if positives_from == "distance":
+        points = [targets if targets.ndim == 2 else targets[:, None] for targets in (rows, keys)]
+        # Of products of the points, as it would be by default, a small distance has no digit left.
+        distances = torch.cdist(points[0], points[1], compute_mode="donot_use_mm_for_euclid_dist")
+        weights = (distances / width).square().mul(-0.5).exp()
+    elif positives_from == "overlap":
+        weights = normalize_rows(rows, shortest(rows)) @ normalize_rows(keys, shortest(keys)).T
+    else:
+        assert callable(positives_from)
+        weights, shape = positives_from(rows[:, None], keys[None]), (len(rows), len(keys))
+        if not isinstance(weights, Tensor) or weights.shape != shape:
+            wrong_value("positives_from", f"a function that returns a tensor of shape {shape}", describe(weights))
+        weights = weights.detach().to(rows.dtype)
+    return weights.masked_fill(weights < torch.finfo(weights.dtype).tiny, 0.0)
+
+
+def penalty(logits: Tensor, weights: Tensor, scale: Number) -> Tensor:
+    r"""Beyond the logits of negatives, $\beta\,(1 - w_{ij})_+\,\mathrm{sg}(\tau s_{ij})$; $\beta\tau$ is `scale`."""
+    # Not a plain product: of a hidden key, 0 * -inf would be NaN.
+    return torch.where(weights < 1, logits.detach() * ((1 - weights) * scale), 0.0)
+
+
 class Sums(NamedTuple):
     """What the terms of each row are made from, each (N,), in the dtype to sum in."""
 
-    positive_count: Tensor  # K_i
+    positive_count: Tensor  # sum_j w_ij: K_i, of classes
     positive_log: Tensor  # sum_j P_ij log V_ij or, inside the logarithm, log sum_j V_ij over the positive keys; or 0
     kl: Tensor | None  # sum_j U_ij (log U_ij - log V_ij)
     all_positive: bool = False  # whether every row is known to have a positive key
@@ -76,7 +110,7 @@ class Rows(NamedTuple):
     def of(cls, sums: Sums, positives: Positives, present: Tensor | None) -> "Rows":
         """The formulas above, where a row counts."""
         supervised, distill = supervised_rows(sums, positives), distill_rows(sums)
-        positive = None if sums.all_positive else sums.positive_count > 0
+        positive = None if sums.all_positive else sums.positive_count != 0  # NaN counts
         if present is not None:
             supervised, distill = torch.where(present, supervised, 0.0), torch.where(present, distill, 0.0)
             positive = present if positive is None else positive & present

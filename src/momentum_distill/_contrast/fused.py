@@ -21,10 +21,12 @@ def takes(problem: Problem) -> bool:
     """Whether a Triton kernel takes it: sums in float32, on a GPU, unless `MOMENTUM_DISTILL_TRITON=0`.
 
     With `MOMENTUM_DISTILL_TRITON=1` or `lean` Triton's interpreter does, on the CPU, where that was chosen. The kernels
-    know no row with a key that it does not see.
+    know no row with a key that it does not see, no weight of a pair and no hard negative: matrices and tiles do.
     """
     asked = os.environ.get("MOMENTUM_DISTILL_TRITON")
-    if problem.keys[0].own or problem.prepare.dtype != torch.float32 or asked == "0" or not is_plain(problem.query):
+    if problem.keys[0].own or problem.weighs or problem.prepare.dtype != torch.float32:
+        return False
+    if asked == "0" or not is_plain(problem.query):
         return False
     if problem.query.is_cuda:
         from momentum_distill._contrast import kernel

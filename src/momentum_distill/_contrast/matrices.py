@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import may_ask, within
-from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column
-from momentum_distill._contrast.problem import Prepare, Problem, negated
+from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column, penalty
+from momentum_distill._contrast.problem import PairWeights, Prepare, Problem, negated
 from momentum_distill._rows import are_ordinary, normalize_rows, shortest
 
 
@@ -19,10 +19,15 @@ class Way:
         self.problem, self.queries = problem, queries
         self.hidden = hidden_keys(problem)  # (Q,) or (N, Q)
         self.keys = _Keys(problem, [part.online for part in problem.keys])
-        self.log_v = self._log_softmax(self.keys.logits(queries))
-        pairs = _pairs(problem, self.hidden)
+        logits, pairs, extra = self.keys.logits(queries), _pairs(problem, self.hidden), None
+        if problem.choices.hardness:
+            extra = penalty(logits, pairs, problem.hardness)
+            self.log_hard = self._log_softmax(logits + extra)
+            extra = extra if self.hidden is None else extra.masked_fill_(self.hidden, 0.0)
+        self.log_v = self._log_softmax(logits)
+        log_v = self.log_v if extra is None else self.log_hard - extra  # of the supervised term
         count = pairs.sum(dim=1)
-        everyone = may_ask(count) and within(count, 1, torch.inf)
+        everyone = may_ask(count) and within(count, problem.least, torch.inf)
         kl = self.u = None
         if momentum is not None:
             raw = [part.momentum for part in problem.keys if part.momentum is not None]
@@ -32,11 +37,13 @@ class Way:
             self.u = logits.softmax(dim=1) if self.hidden is None else log_u.exp().masked_fill_(self.hidden, 0.0)
             kl = log_u.sub_(self.log_v).mul_(self.u).sum(dim=1)
         if by_softmax(problem.choices.positives):
-            positive_log = _logsumexp(self.log_v, pairs > 0)
-            self.p = torch.where(pairs > 0, self.log_v - positive_log[:, None], -torch.inf).exp_()
+            if problem.targets is not None:
+                log_v = log_v + torch.where(pairs != 0, pairs, 1.0).log_()
+            positive_log = _logsumexp(log_v, pairs != 0)
+            self.p = torch.where(pairs != 0, log_v - positive_log[:, None], -torch.inf).exp_()
         else:
-            self.p = pairs.div_(count[:, None] if everyone else count.clamp(min=1)[:, None])
-            positive_log = torch.linalg.vecdot(self.log_v, self.p)
+            self.p = pairs.div_(count[:, None] if everyone else count.clamp(min=problem.least)[:, None])
+            positive_log = torch.linalg.vecdot(log_v, self.p)
         self.sums = Sums(count, positive_log, kl, everyone)
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
@@ -50,10 +57,15 @@ class Way:
         p, u = column(weights.p), column(weights.u)
         # In place, but for weights of rows, of which there may be a batch: torch.func.vmap.
         targets = self.p * -p if isinstance(p, Tensor) else self.p.mul_(-p)
+        # That of log V, for the logits: V times what a row's targets sum to, less the targets.
+        supervised = None
+        if self.problem.choices.hardness:
+            supervised = torch._log_softmax_backward_data(targets, self.log_hard, 1, targets.dtype)
+            targets = torch.zeros_like(targets)
         if self.u is not None:
             targets = targets - self.u * u if isinstance(u, Tensor) else targets.sub_(self.u, alpha=u)
-        # That of log V, for the logits: V times what a row's targets sum to, less the targets.
         grad = torch._log_softmax_backward_data(targets, self.log_v, 1, targets.dtype)
+        grad = grad if supervised is None else grad + supervised
         if self.hidden is not None:
             grad = grad.masked_fill_(self.hidden, 0.0)
         grad_keys = self.keys.backward(grad, self.queries, wanted)
@@ -99,8 +111,12 @@ class _Keys:
 
 
 def _pairs(problem: Problem, hidden: Tensor | None) -> Tensor:
-    """1 for a positive key, else 0, (N, Q)."""
+    """1 for a positive key, else 0, or w_ij, (N, Q)."""
     labels, key_labels = problem.labels, joined([part.labels for part in problem.keys])
+    if problem.targets is not None:
+        targets = joined([part.targets for part in problem.keys if part.targets is not None])
+        weights = PairWeights(problem).of(key_labels, targets)
+        return weights if hidden is None else weights.masked_fill(hidden, 0.0)
     if problem.small_labels and len(labels) * len(key_labels) > 2**14:  # as floats, where vector instructions compare
         labels, key_labels = labels.to(torch.float32), key_labels.to(torch.float32)
     pairs = torch.empty(len(labels), len(key_labels), dtype=problem.prepare.dtype, device=labels.device)
@@ -119,16 +135,26 @@ def by_autograd(problem: Problem) -> Sums:
         return scores.masked_fill(hidden, -torch.inf).log_softmax(dim=1).masked_fill(hidden, 0.0)
 
     hidden = hidden_keys(problem)
-    labels = problem.labels[:, None]
-    pairs = (labels == joined([part.labels for part in problem.keys])) & (labels >= 0)
-    pairs = pairs if hidden is None else pairs & ~hidden
+    if problem.targets is not None:
+        pairs = _pairs(problem, hidden)
+    else:
+        labels = problem.labels[:, None]
+        pairs = (labels == joined([part.labels for part in problem.keys])) & (labels >= 0)
+        pairs = pairs if hidden is None else pairs & ~hidden
     queries = ready(problem.query, problem.present, problem.prepare) / problem.temperature
-    log_v = log_softmax(queries @ joined([ready(part.online, part.present, part.prepare) for part in problem.keys]).T)
+    logits = queries @ joined([ready(part.online, part.present, part.prepare) for part in problem.keys]).T
+    shared = log_v = log_softmax(logits)  # of the supervised term, and V
+    weights = pairs.to(log_v.dtype)
+    if problem.choices.hardness:
+        extra = penalty(logits, weights, problem.hardness)
+        extra = extra if hidden is None else torch.where(hidden, 0.0, extra)
+        shared = log_softmax(logits + extra) - extra
     count = pairs.sum(dim=1)
     if by_softmax(problem.choices.positives):
-        positive_log = _logsumexp(log_v, pairs)
+        by_weight = shared if problem.targets is None else shared + torch.where(pairs != 0, pairs, 1.0).log()
+        positive_log = _logsumexp(by_weight, pairs != 0)
     else:
-        positive_log = torch.linalg.vecdot(pairs.to(log_v.dtype), log_v) / count.clamp(min=1)
+        positive_log = torch.linalg.vecdot(weights, shared) / count.clamp(min=problem.least)
     if problem.momentum_query is None:
         return Sums(count, positive_log, None)
     with torch.no_grad():

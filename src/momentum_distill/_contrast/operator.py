@@ -14,7 +14,7 @@ from torch import Tensor
 
 from momentum_distill._checks import bounds, may_ask
 from momentum_distill._contrast import engine
-from momentum_distill._contrast.formulas import Positives, Reduction
+from momentum_distill._contrast.formulas import Positives, PositivesFrom, Reduction
 from momentum_distill._contrast.problem import Bounds, Choices, Problem, problem_of
 from momentum_distill._group import find_ranks
 from momentum_distill._precision import as_variable, full_precision, sum_dtype
@@ -23,6 +23,7 @@ ARGUMENTS = (
     "Tensor query, Tensor[] keys, Tensor query_labels, Tensor[] key_labels, Tensor? momentum_query, "
     "Tensor[] momentum_keys, bool same_keys, Tensor temperature, Tensor? momentum_temperature, Tensor alpha, "
     "str positives, str reduction, bool normalize, bool normalize_keys, int ignore_index, bool exclude_self, "
+    "str positives_from, float width, float hardness, Tensor? query_targets, Tensor[] key_targets, "
     "str group, bool[] wanted"
 )
 torch.library.define("momentum_distill::contrast", f"({ARGUMENTS}) -> Tensor[]")
@@ -52,6 +53,8 @@ def arguments(problem: Problem) -> tuple[Any, ...]:
         as_variable(problem.momentum_temperature, like).detach() if own_temperature else None,
         as_variable(problem.alpha, like).detach(),
         *problem.choices,
+        problem.targets,
+        [part.targets for part in problem.keys if part.targets is not None],
         "" if problem.ranks is None else problem.ranks.group.group_name,
     )
 
@@ -73,6 +76,11 @@ def _problem(
     normalize_keys: bool,
     ignore_index: int,
     exclude_self: bool,
+    positives_from: str,
+    width: float,
+    hardness: float,
+    targets: Tensor | None,
+    key_targets: list[Tensor],
     group: str,
 ) -> Problem:
     """What the arguments stand for, once there are numbers."""
@@ -102,10 +110,15 @@ def _problem(
             normalize_keys,
             ignore_index,
             exclude_self,
+            cast(PositivesFrom, positives_from),
+            width,
+            hardness,
         ),
         ranks,
         look(labels),
         [look(part) for part in key_labels],
+        targets,
+        key_targets,
     )
 
 
@@ -159,7 +172,7 @@ def _flops(query: torch.Size, keys: list[torch.Size], *others: Any, **_: Any) ->
 
     The logits, those of the momentum model, the gradient for the query, and for each part of the keys that wants one.
     """
-    momentum_query, wanted = others[2], others[15]
+    momentum_query, wanted = others[2], others[20]
     rows, width = query
     everything = sum(part[0] for part in keys)
     products: int = everything * (1 + (momentum_query is not None) + wanted[0])

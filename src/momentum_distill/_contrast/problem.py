@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import may_ask
-from momentum_distill._contrast.formulas import Positives, Reduction
+from momentum_distill._contrast.formulas import Positives, PositivesFrom, Reduction, pair_weights
 from momentum_distill._group import Ranks
 from momentum_distill._precision import sum_dtype
 from momentum_distill._rows import row_lengths, shortest
@@ -43,6 +43,7 @@ class Part(NamedTuple):
     labels: Tensor  # (Q,) int64
     prepare: Prepare
     own: bool  # key i is row i of the batch, which does not see it: `exclude_self`
+    targets: Tensor | None  # (Q,) or (Q, C), in the dtype to sum in; None: classes say what is positive
     present: Tensor | None = None  # (Q,) bool, None if all are; what an absent row holds does not matter
 
 
@@ -62,6 +63,9 @@ class Choices(NamedTuple):
     normalize_keys: bool
     ignore_index: int
     exclude_self: bool
+    positives_from: PositivesFrom
+    width: float
+    hardness: float
 
 
 class Problem(NamedTuple):
@@ -80,6 +84,7 @@ class Problem(NamedTuple):
     prepare: Prepare  # of the queries
     choices: Choices
     ranks: Ranks | None
+    targets: Tensor | None  # (N,) or (N, C), in the dtype to sum in; None: classes say what is positive
     present: Tensor | None = None  # (N,) bool, None if all rows are
 
     @property
@@ -87,11 +92,31 @@ class Problem(NamedTuple):
         """Whether the momentum model has the very keys of the online one, so that one product serves both."""
         return self.momentum_query is not None and all(part.momentum is part.online for part in self.keys)
 
+    @property
+    def weighs(self) -> bool:
+        """Whether something else than counting keys by class asks for the weights of pairs."""
+        return self.targets is not None or self.choices.hardness > 0
+
+    @property
+    def least(self) -> float:
+        """The least that the weights of a row with a positive key sum to."""
+        return 1 if self.targets is None else torch.finfo(self.prepare.dtype).tiny
+
+    @property
+    def hardness(self) -> float | Tensor:
+        """What a logit is to be multiplied by for the penalty of a negative; 0.0 without."""
+        if not self.choices.hardness:
+            return 0.0
+        tau = self.temperature
+        return self.choices.hardness * (tau.detach() if isinstance(tau, Tensor) else tau)
+
     def tensors(self) -> list[Tensor]:
         """All that is read again if the gradient cannot be made at once."""
         momentum = [part.momentum for part in self.keys if part.momentum is not None]
         query = [] if self.momentum_query is None else [self.momentum_query]
+        targets = [self.targets, *(part.targets for part in self.keys)]
         return [
+            *(given for given in targets if given is not None),
             self.query,
             *(part.online for part in self.keys),
             *momentum,
@@ -102,12 +127,15 @@ class Problem(NamedTuple):
 
     def signature(self) -> str:
         """What has to be the same on all ranks, in words."""
-        targets = "without" if self.momentum_query is None else "with"
-        return (
+        targets, choices = "without" if self.momentum_query is None else "with", self.choices
+        words = (
             f"SupConDistillLoss of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
-            f"positives={self.choices.positives!r}, exclude_self={self.keys[0].own}, "
-            f"reduction={self.choices.reduction!r}"
+            f"positives={choices.positives!r}, exclude_self={self.keys[0].own}, reduction={choices.reduction!r}"
         )
+        if choices.positives_from != "labels":
+            kind = "a function" if callable(choices.positives_from) else repr(choices.positives_from)
+            words += f", positives_from={kind}, width={choices.width:g}"
+        return f"{words}, hardness={choices.hardness:g}" if choices.hardness else words
 
 
 def problem_of(
@@ -124,6 +152,8 @@ def problem_of(
     ranks: Ranks | None,
     seen: Bounds,
     seen_keys: Sequence[Bounds],
+    targets: Tensor | None,
+    key_targets: Sequence[Tensor],  # none, or as many as `keys`
 ) -> Problem:
     """From checked arguments and int64 labels."""
     dtype = sum_dtype(query, *keys, *momentum_keys, momentum_query)
@@ -136,6 +166,7 @@ def problem_of(
             key_labels[index],
             prepare_keys,
             own=choices.exclude_self and index == 0,
+            targets=key_targets[index].detach().to(dtype) if key_targets else None,
         )
         for index, part in enumerate(keys)
     ]
@@ -153,6 +184,7 @@ def problem_of(
         Prepare(dtype, choices.normalize),
         choices,
         ranks,
+        None if targets is None else targets.detach().to(dtype),
     )
 
 
@@ -163,7 +195,10 @@ def masked(problem: Problem) -> Problem:
     absent = problem.choices.ignore_index
     # Field by field, for the compiler of torch 2.8 looks neither into _replace nor at a slice.
     parts = [
-        Part(part.online, part.momentum, part.labels, part.prepare, part.own, _present(part.labels, absent))
+        Part(
+            *(part.online, part.momentum, part.labels, part.prepare, part.own, part.targets),
+            _present(part.labels, absent),
+        )
         for part in problem.keys
     ]
     return Problem(
@@ -180,6 +215,7 @@ def masked(problem: Problem) -> Problem:
         problem.prepare,
         problem.choices,
         problem.ranks,
+        problem.targets,
         _present(problem.labels, absent),
     )
 
@@ -188,6 +224,37 @@ def _present(labels: Tensor, ignore_index: int) -> Tensor | None:
     """Which labels (N,) are not `ignore_index`, or None if none is."""
     present = labels != ignore_index
     return None if may_ask(present) and bool(present.all()) else present
+
+
+class PairWeights:
+    """How positive keys are for rows, for as many keys at a time as are at hand: by targets, or by class alone."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.labelled = self._labelled(problem.labels)
+        self.rows = None if problem.targets is None else _where_rows(self.labelled, problem.targets)
+
+    def of(self, labels: Tensor, targets: Tensor | None, own: Tensor | None = None) -> Tensor:
+        """w_ij (N, B) of keys, in the dtype to sum in.
+
+        0 where a row or a key is absent or unlabelled, whatever its target holds, and where row `own` (1, B) does not
+        see the key.
+        """
+        choices, labelled = self.problem.choices, self._labelled(labels)
+        if self.rows is None or targets is None:
+            weights = (self.problem.labels[:, None] == labels).to(self.problem.prepare.dtype)
+        else:
+            weights = pair_weights(self.rows, _where_rows(labelled, targets), choices.positives_from, choices.width)
+        weights = weights.masked_fill(~(self.labelled[:, None] & labelled), 0.0)
+        return weights if own is None else weights.scatter_(0, own, 0.0)
+
+    def _labelled(self, labels: Tensor) -> Tensor:
+        return (labels >= 0) & (labels != self.problem.choices.ignore_index)
+
+
+def _where_rows(mask: Tensor, rows: Tensor) -> Tensor:
+    """Zeros in the other rows of (N,) or (N, C)."""
+    return torch.where(mask if rows.ndim == 1 else mask[:, None], rows, 0.0)
 
 
 def negated(present: Tensor | None) -> Tensor | None:

@@ -50,7 +50,9 @@ def balanced(problem: Problem, ranks: Ranks | None) -> Problem:
     for part, rows, other, column in zip(known.keys, online, others, columns, strict=True):
         keys = torch.cat([rows, column], dim=1)  # an entry for which students have a 0
         momentum_keys = keys if part.momentum is part.online else torch.cat([other, column], dim=1)
-        parts.append(Part(keys, momentum_keys, part.labels, Prepare(part.prepare.dtype, normalize=False), part.own))
+        parts.append(
+            Part(keys, momentum_keys, part.labels, Prepare(part.prepare.dtype, normalize=False), part.own, part.targets)
+        )
     one = query.new_ones(query.shape[0], 1)
     query, momentum = torch.cat([query, one * 0], dim=1), torch.cat([momentum, one], dim=1)
     return _given(problem, query, momentum, parts, normalize_keys=False)
@@ -145,6 +147,9 @@ def _given(problem: Problem, query: Tensor, momentum: Tensor, keys: list[Part], 
         normalize_keys=normalize_keys,
         ignore_index=old.ignore_index,
         exclude_self=old.exclude_self,
+        positives_from=old.positives_from,
+        width=old.width,
+        hardness=old.hardness,
     )
     return Problem(
         query,
@@ -160,4 +165,5 @@ def _given(problem: Problem, query: Tensor, momentum: Tensor, keys: list[Part], 
         Prepare(problem.prepare.dtype, normalize=False),
         choices,
         problem.ranks,
+        problem.targets,
     )

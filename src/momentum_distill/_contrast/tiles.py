@@ -15,8 +15,8 @@ from torch import Tensor
 
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast import fused
-from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column
-from momentum_distill._contrast.problem import Part, Problem, negated
+from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column, penalty
+from momentum_distill._contrast.problem import PairWeights, Part, Problem, negated
 from momentum_distill._contrast.statistics import LogSum, Statistics
 
 TILE_SCORES, TILE_KEYS = 2**18, 2**18
@@ -37,6 +37,8 @@ class Way:
     With $O_i = \sum_j V_{ij} k_j$, $O^m_i = \sum_j U_{ij} k_j$ and $\kappa_i = \sum_j P_{ij} k_j$,
 
     $$\frac{\partial\mathcal L}{\partial (q_i/\tau)} = v_i O_i - p_i \kappa_i - u_i O^m_i$$
+
+    where $v_i = p_i + u_i$; with a weight on hard negatives $p_i$ has an $O_i$ of its own.
     """
 
     def __init__(self, problem: Problem, queries: Tensor, momentum: Tensor | None) -> None:
@@ -51,11 +53,12 @@ class Way:
 
     def _sums(self, found: Statistics) -> Sums:
         r"""By $\log V_{ij} = s_{ij} - \mathrm{lse}_i$, which for a mean of keys is the mean."""
+        lse, _ = found.supervised()
         if self.softmax:
-            positive_log = found.lse.off(found.positive_lse.shift) + found.positive_lse.log
+            positive_log = lse.off(found.positive_lse.shift) + found.positive_lse.log
         else:
-            positive_log = found.lse.off((self.queries * found.positive_mean_key).sum(dim=1))
-        positive_log = torch.where(found.positive_count > 0, positive_log, found.lse.value() * 0)
+            positive_log = lse.off((self.queries * found.positive_mean_key).sum(dim=1))
+        positive_log = torch.where(found.positive_count != 0, positive_log, lse.value() * 0)
         count = found.positive_count.to(positive_log.dtype)  # whose root, or half, is no whole number
         if self.momentum is None:
             return Sums(count, positive_log, None)
@@ -67,7 +70,8 @@ class Way:
         found, rows = self.statistics, self.queries.new_zeros(len(self.queries), 1)
         v, p, u = (rows + column(weight) for weight in weights)  # (N, 1)
         # Not 0 * pull: of a row without positives, that may be infinite.
-        pull = torch.where(found.positive_count[:, None] > 0, p * (found.mean_key - found.positive_mean_key), 0.0)
+        _, mean_key = found.supervised()
+        pull = torch.where(found.positive_count[:, None] != 0, p * (mean_key - found.positive_mean_key), 0.0)
         if self.momentum is not None:
             pull = torch.addcmul(pull, u, found.mean_key - found.momentum_mean_key)
         grad_keys = [
@@ -81,11 +85,12 @@ class Way:
 
         $$\frac{\partial\mathcal L}{\partial k_j} = \sum_i (v_i V_{ij} - p_i P_{ij} - u_i U_{ij})\, q_i$$
         """
-        queries, found = self.queries, self.statistics
+        queries, found, problem, hard_p = self.queries, self.statistics, self.problem, p
         grads = []  # out of place, for weights may be a batch of them: torch.func.vmap
-        classes = _Classes(self.problem.labels)
+        classes = _Classes(problem.labels)
+        pairs = PairWeights(problem) if problem.weighs else None
         if not self.softmax:
-            p = p / found.positive_count.clamp(min=1)[:, None]
+            p = p / found.positive_count.clamp(min=problem.least)[:, None]
         class_pulls = queries.new_zeros(len(queries) + 1, queries.shape[1]).index_add(0, classes.rows, p * queries)
         for start in range(0, len(part.online), tile_size(queries)):
             chosen = slice(start, start + tile_size(queries))
@@ -94,8 +99,17 @@ class Way:
             own = torch.arange(start, start + len(keys), device=keys.device)[None] if part.own else None
             labels = classes.of(part.labels[chosen])
             logits = _hide(queries @ keys.T, absent, own)
-            scores = found.lse.off(logits).exp_() * v
-            if self.softmax:
+            targets = None if part.targets is None else part.targets[chosen]
+            weights = None if pairs is None else pairs.of(part.labels[chosen], targets, own)
+            if weights is not None and found.hard_lse is not None:
+                harder = logits + penalty(logits, weights, problem.hardness)
+                scores = found.lse.off(logits).exp_() * u + found.hard_lse.off(harder).exp_() * hard_p
+            else:
+                scores = found.lse.off(logits).exp_() * v
+            if weights is not None and problem.targets is not None:
+                shares = found.positive_lse.off(logits + weights.log()).exp_() if self.softmax else weights
+                scores = scores - shares * p
+            elif self.softmax:
                 others = classes.rows[:, None] != labels
                 scores = scores - found.positive_lse.off(logits.masked_fill(others, -torch.inf)).exp_() * p
             elif own is not None:
@@ -104,7 +118,7 @@ class Way:
                 seen = _hide(self.momentum @ part.prepare(part.momentum[chosen], absent)[0].T, absent, own)
                 scores = scores - found.momentum_lse.off(seen).exp_() * u
             tile = scores.T @ queries
-            if not self.softmax and own is None:
+            if not self.softmax and own is None and problem.targets is None:
                 tile = tile - class_pulls[labels]
             tile = part.prepare.backward(keys, lengths, tile)
             grads.append(tile if absent is None else tile.masked_fill_(absent[:, None], 0.0))
@@ -129,7 +143,9 @@ def _run(problem: Problem, queries: Tensor, momentum: Tensor | None, *, online: 
     count = len(queries)
     student = _Sums(count, queries, online=online)
     teacher = _Sums(0 if momentum is None else count, queries, online=online)
-    positives = _Positives(problem, queries)
+    pairs = PairWeights(problem) if problem.weighs else None
+    positives = _Positives(problem, queries) if problem.targets is None else _GradedPositives(problem, queries)
+    hard = _Sums(count if problem.choices.hardness else 0, queries, online=online)
     # One product serves queries and momentum queries where they meet the same keys.
     same_keys = problem.same_keys
     stacked = torch.cat([queries, momentum]) if same_keys and momentum is not None else queries
@@ -144,7 +160,11 @@ def _run(problem: Problem, queries: Tensor, momentum: Tensor | None, *, online: 
             torch.mm(stacked, tile.keys.T, out=logits)
             own = torch.cat([tile.own, tile.own + count]) if tile.own is not None and same_keys else tile.own
             logits = _hide(logits, tile.absent, own)
-            positives.add(tile, logits[:count])
+            weights = None if pairs is None else pairs.of(tile.labels, tile.targets, tile.own)
+            positives.add(tile, logits[:count], weights)
+            if weights is not None and len(hard.total):
+                harder = logits[:count] + penalty(logits[:count], weights, problem.hardness)
+                hard.add(hard.exponentials(harder, harder), tile.keys)
             student.add(student.exponentials(logits[:count], logits[:count]), tile.keys)
             if momentum is None:
                 continue
@@ -158,12 +178,13 @@ def _run(problem: Problem, queries: Tensor, momentum: Tensor | None, *, online: 
             teacher.add(weights, tile.keys)
             teacher.logits += torch.linalg.vecdot(weights, scores)  # not `seen`: 0 * -inf is NaN
 
-    if not online and not (student.is_exact() and teacher.is_exact()):
+    if not online and not (student.is_exact() and teacher.is_exact() and hard.is_exact()):
         return None
     if same_keys and momentum is not None:
         teacher.logits = torch.linalg.vecdot(momentum, teacher.keys)  # sum_j U_ij q'_i.k_j
     lse, mean_key, _ = student.results()
-    return Statistics(lse, mean_key, *positives.results(), *teacher.results())
+    hard_lse, hard_mean_key, _ = hard.results() if problem.choices.hardness else (None, None, None)
+    return Statistics(lse, mean_key, *positives.results(), *teacher.results(), hard_lse, hard_mean_key)
 
 
 class _Sums:
@@ -227,7 +248,7 @@ class _Positives:
         self.own_counts = self.counts.new_zeros(own)
         self.own_sums = queries.new_zeros(0 if self.softmax else own, width)
 
-    def add(self, tile: "_Tile", logits: Tensor) -> None:
+    def add(self, tile: "_Tile", logits: Tensor, _: Tensor | None) -> None:
         """Take in the keys of a tile, whose logits are (N, B)."""
         labels = self.classes.of(tile.labels)
         pairs = None if tile.own is None else self.classes.pairs(labels, tile.own)
@@ -257,6 +278,35 @@ class _Positives:
             sums += self.own_sums
         nothing = sums.new_empty(0)
         return count, sums / count.clamp(min=1)[:, None], LogSum(nothing, nothing)
+
+
+class _GradedPositives:
+    """Sums of the weights of the keys for each row, and the means of the keys by them."""
+
+    def __init__(self, problem: Problem, queries: Tensor) -> None:
+        count, width = queries.shape
+        self.softmax = _Sums(count, queries, online=True) if by_softmax(problem.choices.positives) else None
+        self.total = queries.new_zeros(count)
+        self.sums = queries.new_zeros(0 if self.softmax else count, width)
+        self.least = problem.least
+
+    def add(self, tile: "_Tile", logits: Tensor, weights: Tensor | None) -> None:
+        """Take in the keys of a tile, whose logits and weights are (N, B)."""
+        assert weights is not None
+        self.total += weights.sum(dim=1)
+        if self.softmax is None:
+            self.sums.addmm_(weights, tile.keys)
+        else:
+            weighted = logits + weights.log()
+            self.softmax.add(self.softmax.exponentials(weighted, weighted), tile.keys)
+
+    def results(self) -> tuple[Tensor, Tensor, LogSum]:
+        """As of :class:`_Positives`, the sum of the weights for how many."""
+        if self.softmax is not None:
+            lse, mean, _ = self.softmax.results()
+            return self.total, mean, lse
+        nothing = self.sums.new_empty(0)
+        return self.total, self.sums / self.total.clamp(min=self.least)[:, None], LogSum(nothing, nothing)
 
 
 class _Classes:
@@ -291,6 +341,7 @@ class _Tile(NamedTuple):
     keys: Tensor  # (B, d)
     momentum: Tensor  # (B, d)
     labels: Tensor  # (B,)
+    targets: Tensor | None  # (B,) or (B, C)
     absent: Tensor | None  # (B,) bool: to mask
     own: Tensor | None  # (1, B): which row does not see each key
 
@@ -320,7 +371,8 @@ def _tiles(part: Part, size: int) -> Iterator[_Tile]:
         own = None
         if part.own:
             own = (chosen if isinstance(chosen, Tensor) else torch.arange(start, stop, device=online.device))[None]
-        yield _Tile(rows, other, part.labels[chosen], absent, own)
+        targets = None if part.targets is None else part.targets[chosen]
+        yield _Tile(rows, other, part.labels[chosen], targets, absent, own)
 
 
 def tile_size(queries: Tensor) -> int:
