@@ -88,6 +88,11 @@ def supcon_module(method, **kwargs):
     return Call(getattr(loss_fn, method), supcon_arguments(), (loss_fn,))
 
 
+def sigmoid_module():
+    loss_fn = md.SigmoidDistillLoss()
+    return Call(loss_fn, supcon_arguments(), (loss_fn,))
+
+
 def unit_keys_module():
     call = supcon_module("__call__", normalize="query", validate=True)
     keys = functional.l2_normalize(real(5, 3))
@@ -145,6 +150,9 @@ CALLS = {
     ),
     "supcon_distill_loss": lambda: supcon_function(functional.supcon_distill_loss),
     "supcon_distill_terms": lambda: supcon_function(functional.supcon_distill_terms),
+    "sigmoid_distill_loss": lambda: Call(
+        functional.sigmoid_distill_loss, supcon_arguments() | {"temperature": 0.5, "bias": -1.0}
+    ),
     "response_distill_loss(regression)": lambda: Call(
         functional.response_distill_loss, response_arguments(4) | {"task": "regression"}
     ),
@@ -163,6 +171,8 @@ CALLS = {
     "SupConDistillLoss.terms": lambda: supcon_module("terms"),
     "SupConDistillLoss(query, validate).forward": unit_keys_module,
     "SupConDistillLoss(validate).forward": lambda: supcon_module("__call__", validate=True),
+    "SigmoidDistillLoss()": lambda: Call(md.SigmoidDistillLoss),
+    "SigmoidDistillLoss.forward": sigmoid_module,
     "ResponseDistillLoss()": lambda: Call(md.ResponseDistillLoss, {"task": "regression"}),
     "ResponseDistillLoss(regression).forward": lambda: Call(
         md.ResponseDistillLoss(task="regression"), response_arguments(4)

@@ -354,14 +354,15 @@ def sigmoid_distill_loss(
             Without classes number the samples: each matches itself.
         key_labels: Classes of the keys, integer, shape `(Q,)`; a tuple of parts where `keys` is one.
         temperature: $\tau > 0$, a number or a tensor of shape `()`: 1 / `t` of SigLIP.
-        bias: $b$, a number or a tensor of shape `()`.
+        bias: $b$, a finite number or a tensor of shape `()`.
         momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
         momentum_keys: $k'$, shape `(Q, d)`, in parts like `keys`; key $j$ is the same sample in both.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1].
         reduction: `"mean"`: that of $\mathcal S_i$ over rows with a class and that of the KL terms over rows, weighted;
             `"sum"`; or `"none"`: one value per row, 0 where a row is left out.
         key_reduction: `"sum"`, or `"mean"` over the pairs that each row has in each of the two terms.
-        normalize: As in :func:`supcon_distill_loss`, and so are the next four.
+        normalize: True: rows of queries and keys are L2-normalised here; `"query"`: only those of the queries; False:
+            plain dot products. This and what follows as in :func:`supcon_distill_loss`.
         ignore_index: Label of what is absent.
         exclude_self: The keys, or their first part, are the batch itself: key $i$ is not there for row $i$.
         group: Whose rows the sums and means run over.
