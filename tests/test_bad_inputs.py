@@ -492,6 +492,35 @@ bad(
 )
 bad("SupConDistillLoss(query, validate).forward", "momentum_keys", [("are no unit rows", real(5, 3), V)])
 
+# ---- the sigmoid loss: by the checks of the contrastive loss, and its own ----------------------
+
+SIGMOID_CALLS = ["sigmoid_distill_loss", "SigmoidDistillLoss.forward"]
+SIGMOID_OPTIONS = ["sigmoid_distill_loss", "SigmoidDistillLoss()"]
+
+for argument, rows in (("query", 4), ("keys", 5), ("momentum_query", 4), ("momentum_keys", 5)):
+    bad(SIGMOID_CALLS, argument, [("is of integers", ints(rows, 3), T), ("is a vector", real(3), V)])
+bad(SIGMOID_CALLS, "query_labels", [("are floats", real(4), T), ("hold -3", with_value(ints(4), -3), V)])
+bad(SIGMOID_CALLS, "key_labels", [("are floats", real(5), T), ("are too few", ints(4), V)])
+bad("SigmoidDistillLoss.forward", "alpha", [("is too large", 1.1, V), ("is a bool", True, T)])
+bad(
+    "sigmoid_distill_loss",
+    "bias",
+    [*wrong_numbers(-INF), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
+)
+bad("SigmoidDistillLoss()", "bias", wrong_numbers(-INF))
+bad(SIGMOID_OPTIONS, "temperature", [("is zero", 0.0, V), ("is a string", "0.1", T)])
+bad("SigmoidDistillLoss()", "temperature_range", [("is upside down", (1.0, 0.1), V), ("is one number", 0.5, T)])
+bad(SIGMOID_OPTIONS, "alpha", [("is too large", 1.1, V), ("is a bool", True, T)])
+bad(SIGMOID_OPTIONS, "reduction", choices())
+bad(SIGMOID_OPTIONS, "key_reduction", [*choices(), ("is 'none'", "none", V)])
+bad(SIGMOID_OPTIONS, "normalize", [("is 'keys'", "keys", V)])
+bad(SIGMOID_OPTIONS, "ignore_index", WHOLE_NUMBERS)
+bad(SIGMOID_OPTIONS, "group", GROUPS)
+for argument in ("exclude_self", "validate"):
+    bad(SIGMOID_OPTIONS, argument, FLAGS)
+for argument in ("learnable_temperature", "learnable_bias"):
+    bad("SigmoidDistillLoss()", argument, FLAGS)
+
 # ---- the response loss -----------------------------------------------------------------------
 
 SCORES = ["response_distill_loss(regression)", "ResponseDistillLoss(regression).forward"]
