@@ -249,9 +249,7 @@ class Objective(nn.Module):
         return md.functional.supcon_distill_loss(*features_and_ids, **soft, **temperatures)
 
 
-def train(
-    setting: Setting, pairs: Pairs, *, epochs: int, seed: int, build: type[Objective] = Objective
-) -> Encoders:
+def train(setting: Setting, pairs: Pairs, *, epochs: int, seed: int, build: type[Objective] = Objective) -> Encoders:
     """Encoders trained as the setting says. No line of it reads the labels of the pairs."""
     torch.manual_seed(seed)
     encoders = Encoders(pairs.first.shape[1], pairs.second.shape[1])

@@ -126,9 +126,7 @@ def main(arguments: list[str] | None = None) -> Results:
         parser.error("--seeds: expected 2 or more, for a deviation")
 
     options.out.mkdir(parents=True, exist_ok=True)
-    done = runs(
-        options.out / "digits.jsonl", seeds=range(options.seeds), epochs=options.epochs, size=options.train
-    )
+    done = runs(options.out / "digits.jsonl", seeds=range(options.seeds), epochs=options.epochs, size=options.train)
     results = retrieval.collect(done)
     retrieval.show("mAP by temperature and bias, %", table_of_grid(results))
     retrieval.show("each with what is best for it on the validation rows", table(results))

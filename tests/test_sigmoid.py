@@ -101,25 +101,6 @@ def test_gradients_are_those_of_the_loops_by_differences():
         given = [case.query, case.keys, numbers["temperature"], numbers["bias"]]
         found = torch.autograd.grad((loss * weights).sum() if loss.ndim else loss, [*given, numbers["alpha"]])
 
-        (_, _, *labels), momentum = case.reference
-        soft = {"temperature": 0.4, "bias": -1.5}  # inside the targets, where they stand still
-
-        def at(query, keys, temperature, bias, alpha, options=options, labels=labels, momentum=momentum, case=case):
-            # The reference has one temperature and bias: others, on the momentum side, by its scale and one number more.
-            value = reference.sigmoid(
-                with_bias(query, temperature, bias),
-                with_one(keys),
-                *labels,
-                momentum_query=with_bias(case.momentum_query, **soft),
-                momentum_keys=with_one(case.momentum_keys),
-                temperature=1.0,
-                bias=0.0,
-                alpha=float(alpha),
-                normalize=False,
-                **options,
-            )
-            return math.fsum(w * v for w, v in zip(weights.tolist(), value, strict=True)) if loss.ndim else value
-
         inputs = [x.detach() for x in (*given, numbers["alpha"])]
         for place, gradient in enumerate(found):
             direction = torch.randn(gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -127,12 +108,30 @@ def test_gradients_are_those_of_the_loops_by_differences():
             for step in (1e-6, -1e-6):
                 moved = list(inputs)
                 moved[place] = moved[place] + step * direction
-                ends.append(at(*moved))
+                ends.append(of_loops(case, weights, options, *moved))
             along = (gradient * direction).sum()
             torch.testing.assert_close(along, along.new_tensor((ends[0] - ends[1]) / 2e-6), rtol=1e-6, atol=1e-6)
 
 
+def of_loops(case, weights, options, query, keys, temperature, bias, alpha):
+    """The loss of the loops, weighed row by row, with targets whose temperature and bias stand still."""
+    value = reference.sigmoid(
+        with_bias(query, temperature, bias),
+        with_one(keys),
+        *case.reference[0][2:],
+        momentum_query=with_bias(case.momentum_query, 0.4, -1.5),
+        momentum_keys=with_one(case.momentum_keys),
+        temperature=1.0,
+        bias=0.0,
+        alpha=float(alpha),
+        normalize=False,
+        **options,
+    )
+    return math.fsum(w * v for w, v in zip(weights.tolist(), value, strict=True)) if isinstance(value, list) else value
+
+
 def with_bias(rows, temperature, bias):
+    """Rows over the temperature, and the bias as a number more: logits that need neither."""
     unit = F.l2_normalize(rows.detach()) / temperature
     return lists(torch.cat([unit, torch.ones(len(rows), 1, dtype=unit.dtype) * bias], dim=1))
 
@@ -203,18 +202,11 @@ def test_large_logits_lose_nothing():
         slope = (-1 if label == 0 else 1) * (1.0 if signed < 0 else math.exp(-signed))
         assert bias.grad.item() == pytest.approx(slope, rel=1e-5)
     for near, other in ((1.0, 2.0), (-1.0, -2.0), (1.0, -1.0)):  # of momentum targets: logits of 60 and 120, say
-        keys, momentum = torch.tensor([[near]]), torch.tensor([[other]])
-        one, zero = torch.ones(1, 1), torch.tensor([0])
-        found = F.sigmoid_distill_loss(
-            *(one, keys, zero, zero),
-            **{"momentum_query": one, "momentum_keys": momentum, "normalize": False, "alpha": 1.0},
-            **{"temperature": 1 / 60, "bias": 0.0},
-        )
-        expected = reference.sigmoid(
-            *([[1.0]], [[near]], [0], [0]),
-            **{"momentum_query": [[1.0]], "momentum_keys": [[other]], "normalize": False, "alpha": 1.0},
-            **{"temperature": 1 / 60, "bias": 0.0},
-        )
+        given = {"normalize": False, "alpha": 1.0, "temperature": 1 / 60, "bias": 0.0}
+        one, zero, far, there = torch.ones(1, 1), torch.tensor([0]), torch.tensor([[near]]), torch.tensor([[other]])
+        found = F.sigmoid_distill_loss(one, far, zero, zero, momentum_query=one, momentum_keys=there, **given)
+        momentum = {"momentum_query": [[1.0]], "momentum_keys": [[other]]}
+        expected = reference.sigmoid([[1.0]], [[near]], [0], [0], **momentum, **given)
         assert found.item() == pytest.approx(expected, rel=1e-4)
 
 

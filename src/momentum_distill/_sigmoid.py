@@ -34,8 +34,8 @@ class SigmoidDistillLoss(WideModule):
         temperature: $\tau$ at the start, inside `temperature_range`. SigLIP: 0.1, its `t` = 10.
         learnable_temperature: Learn $\tau$, or keep it fixed.
         temperature_range: Smallest and largest $\tau$; a learned one is brought back as in `SupConDistillLoss`.
-        bias: $b$ at the start, finite. SigLIP: -10, for a batch of thousands of keys of which one matches. Where a share
-            $\pi$ of the pairs match, $\log\frac{\pi}{1-\pi}$ starts at that share.
+        bias: $b$ at the start, finite. SigLIP: -10, for thousands of keys of which one matches. Where a share $\pi$ of
+            the pairs match, $\log\frac{\pi}{1-\pi}$ starts at that share.
         learnable_bias: Learn $b$, or keep it fixed.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1].
         reduction: `"mean"`, `"sum"` or `"none"`, over rows.

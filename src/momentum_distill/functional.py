@@ -332,8 +332,8 @@ def sigmoid_distill_loss(
     $$\mathcal L_i = (1-\alpha)\,\mathcal S_i + \alpha \sum_j \mathrm{KL}(p'_{ij} \Vert p_{ij}), \qquad
       \mathcal S_i = -\sum_j \log \sigma(y_{ij} z_{ij})$$
 
-    where $p_{ij} = \sigma(z_{ij})$ and $p'_{ij} = \sigma(\bar q_i'^\top \bar k_j' / \tau + b)$ are chances of a match, of
-    which the KL divergence is $p' \log\frac{p'}{p} + (1 - p') \log\frac{1 - p'}{1 - p}$. No gradient flows through $p'$.
+    where $p_{ij} = \sigma(z_{ij})$ and $p'_{ij} = \sigma(\bar q_i'^\top \bar k_j' / \tau + b)$ are chances of a match,
+    whose KL divergence is $p' \log\frac{p'}{p} + (1 - p') \log\frac{1 - p'}{1 - p}$. No gradient flows through $p'$.
     Without momentum inputs the loss is $\mathcal S_i$ alone. A row may have any number of matches, or none.
 
     SigLIP divides the sum over all pairs by the number of rows alone, as `reduction="mean"` does here: the loss grows
@@ -378,8 +378,9 @@ def sigmoid_distill_loss(
     Example:
         >>> import torch
         >>> eye, labels = torch.eye(2), torch.arange(2)
-        >>> sigmoid_distill_loss(eye, eye, labels, labels, temperature=1.0, bias=0.0)  # log(1 + 1/e) + log(2)
-        tensor(1.0064)
+        >>> loss = sigmoid_distill_loss(eye, eye, labels, labels, temperature=1.0, bias=0.0)
+        >>> f"{loss:.4f}"  # log(1 + 1/e) + log(2)
+        '1.0064'
 
     References:
         SigLIP (Zhai et al., 2023, arXiv:2303.15343), algorithm 1. With the batch as keys its loss is the same in both
@@ -387,8 +388,8 @@ def sigmoid_distill_loss(
     """
     check_pairs(bias, key_reduction, reduction, group, query)
     tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
-    choices = ("outside", reduction, normalize, ignore_index, exclude_self, group, validate)
-    problem = read_problem(*(*tensors, temperature, None, alpha, *choices))
+    choices = (reduction, normalize, ignore_index, exclude_self, group, validate)
+    problem = read_problem(*tensors, temperature, None, alpha, "outside", *choices)
     return sigmoid(Sigmoid(problem, bias, key_reduction))
 
 

@@ -100,11 +100,11 @@ class Problem(NamedTuple):
             *query,
         ]
 
-    def signature(self) -> str:
+    def signature(self, loss: str = "SupConDistillLoss") -> str:
         """What has to be the same on all ranks, in words."""
         targets = "without" if self.momentum_query is None else "with"
         return (
-            f"SupConDistillLoss of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
+            f"{loss} of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
             f"positives={self.choices.positives!r}, exclude_self={self.keys[0].own}, "
             f"reduction={self.choices.reduction!r}"
         )

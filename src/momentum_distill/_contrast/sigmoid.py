@@ -38,15 +38,6 @@ class Sigmoid(NamedTuple):
         learned = [x if isinstance(x, Tensor) else None for x in (self.base.alpha, self.base.temperature, self.bias)]
         return [*learned, self.base.query, *[part.online for part in self.base.keys]]
 
-    def signature(self) -> str:
-        """What has to be the same on all ranks, in words."""
-        query, momentum, choices = self.base.query, self.base.momentum_query, self.base.choices
-        return (
-            f"SigmoidDistillLoss of width {query.shape[1]}, {self.base.prepare.dtype}, "
-            f"{'without' if momentum is None else 'with'} momentum, exclude_self={self.base.keys[0].own}, "
-            f"reduction={choices.reduction!r}, key_reduction={self.key_reduction!r}"
-        )
-
 
 def check_pairs(bias: object, key_reduction: object, reduction: object, group: Group, query: object) -> None:
     """What `read_problem` does not know, told to all ranks as there."""
@@ -72,7 +63,7 @@ def _softplus(logits: Tensor) -> Tensor:
 
 
 def _divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    r"""$\mathrm{KL}(\sigma(z') \Vert \sigma(z)) = \zeta(z) - \zeta(z') - \sigma(z')\,(z - z')$; best with $z' \le 0$."""
+    r"""$\mathrm{KL}(\sigma(z')\Vert\sigma(z)) = \zeta(z) - \zeta(z') - \sigma(z')(z - z')$; exact where $z' \le 0$."""
     return _softplus(logits) - _softplus(targets) - targets.sigmoid() * (logits - targets)
 
 
@@ -256,11 +247,11 @@ class _Sweep:
 
         z, match = (online @ keys.T).add_(self.bias), self.base.labels[:, None] == labels
         against, unknown = _against(z, match), labels < 0 if absent is None else absent | (labels < 0)
-        unknown = None if may_ask(unknown) and not bool(unknown.any()) else unknown
-        self.supervised += seen(_softplus(against), unknown).sum(dim=1)
+        hidden = None if may_ask(unknown) and not bool(unknown.any()) else unknown
+        self.supervised += seen(_softplus(against), hidden).sum(dim=1)
         if weights is not None:
             slope = against.sigmoid_()
-            grad = seen(torch.where(match, -slope, slope), unknown).mul_(weights[0])
+            grad = seen(torch.where(match, -slope, slope), hidden).mul_(weights[0])
         if momentum is not None and part.momentum is not None:
             others = keys if part.momentum is part.online else part.prepare(part.momentum[chosen], absent)[0]
             targets = (momentum @ others.T).add_(self.bias)
@@ -305,7 +296,8 @@ def _shares(problem: Sigmoid, base: Problem) -> tuple[Number, Number]:
 def _reduced(problem: Sigmoid, rows: Rows) -> Terms:
     base = problem.base
     alpha = None if base.momentum_query is None else base.alpha
-    return reduce_rows(rows, base.choices.reduction, alpha, base.ranks, "" if base.ranks is None else problem.signature())
+    signature = f"{base.signature('SigmoidDistillLoss')}, key_reduction={problem.key_reduction!r}" if base.ranks else ""
+    return reduce_rows(rows, base.choices.reduction, alpha, base.ranks, signature)
 
 
 # --------------------------------------------------------------------------------------------------------------------
