@@ -30,7 +30,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "sigmoid and queue": {"loss": "sigmoid", "slots": 1024},
 }
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8)
-BIASES = (-10.0, -4.0, 0.0)  # SigLIP's; about the log odds of one match in 64; none
+BIASES = {  # SigLIP's is -10; one match in 64 keys has log odds of -4, one in 64 + 1024 of -7
+    BASELINE: (0.0,),
+    "sigmoid": (-10.0, -4.0, 0.0),
+    "sigmoid and targets": (-10.0, -4.0),
+    "sigmoid and queue": (-7.0,),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class PairObjective(Objective):
 
 def grid(name: str) -> list[Setting]:
     """All that an arm is tried with."""
-    biases = (0.0,) if name == BASELINE else BIASES
-    return [Setting(**ARMS[name], temperature=t, bias=bias) for t in TEMPERATURES for bias in biases]
+    temperatures = TEMPERATURES[:3] if "slots" in ARMS[name] else TEMPERATURES  # a queue wants them low
+    return [Setting(**ARMS[name], temperature=t, bias=bias) for t in temperatures for bias in BIASES[name]]
 
 
 Results = dict[Setting, dict[str, list[float]]]  # by score, one number per seed; "valid_map" is of the validation rows
@@ -96,8 +101,9 @@ def table_of_grid(results: Results) -> list[list[str]]:
     rows = [["trained with", "bias", *(f"at {t:g}" for t in TEMPERATURES)]]
     for name in ARMS:
         tried = grid(name)
-        for bias in dict.fromkeys(setting.bias for setting in tried):
+        for bias in BIASES[name]:
             line = [f"{np.mean(results[setting]['map']):.1f}" for setting in tried if setting.bias == bias]
+            line += [""] * (len(TEMPERATURES) - len(line))
             rows.append([name, "" if name == BASELINE else f"{bias:g}", *line])
     return rows
 
