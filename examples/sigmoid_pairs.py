@@ -6,7 +6,8 @@
 The digits of `retrieval.py`, its encoders, rates, batch of 64 and scores; what changes is the loss, its temperature and
 its bias, both fixed: in the 160 steps of a training neither would learn much. Every setting has them from a grid, the
 ones that are best on the validation rows. Every run is a line of a file in `--out`, and the same command goes on where
-it was stopped.
+it was stopped. Expect, in percent, mean ± deviation of ten seeds: InfoNCE 57.0 ± 0.5, sigmoid 57.4 ± 0.4, with momentum
+targets 57.5 ± 0.4, with a queue 55.6 ± 1.1; `docs/when.md` has every setting.
 """
 
 import argparse
