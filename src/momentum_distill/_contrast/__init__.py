@@ -10,4 +10,5 @@
 - `engine`: chooses between these, and makes a loss and its gradient at once.
 - `operator`: the engine as an operator of PyTorch, which `torch.compile` takes whole.
 - `autograd`: the door; connects it all to autograd.
+- `sigmoid`: the pairwise sigmoid loss, whose pairs need no sum over the keys: its tiles, its door, its operator.
 """
