@@ -269,11 +269,11 @@ class Objective(nn.Module):
         return (losses[0] + losses[1]) / 2
 
 
-def train(setting: Setting, pairs: Pairs, *, epochs: int, seed: int) -> Encoders:
+def train(setting: Setting, pairs: Pairs, *, epochs: int, seed: int, build: type[Objective] = Objective) -> Encoders:
     """Encoders trained as the setting says. No line of it reads the labels of the pairs."""
     torch.manual_seed(seed)
     encoders = Encoders(pairs.first.shape[1], pairs.second.shape[1])
-    objective = Objective(setting, encoders)
+    objective = build(setting, encoders)
     optimizer = torch.optim.AdamW(encoders.parameters(), lr=3e-3, weight_decay=0.1, fused=True)
     batches = -(-len(pairs.labels) // setting.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)

@@ -287,6 +287,24 @@ def without_self(o: Outputs, **options: object) -> Tensor:
     )
 
 
+def sigmoid(o: Outputs, *, batch: bool = True, bias: float = -1.0, **options: object) -> Tensor:
+    """Over the same keys."""
+    parts = [o.here, o.past] if batch else [o.past]
+    return F.sigmoid_distill_loss(
+        o.query,
+        tuple(part["keys"] for part in parts),
+        o.labels,
+        tuple(part["labels"] for part in parts),
+        temperature=o.temperature,
+        bias=bias,
+        momentum_query=o.momentum,
+        momentum_keys=tuple(part["momentum"] for part in parts),
+        alpha=o.alpha,
+        group="auto",
+        **options,
+    )
+
+
 def response(o: Outputs, task: str, **options: object) -> Tensor:
     columns = 0 if task == "regression" else slice(CLASSES)
     student, teacher = o.query[:, columns], o.query.flip(1)[:, columns]
@@ -325,6 +343,8 @@ GATHERED: dict[str, Callable[[Outputs], Tensor]] = {
     ),
     "supervised": lambda o: supcon(o).supervised,
     "distill": lambda o: supcon(o, reduction="sum").distill,
+    "sigmoid": sigmoid,
+    "sigmoid sum, mean of keys": lambda o: sigmoid(o, reduction="sum", key_reduction="mean"),
     "all terms": lambda o: torch.stack(supcon(o, positives="inside")[:3]) @ o.query.new_tensor([0.5, 2.0, 3.0]),
 }
 """By name; these see the batch's keys of all ranks."""
@@ -335,6 +355,7 @@ SMOOTH: dict[str, Callable[[Outputs], Tensor]] = {
         for positives in POSITIVES
     },
     "supervised of a queue": lambda o: supcon(o, batch=False, reduction="sum").supervised,
+    "sigmoid of a queue": lambda o: sigmoid(o, batch=False),
     "classification": lambda o: response(o, "classification", temperature=2.0, detach_teacher=False),
     "hard sample of classes": lambda o: hard_sample(o, scores=False, detach_teacher=False),
     "mean of squares": lambda o: F.mean_rows(o.query[:, 0].square(), mask=o.mask, group="auto"),
@@ -360,6 +381,7 @@ LOSSES: dict[str, Callable[[Outputs], Tensor]] = {
 ROW_BY_ROW: dict[str, tuple[Callable[[Outputs], Tensor], list[str]]] = {
     "supcon": (lambda o: supcon(o, reduction="none").total, []),
     "supcon, sinkhorn": (lambda o: supcon(o, momentum_targets="sinkhorn", reduction="none").total, SINKHORN),
+    "sigmoid": (lambda o: sigmoid(o, reduction="none"), []),
     "regression": (lambda o: response(o, "regression", reduction="none"), []),
     "classification": (lambda o: response(o, "classification", reduction="none"), []),
     "hard sample": (lambda o: hard_sample(o, reduction="none"), ["gather"]),  # for the weight of the classes
@@ -655,6 +677,12 @@ def wrong_centre(rank: int, **change: object) -> None:
     F.centre_update(torch.zeros(3), group="auto", **options)
 
 
+def wrong_sigmoid(rank: int, **change: object) -> None:
+    options = {"query": eye(), "keys": eye(4), "query_labels": torch.tensor([0, 1]), "key_labels": torch.arange(4)}
+    options |= {"temperature": 0.5, "bias": -1.0, "group": "auto", **(change if rank == 1 else {})}
+    F.sigmoid_distill_loss(**options)
+
+
 def wrong_response(rank: int, **change: object) -> None:
     options = {"student": eye(), "teacher": eye(), "task": "classification", "group": "auto"}
     F.response_distill_loss(**options | (change if rank == 1 else {}))
@@ -753,6 +781,8 @@ WRONG: dict[str, tuple[Callable, dict, str, str]] = {
         "ValueError",
         r"decay=0.9.* on rank 0: .*decay=0.8.*on rank 1$",
     ),
+    "bias": (wrong_sigmoid, {"bias": "0"}, "TypeError", r"^bias: .* \(on rank 1\)$"),
+    "reduction of keys": (wrong_sigmoid, {"key_reduction": "mean"}, "ValueError", r"'sum' on rank 0.*'mean' on rank"),
     "loss NaN": (wrong_supcon, {"query": eye() * torch.nan, "validate": True}, "ValueError", r"^query: .*NaN"),
     "teacher": (wrong_response, {"teacher": eye(2, 4)}, "ValueError", r"^teacher: .* \(on rank 1\)$"),
     "task": (

@@ -230,6 +230,54 @@ def supcon_terms(*args: object, alpha: float = 0.4, reduction: str = "mean", **k
     return SupConTerms(total, supervised, distill, len(present), with_positive)
 
 
+def sigmoid(
+    query: Rows,
+    keys: Rows,
+    query_labels: Sequence[int],
+    key_labels: Sequence[int],
+    *,
+    temperature: float,
+    bias: float,
+    momentum_query: Rows | None = None,
+    momentum_keys: Rows | None = None,
+    alpha: float = 0.4,
+    reduction: str = "mean",
+    key_reduction: str = "sum",
+    normalize: bool | str = True,
+    ignore_index: int = -1,
+    exclude_self: bool = False,
+) -> float | list[float]:
+    """SigLIP's algorithm 1 pair by pair, and the KL divergence of each pair from that of the momentum model."""
+
+    def log_chance(z: float) -> float:  # log 1 / (1 + exp(-z)), where exp does not overflow
+        return -math.log1p(math.exp(-z)) if z > 0 else z - math.log1p(math.exp(z))
+
+    z = [[s + bias for s in row] for row in similarities(query, keys, temperature, normalize)]
+    z_m = None
+    if momentum_query is not None:
+        z_m = [[s + bias for s in row] for row in similarities(momentum_query, momentum_keys, temperature, normalize)]
+    supervised, distill = [], []
+    for i, label in enumerate(query_labels):
+        present = [j for j, c in enumerate(key_labels) if c != ignore_index and not (exclude_self and j == i)]
+        known = [j for j in present if key_labels[j] >= 0]
+        pairs = [-log_chance(z[i][j] if key_labels[j] == label else -z[i][j]) for j in known]
+        kls = []
+        for j in present if z_m is not None else []:
+            yes, no = math.exp(log_chance(z_m[i][j])), math.exp(log_chance(-z_m[i][j]))
+            kl_yes = yes * (log_chance(z_m[i][j]) - log_chance(z[i][j]))
+            kls.append(kl_yes + no * (log_chance(-z_m[i][j]) - log_chance(-z[i][j])))
+        over = (max(len(known), 1), max(len(present), 1)) if key_reduction == "mean" else (1, 1)
+        absent = label == ignore_index
+        supervised.append(None if absent or label < 0 else math.fsum(pairs) / over[0])
+        distill.append(None if absent else math.fsum(kls) / over[1])
+    first, second = reduce_rows(supervised, reduction), reduce_rows(distill, reduction)
+    if z_m is None:
+        return first
+    if reduction == "none":
+        return [(1 - alpha) * a + alpha * b for a, b in zip(first, second, strict=True)]
+    return (1 - alpha) * first + alpha * second
+
+
 def supcon(*args: object, **kwargs: object) -> float | list[float]:
     """The loss alone."""
     return supcon_terms(*args, **kwargs).total

@@ -88,6 +88,11 @@ def supcon_module(method, **kwargs):
     return Call(getattr(loss_fn, method), supcon_arguments(), (loss_fn,))
 
 
+def sigmoid_module():
+    loss_fn = md.SigmoidDistillLoss()
+    return Call(loss_fn, supcon_arguments(), (loss_fn,))
+
+
 def unit_keys_module():
     call = supcon_module("__call__", normalize="query", validate=True)
     keys = functional.l2_normalize(real(5, 3))
@@ -164,6 +169,9 @@ CALLS = {
     ),
     "supcon_distill_loss": lambda: supcon_function(functional.supcon_distill_loss),
     "supcon_distill_terms": lambda: supcon_function(functional.supcon_distill_terms),
+    "sigmoid_distill_loss": lambda: Call(
+        functional.sigmoid_distill_loss, supcon_arguments() | {"temperature": 0.5, "bias": -1.0}
+    ),
     "response_distill_loss(regression)": lambda: Call(
         functional.response_distill_loss, response_arguments(4) | {"task": "regression"}
     ),
@@ -186,6 +194,8 @@ CALLS = {
     "SupConDistillLoss(centred).forward": lambda: supcon_module("__call__", momentum_targets="centred"),
     "SupConDistillLoss(query, validate).forward": unit_keys_module,
     "SupConDistillLoss(validate).forward": lambda: supcon_module("__call__", validate=True),
+    "SigmoidDistillLoss()": lambda: Call(md.SigmoidDistillLoss),
+    "SigmoidDistillLoss.forward": sigmoid_module,
     "ResponseDistillLoss()": lambda: Call(md.ResponseDistillLoss, {"task": "regression"}),
     "ResponseDistillLoss(regression).forward": lambda: Call(
         md.ResponseDistillLoss(task="regression"), response_arguments(4)
@@ -555,6 +565,35 @@ bad(
     [("are no unit rows", real(5, 3), V), ("hold a row of another length", with_value(real(5, 3), 0.1), V)],
 )
 bad("SupConDistillLoss(query, validate).forward", "momentum_keys", [("are no unit rows", real(5, 3), V)])
+
+# ---- the sigmoid loss: by the checks of the contrastive loss, and its own ----------------------
+
+SIGMOID_CALLS = ["sigmoid_distill_loss", "SigmoidDistillLoss.forward"]
+SIGMOID_OPTIONS = ["sigmoid_distill_loss", "SigmoidDistillLoss()"]
+
+for argument, rows in (("query", 4), ("keys", 5), ("momentum_query", 4), ("momentum_keys", 5)):
+    bad(SIGMOID_CALLS, argument, [("is of integers", ints(rows, 3), T), ("is a vector", real(3), V)])
+bad(SIGMOID_CALLS, "query_labels", [("are floats", real(4), T), ("hold -3", with_value(ints(4), -3), V)])
+bad(SIGMOID_CALLS, "key_labels", [("are floats", real(5), T), ("are too few", ints(4), V)])
+bad("SigmoidDistillLoss.forward", "alpha", [("is too large", 1.1, V), ("is a bool", True, T)])
+bad(
+    "sigmoid_distill_loss",
+    "bias",
+    [*wrong_numbers(-INF), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
+)
+bad("SigmoidDistillLoss()", "bias", wrong_numbers(-INF))
+bad(SIGMOID_OPTIONS, "temperature", [("is zero", 0.0, V), ("is a string", "0.1", T)])
+bad("SigmoidDistillLoss()", "temperature_range", [("is upside down", (1.0, 0.1), V), ("is one number", 0.5, T)])
+bad(SIGMOID_OPTIONS, "alpha", [("is too large", 1.1, V), ("is a bool", True, T)])
+bad(SIGMOID_OPTIONS, "reduction", choices())
+bad(SIGMOID_OPTIONS, "key_reduction", [*choices(), ("is 'none'", "none", V)])
+bad(SIGMOID_OPTIONS, "normalize", [("is 'keys'", "keys", V)])
+bad(SIGMOID_OPTIONS, "ignore_index", WHOLE_NUMBERS)
+bad(SIGMOID_OPTIONS, "group", GROUPS)
+for argument in ("exclude_self", "validate"):
+    bad(SIGMOID_OPTIONS, argument, FLAGS)
+for argument in ("learnable_temperature", "learnable_bias"):
+    bad("SigmoidDistillLoss()", argument, FLAGS)
 
 # ---- the response loss -----------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from momentum_distill._hard_sample import HardSampleFusionLoss as HardSampleFusi
 from momentum_distill._optim import param_groups as param_groups
 from momentum_distill._queue import ClassQueue as ClassQueue
 from momentum_distill._response import ResponseDistillLoss as ResponseDistillLoss
+from momentum_distill._sigmoid import SigmoidDistillLoss as SigmoidDistillLoss
 from momentum_distill._supcon import SupConDistillLoss as SupConDistillLoss
 
 __version__ = _version("momentum-distill")
@@ -50,6 +51,7 @@ __all__ = [
     "HardSampleFusionLoss",
     "MomentumFusionFactors",
     "ResponseDistillLoss",
+    "SigmoidDistillLoss",
     "SupConDistillLoss",
     "diagnostics",
     "functional",

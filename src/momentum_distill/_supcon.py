@@ -21,7 +21,7 @@ from momentum_distill._contrast.formulas import POSITIVES, Positives, PositivesF
 from momentum_distill._contrast.targets import TARGETS, Targets
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._precision import WideModule, sum_dtype
-from momentum_distill._temperature import check_temperature, exp_in_range, project, project_
+from momentum_distill._temperature import any_wide, check_temperature, learned_temperature, temperature_now
 from momentum_distill._watch import IdleWatch, StudentWatch
 from momentum_distill.functional import SupConTerms
 
@@ -168,11 +168,7 @@ class SupConDistillLoss(WideModule):
     @property
     def temperature(self) -> Tensor:
         """The temperature in use, inside its range: detached, float64, shape (), on the CPU (the host waits)."""
-        if self.log_temperature_ratio is None:
-            return torch.tensor(self.initial_temperature, dtype=torch.float64)
-        ratio = self.log_temperature_ratio.detach().cpu().to(torch.float64, copy=True)  # not all devices have it
-        project_(ratio, self.initial_temperature, *self.temperature_range)
-        return exp_in_range(ratio, self.initial_temperature, *self.temperature_range)
+        return temperature_now(self.log_temperature_ratio, self.initial_temperature, *self.temperature_range)
 
     @override
     def forward(
@@ -344,19 +340,11 @@ class SupConDistillLoss(WideModule):
 
     def _temperature(self, *features: object) -> float | Tensor:
         """The temperature with its gradient, in float64 where the features are."""
-        learned, bounds = self.log_temperature_ratio, (self.initial_temperature, *self.temperature_range)
+        learned = self.log_temperature_ratio
         if learned is None:
             return self.initial_temperature
-        if isinstance(learned, nn.Parameter) and not in_transform():
-            self._watch.look(learned)
-            project_(learned, *bounds)
-            self._watch.left(learned)
-            ratio: Tensor = learned
-        else:  # what torch.func.functional_call put in its place, or what a transform must not see change
-            ratio = project(learned, *bounds)
-        parts = [part for given in features for part in (given if isinstance(given, (tuple, list)) else (given,))]
-        wide = any(getattr(part, "dtype", None) == torch.float64 for part in parts)
-        return exp_in_range(ratio.to(torch.float64) if wide else ratio, *bounds)
+        bounds = (self.initial_temperature, *self.temperature_range)
+        return learned_temperature(learned, self._watch, *bounds, wide=any_wide(*features))
 
     @override
     def get_extra_state(self) -> Tensor:

@@ -7,9 +7,10 @@ $\tau_0$ in every precision, equal steps change it by equal factors, and weight 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from momentum_distill._checks import check_number, describe, may_ask, wrong_type, wrong_value
+from momentum_distill._checks import check_number, describe, in_transform, may_ask, wrong_type, wrong_value
+from momentum_distill._watch import IdleWatch
 
 
 def check_temperature(temperature: float, temperature_range: object) -> tuple[float, float]:
@@ -52,3 +53,33 @@ def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> 
         return temperature
     # On a border the product may round to just outside; the correction is a constant, so the gradient stays.
     return temperature + (temperature.clamp(low, high) - temperature).detach()
+
+
+def temperature_now(learned: Tensor | None, initial: float, low: float, high: float) -> Tensor:
+    """The temperature of a parameter, or a fixed one: detached, float64, shape (), on the CPU (the host waits)."""
+    if learned is None:
+        return torch.tensor(initial, dtype=torch.float64)
+    ratio = learned.detach().cpu().to(torch.float64, copy=True)  # not all devices have it
+    project_(ratio, initial, low, high)
+    return exp_in_range(ratio, initial, low, high)
+
+
+def learned_temperature(
+    learned: Tensor, watch: IdleWatch, initial: float, low: float, high: float, *, wide: bool
+) -> Tensor:
+    """The temperature of a parameter with its gradient, which is projected and watched; float64 if `wide`."""
+    bounds = (initial, low, high)
+    if isinstance(learned, nn.Parameter) and not in_transform():
+        watch.look(learned)
+        project_(learned, *bounds)
+        watch.left(learned)
+        ratio: Tensor = learned
+    else:  # what torch.func.functional_call put in its place, or what a transform must not see change
+        ratio = project(learned, *bounds)
+    return exp_in_range(ratio.to(torch.float64) if wide else ratio, *bounds)
+
+
+def any_wide(*features: object) -> bool:
+    """Whether one of these tensors, or tuples of tensors, is float64."""
+    parts = [part for given in features for part in (given if isinstance(given, (tuple, list)) else (given,))]
+    return any(getattr(part, "dtype", None) == torch.float64 for part in parts)

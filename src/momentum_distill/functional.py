@@ -32,6 +32,7 @@ from momentum_distill._checks import (
 from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize, read_problem
 from momentum_distill._contrast.autograd import contrast
 from momentum_distill._contrast.formulas import Positives, PositivesFrom, Reduction
+from momentum_distill._contrast.sigmoid import KeyReduction, Sigmoid, check_bias, sigmoid
 from momentum_distill._contrast.targets import Targets
 from momentum_distill._group import (
     Group,
@@ -62,6 +63,7 @@ __all__ = [
     "l2_normalize",
     "mean_rows",
     "response_distill_loss",
+    "sigmoid_distill_loss",
     "straight_through",
     "supcon_distill_loss",
     "supcon_distill_terms",
@@ -383,6 +385,94 @@ def supcon_distill_terms(
     pairs = (query_targets, key_targets, positives_from, width, hardness)
     problem = read_problem(*(*tensors, *numbers, *choices, *pairs), momentum_targets, centre)
     return SupConTerms(*contrast(problem, only_total=False).tensors())
+
+
+def sigmoid_distill_loss(
+    query: Tensor,
+    keys: Parts,
+    query_labels: Tensor,
+    key_labels: Parts,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    momentum_query: Tensor | None = None,
+    momentum_keys: Parts | None = None,
+    alpha: float | Tensor = 0.4,
+    reduction: Reduction = "mean",
+    key_reduction: KeyReduction = "sum",
+    normalize: Normalize = True,
+    ignore_index: int = -1,
+    exclude_self: bool = False,
+    group: Group = None,
+    validate: bool = False,
+) -> Tensor:
+    r"""Pairwise sigmoid loss (SigLIP) of one direction, with soft targets from a momentum model.
+
+    Each pair of a row and a key is asked for itself whether it matches. With
+    $z_{ij} = \bar q_i^\top \bar k_j / \tau + b$, the sigmoid $\sigma$, and $y_{ij} = 1$ where $c_j = c_i$, else $-1$,
+
+    $$\mathcal L_i = (1-\alpha)\,\mathcal S_i + \alpha \sum_j \mathrm{KL}(p'_{ij} \Vert p_{ij}), \qquad
+      \mathcal S_i = -\sum_j \log \sigma(y_{ij} z_{ij})$$
+
+    where $p_{ij} = \sigma(z_{ij})$ and $p'_{ij} = \sigma(\bar q_i'^\top \bar k_j' / \tau + b)$ are chances of a match,
+    whose KL divergence is $p' \log\frac{p'}{p} + (1 - p') \log\frac{1 - p'}{1 - p}$. No gradient flows through $p'$.
+    Without momentum inputs the loss is $\mathcal S_i$ alone. A row may have any number of matches, or none.
+
+    SigLIP divides the sum over all pairs by the number of rows alone, as `reduction="mean"` does here: the loss grows
+    with the keys, and a queue multiplies it. `key_reduction="mean"` divides each row's sums by its number of pairs.
+
+    A row or key whose label is `ignore_index` is left out of everything. Of one that is -2 nobody knows what it
+    matches: its pairs have no part in $\mathcal S$ (nor the row in its mean), while their KL terms stand.
+
+    All keys are met tile by tile, once, and nothing of size N×Q is kept, forward or backward; but by the transforms of
+    `torch.func`, a backward pass with `create_graph=True`, and up to $2^{14}$ scores by `torch.compile`, which takes
+    more as one operator without a second derivative.
+
+    Args:
+        query: Features $q$ of the batch, shape `(N, d)`.
+        keys: Features $k$ to compare with, shape `(Q, d)`, or a tuple of parts taken as concatenated. Gradient is
+            computed only for the parts that require it.
+        query_labels: Classes of the rows, integer, shape `(N,)`: at least 0, `ignore_index` = absent, -2 = unlabelled.
+            Without classes number the samples: each matches itself.
+        key_labels: Classes of the keys, integer, shape `(Q,)`; a tuple of parts where `keys` is one.
+        temperature: $\tau > 0$, a number or a tensor of shape `()`: 1 / `t` of SigLIP.
+        bias: $b$, a finite number or a tensor of shape `()`.
+        momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
+        momentum_keys: $k'$, shape `(Q, d)`, in parts like `keys`; key $j$ is the same sample in both.
+        alpha: Weight $\alpha$ of the momentum targets, in [0, 1].
+        reduction: `"mean"`: that of $\mathcal S_i$ over rows with a class and that of the KL terms over rows, weighted;
+            `"sum"`; or `"none"`: one value per row, 0 where a row is left out.
+        key_reduction: `"sum"`, or `"mean"` over the pairs that each row has in each of the two terms.
+        normalize: True: rows of queries and keys are L2-normalised here; `"query"`: only those of the queries; False:
+            plain dot products. This and what follows as in :func:`supcon_distill_loss`.
+        ignore_index: Label of what is absent.
+        exclude_self: The keys, or their first part, are the batch itself: key $i$ is not there for row $i$.
+        group: Whose rows the sums and means run over.
+        validate: Also check values: finite features, labels wherever they are, unit rows where keys must have them.
+
+    Returns:
+        The loss in nats, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device, range, choice or label is wrong, or only one momentum input is given.
+
+    Example:
+        >>> import torch
+        >>> eye, labels = torch.eye(2), torch.arange(2)
+        >>> loss = sigmoid_distill_loss(eye, eye, labels, labels, temperature=1.0, bias=0.0)
+        >>> f"{loss:.4f}"  # log(1 + 1/e) + log(2)
+        '1.0064'
+
+    References:
+        SigLIP (Zhai et al., 2023, arXiv:2303.15343), algorithm 1. With the batch as keys its loss is the same in both
+        directions: one call is all of it. Targets from a momentum model as in ALBEF (Li et al., 2021), pair by pair.
+    """
+    check_bias(bias, key_reduction, reduction, group, query)
+    tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
+    choices = (reduction, normalize, ignore_index, exclude_self, group, validate)
+    problem = read_problem(*tensors, temperature, None, alpha, "outside", *choices)
+    return sigmoid(Sigmoid(problem, bias, key_reduction))
 
 
 # --------------------------------------------------------------------------------------------------------------------

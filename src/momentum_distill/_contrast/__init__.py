@@ -11,4 +11,5 @@
 - `targets`: problems with other momentum targets than the plain softmax, as problems that the engine knows.
 - `operator`: the engine as an operator of PyTorch, which `torch.compile` takes whole.
 - `autograd`: the door; connects it all to autograd.
+- `sigmoid`: the pairwise sigmoid loss, whose pairs need no sum over the keys: its tiles, its door, its operator.
 """

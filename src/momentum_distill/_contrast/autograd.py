@@ -215,11 +215,11 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _check_versions(versions: list[tuple[Tensor, int]]) -> None:
+def _check_versions(versions: list[tuple[Tensor, int]], loss: str = "supcon_distill") -> None:
     """Refuse what autograd would refuse, had it kept these inputs itself."""
     if any(_version(tensor) != version for tensor, version in versions):
         raise RuntimeError(
-            "supcon_distill: keys, momentum inputs or labels were changed in place (by ClassQueue.enqueue?) before the "
+            f"{loss}: keys, momentum inputs or labels were changed in place (by ClassQueue.enqueue?) before the "
             "gradient of a single term, or a second derivative, was taken; that needs them. Call backward() first, "
             "differentiate `total`, or read the queue without padded=True"
         )

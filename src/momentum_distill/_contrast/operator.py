@@ -198,8 +198,8 @@ def _backward_of_once(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor
     """What comes from above, of which every gradient is made; no compiler may think it independent of the inputs."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "supcon_distill: expected no derivative of a gradient (create_graph=True) under torch.compile, which sees "
-            "no way from it to the inputs; without torch.compile the loss has second derivatives"
+            "contrastive loss: expected no derivative of a gradient (create_graph=True) under torch.compile, which "
+            "sees no way from it to the inputs; without torch.compile the loss has second derivatives"
         )
     given = torch.ops.momentum_distill.once([grad for grad in grads if grad is not None], ctx.inputs)
     passed = iter(given)

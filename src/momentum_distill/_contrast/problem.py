@@ -125,11 +125,11 @@ class Problem(NamedTuple):
             *query,
         ]
 
-    def signature(self) -> str:
+    def signature(self, loss: str = "SupConDistillLoss") -> str:
         """What has to be the same on all ranks, in words."""
         targets, choices = "without" if self.momentum_query is None else "with", self.choices
         words = (
-            f"SupConDistillLoss of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
+            f"{loss} of width {self.query.shape[1]}, {self.prepare.dtype}, {targets} momentum, "
             f"positives={choices.positives!r}, exclude_self={self.keys[0].own}, reduction={choices.reduction!r}"
         )
         if choices.positives_from != "labels":
