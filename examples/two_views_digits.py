@@ -234,11 +234,11 @@ class Objective(nn.Module):
         return (strong_to_weak + weak_to_strong) / 2
 
 
-def train(arm: Arm, train_set: Digits, *, epochs: int, seed: int) -> Model:
+def train(arm: Arm, train_set: Digits, *, epochs: int, seed: int, objective_of: type[Objective] = Objective) -> Model:
     """A model trained with the blocks of an arm."""
     torch.manual_seed(seed)
     model = Model(train_set.strong.shape[1], train_set.weak.shape[1])
-    objective = Objective(arm, model)
+    objective = objective_of(arm, model)
     optimizer = torch.optim.AdamW(md.param_groups(model, objective, weight_decay=0.1, lr=3e-3))
     batches = -(-len(train_set.labels) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
@@ -273,7 +273,14 @@ class Result(NamedTuple):
 
 
 def runs(
-    pair: str, arms: Sequence[Arm], settings: Sequence[str], *, seeds: range, epochs: int, valid: bool
+    pair: str,
+    arms: Sequence[Arm],
+    settings: Sequence[str],
+    *,
+    seeds: range,
+    epochs: int,
+    valid: bool,
+    objective_of: type[Objective] = Objective,
 ) -> Iterator[Result]:
     """Every setting and arm for every seed, which draws rows for training, labels, weights and batches."""
     digits, pool, test = load_views(pair)
@@ -283,7 +290,7 @@ def runs(
         for setting in settings:
             given = train_set._replace(labels=with_labels(train_set.labels, SETTINGS[setting]))
             for arm in arms:
-                model = train(arm, given, epochs=epochs, seed=seed)
+                model = train(arm, given, epochs=epochs, seed=seed, objective_of=objective_of)
                 yield Result(setting, arm.name, seed, **accuracy(model, rest if valid else digits.rows(test)))
 
 

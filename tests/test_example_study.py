@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import mtmd_mosi
+from conftest import ROOT
 from mtmd import cli, jobs, report, search
 from mtmd.ablation import ARMS, arm_config
 from mtmd.bootstrap import Comparison
@@ -776,3 +777,35 @@ def test_the_papers_settings_do_not_move_with_the_defaults(name):
     _, arguments, _ = cli.parse(command.split(), "")
     assert (arguments.seeds, arguments.final_seeds) == ([1111], read_toml(path)["seeds"])
     assert arguments.config == Path(f"examples/configs/{name}.toml")
+
+
+# The page
+
+
+def test_the_table_of_the_encoder_of_base_size_is_that_of_its_results():
+    content = json.loads((ROOT / "docs" / "results" / "mosi_mpnet.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    section = page.split("## CMU-MOSI with an encoder of BERT-base's size\n")[1].split("\n## ")[0]
+    shown = [
+        [cell.strip(" *") for cell in line.split("|")] for line in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)
+    ]
+    names = {"text_only": "text alone", "no_distillation": "all modalities, no distillation", "full": "MTMD"}
+    assert {"full", "text_only"} <= set(content["arms"])
+    for name, arm in content["arms"].items():
+        label = names[name]
+        seeds = [run["seed"] for run in arm["runs"]]
+        row = row_of(name, label, [run["test"] for run in arm["runs"]])
+        text = row_of(name, label, [run["test_unimodal"].get("text", run["test"]) for run in arm["runs"]])
+        compared = [Comparison(**arm["minus_full"][f"mae_over_{kind}"]) if name != "full" else None
+                    for kind in ("utterances", "seeds")]  # fmt: skip
+        assert [
+            label,
+            str(len(seeds)),
+            *(own_cell(row, metrics) for metrics in (["acc7"], ["acc2_has0", "acc2_non0"], ["mae"], ["corr"])),
+            own_cell(text, ["mae"]),
+            difference_cell(compared[0]),
+            difference_cell(compared[1], with_difference=False),
+            p_cell(compared[1]),
+        ] in shown
+        assert seeds == sorted(set(seeds))
+    assert (ROOT / "docs" / "results" / "mosi_mpnet.json").stat().st_size < 200_000
