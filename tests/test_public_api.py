@@ -55,6 +55,22 @@ def test_names_and_arguments_are_those_that_were_promised():
     assert found() == [line for line in PINNED.read_text().splitlines() if ".integrations." not in line]
 
 
+def test_importing_the_package_does_not_load_what_few_need():
+    """`torch.compiler.disable` at the top of a module, say, loads the compiler, which takes seconds."""
+    code = "import torch, sys; before = set(sys.modules); import momentum_distill; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {".".join(name.split(".")[:2]) for name in done.stdout.split()}
+    assert not loaded & {
+        "torch._dynamo",
+        "torch._inductor",
+        "triton",
+        "sympy",
+        "lightning",
+        "transformers",
+        "accelerate",
+    }
+
+
 def test_version_is_that_of_the_package():
     assert md.__version__.count(".") == 2
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from typing_extensions import override
 
 from momentum_distill import functional
@@ -308,16 +309,21 @@ class SupConDistillLoss(WideModule):
             return momentum_temperature
         if not callable(self.momentum_temperature):
             return self.momentum_temperature
-        scheduled: Tensor = self._scheduled()
-        return scheduled if torch.compiler.is_compiling() else scheduled.item()
+        if not torch.compiler.is_compiling():
+            return self._scheduled()
+        return self._scheduled_outside_graphs()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator] # a function of numbers, which graphs have none of
-    def _scheduled(self) -> Tensor:
+    def _scheduled(self) -> float:
         """What the function says of the calls so far."""
         assert callable(self.momentum_temperature)
         value = self.momentum_temperature(int(self._calls))
         check_number("momentum_temperature", value, low=0.0, open_low=True)
-        return torch.tensor(float(value), dtype=torch.float64)
+        return float(value)
+
+    @_disable_dynamo  # torch.compiler.disable would load the compiler, seconds, with this module
+    def _scheduled_outside_graphs(self) -> Tensor:
+        """The same, of which a compiler would make a constant."""
+        return torch.tensor(self._scheduled(), dtype=torch.float64)
 
     def _learned(self, query: Tensor, keys: Parts, momentum_query: Tensor | None, query_labels: Tensor) -> None:
         """After a call that went well, if it trains."""
