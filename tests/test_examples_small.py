@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import image_text_streams
+import other_distillation as other
 import quickstart
 import two_views_digits
 from study_tools import paired_interval, read_results, summary
@@ -117,3 +119,61 @@ def test_arms_without_a_block_train_without_it():
         assert (model.fuse.weight.grad is not None) == trained
         assert (objective.contrast.log_temperature_ratio.grad is not None) == trained
         assert (len(objective.queue) > 0) == trained
+
+
+# Other rules of distillation
+
+
+def test_other_rules_are_what_their_papers_define():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 4, dtype=torch.float64)
+
+    def distances(rows):
+        found = [float((rows[i] - rows[j]).norm()) for i in range(6) for j in range(i + 1, 6)]
+        return [x / (sum(found) / len(found)) for x in found]
+
+    def angles(rows):
+        lines = {(i, j): F.normalize(rows[i] - rows[j], dim=0) for i in range(6) for j in range(6)}
+        return [float(lines[i, j] @ lines[k, j]) for j in range(6) for i in range(6) for k in range(6)]
+
+    def huber(first, second):
+        apart = [abs(a - b) for a, b in zip(first, second, strict=True)]
+        return sum(x - 0.5 if x > 1 else x * x / 2 for x in apart) / len(apart)
+
+    for rule, relations in ((other.relational_distances, distances), (other.relational_angles, angles)):
+        assert float(rule(student, teacher)) == pytest.approx(huber(relations(student), relations(teacher)))
+    assert float(other.relational_angles(student, 3 * student + 1)) == pytest.approx(0, abs=1e-12)
+
+    def pearson(first, second):
+        return np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(first.numpy(), second.numpy(), strict=True)])
+
+    first, second = student.softmax(dim=1), teacher.softmax(dim=1)
+    by_hand = 2 - pearson(first, second) - pearson(first.T, second.T)
+    assert float(other.correlation(student, teacher)) == pytest.approx(by_hand)
+
+
+def test_decoupled_with_the_rest_weighed_by_its_share_is_the_divergence(monkeypatch):
+    """Zhao et al., Eq. 6: KL = TCKD + (1 - p_t) NCKD."""
+    monkeypatch.setattr(two_views_digits, "CLASSES", 4)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 1, 4, dtype=torch.float64)
+    rest = 1 - float(teacher.softmax(dim=1).max())
+    whole = F.kl_div(student.log_softmax(dim=1), teacher.softmax(dim=1), reduction="batchmean")
+    assert float(other.decoupled(student, teacher, beta=rest)) == pytest.approx(float(whole))
+
+
+def test_other_rules_train_as_a_command_and_the_page_has_their_figures(tmp_path, capsys):
+    results = other.main(["--seeds=2", "--epochs=1", f"--out={tmp_path}"])
+    assert len(results) == 2 * len(other.ARMS)
+    assert "decoupled for response" in capsys.readouterr().out
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    found = read_results(docs / "results" / "other_distillation.json")
+    results = [two_views_digits.Result(**row) for row in found["rows"]]
+    assert len(results) == 10 * len(other.ARMS)
+    weak = {arm.name: two_views_digits.scores(results, other.FEW, arm.name) for arm in other.ARMS}
+    page = (docs / "when.md").read_text(encoding="utf-8")
+    for place, arm in enumerate(other.ARMS):
+        apart = [paired_interval(weak[arm.name], weak[base]) if place > at else None
+                 for at, base in enumerate(("response", "all blocks"))]  # fmt: skip
+        cells = [arm.name, summary(weak[arm.name]), *("" if x is None else f"{x[0]:+.1f} ± {x[1]:.1f}" for x in apart)]
+        assert f"| {' | '.join(cells)} |" in page, arm.name
