@@ -54,7 +54,8 @@ class PairObjective(Objective):
         super().__init__(setting, encoders)
         if setting.loss == "sigmoid":
             fixed = {"learnable_temperature": False, "learnable_bias": False}
-            self.loss = md.SigmoidDistillLoss(temperature=setting.temperature, bias=setting.bias, **fixed)
+            loss = md.SigmoidDistillLoss(temperature=setting.temperature, bias=setting.bias, **fixed)
+            self.losses = nn.ModuleDict(dict.fromkeys(VIEWS, loss))
 
 
 def grid(name: str) -> list[Setting]:

@@ -141,6 +141,7 @@ def test_each_arm_calls_the_blocks_that_it_names(monkeypatch):
         "InfoNCE by hand": set(),
         "SupCon by hand": set(),
         "batch alone": {"SupConDistillLoss"},
+        "hard negatives": {"SupConDistillLoss"},
         "queue": {"SupConDistillLoss", "ClassQueue", "EMAWrapper"},
         "targets": {"soft targets", "EMAWrapper"},
         "queue and targets": {"soft targets", "ClassQueue", "EMAWrapper"},

@@ -46,12 +46,13 @@ def test_each_arm_has_the_loss_that_it_names():
         for setting in sigmoid_pairs.grid(name):
             objective = sigmoid_pairs.PairObjective(setting, retrieval.Encoders(6, 5))
             kind = md.SupConDistillLoss if name == sigmoid_pairs.BASELINE else md.SigmoidDistillLoss
-            assert type(objective.loss) is kind
-            assert float(objective.loss.temperature) == setting.temperature
+            losses = objective.losses.values()
+            assert [type(loss) for loss in losses] == [kind, kind]
+            assert float(objective.losses["first"].temperature) == setting.temperature
             if kind is md.SigmoidDistillLoss:
-                assert objective.loss.bias.item() == setting.bias
+                assert objective.losses["first"].bias.item() == setting.bias
             assert (objective.queue is not None) == name.endswith("queue")
-            assert not [p for p in objective.loss.parameters() if p.requires_grad]
+            assert not [p for p in objective.losses.parameters() if p.requires_grad]
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,9 @@ def formulas(
 def assert_equal(actual, expected, dtype):
     """Log-sum-exps number by number, mean keys row by row as vectors; relative, below 0.1 absolute."""
     for name, x, y in zip(Statistics._fields, actual, expected, strict=True):
+        if y is None:  # of hard negatives, which the kernels decline
+            assert x is None, name
+            continue
         assert x.shape == y.shape, name
         if name == "positive_count":
             assert torch.equal(x, y), name

@@ -320,7 +320,7 @@ def supcon_distill_loss(
         >>> supcon_distill_loss(
         ...     query, keys, *there, temperature=1.0, positives_from="distance", width=1.0, **scores
         ... )
-        tensor(0.7067)
+        tensor(1.0640)
 
     References:
         MTMD, Eq. 8, 9, 11, 22 and 23. Eq. 9 and 11 average two directions: call once for each. The sum over the
@@ -447,7 +447,8 @@ def sigmoid_distill_loss(
             plain dot products. This and what follows as in :func:`supcon_distill_loss`.
         ignore_index: Label of what is absent.
         exclude_self: The keys, or their first part, are the batch itself: key $i$ is not there for row $i$.
-        group: Whose rows the sums and means run over.
+        group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
+            where there is one) or a process group.
         validate: Also check values: finite features, labels wherever they are, unit rows where keys must have them.
 
     Returns:
