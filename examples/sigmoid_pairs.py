@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 import momentum_distill as md
 import retrieval
-from retrieval import Encoders, Objective
+from retrieval import VIEWS, Encoders, Objective
 from study_tools import RunLog, paired_interval, summary, write_results
 
 BASELINE = "InfoNCE"
