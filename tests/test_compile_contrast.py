@@ -270,7 +270,7 @@ def test_graded_positives_and_hard_negatives_are_those_without_a_compiler(positi
 
     def f(**given):
         found = call(**given, **options)
-        return found if call is F.supcon_distill_loss else torch.stack(found[:3])
+        return found if call is F.supcon_distill_loss else torch.stack([found.total, found.supervised, found.distill])
 
     compare(case_of(), ("query", "temperature", "alpha", "keys[0]", "keys[1]"), call=f)
 

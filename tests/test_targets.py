@@ -375,6 +375,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("fused_scores", [2**14, -1], ids=["formulas", "operator"])
 @pytest.mark.parametrize("kind", ["softmax", *TARGETS])

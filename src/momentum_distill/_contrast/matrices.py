@@ -7,7 +7,7 @@ from torch import Tensor
 
 from momentum_distill._checks import may_ask, within
 from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column, penalty
-from momentum_distill._contrast.problem import PairWeights, Prepare, Problem, negated
+from momentum_distill._contrast.problem import PairWeights, Prepare, Problem, least_weight, negated, penalty_scale
 from momentum_distill._rows import are_ordinary, normalize_rows, shortest
 
 
@@ -21,13 +21,13 @@ class Way:
         self.keys = _Keys(problem, [part.online for part in problem.keys])
         logits, pairs, extra = self.keys.logits(queries), _pairs(problem, self.hidden), None
         if problem.choices.hardness:
-            extra = penalty(logits, pairs, problem.hardness)
+            extra = penalty(logits, pairs, penalty_scale(problem))
             self.log_hard = self._log_softmax(logits + extra)
             extra = extra if self.hidden is None else extra.masked_fill_(self.hidden, 0.0)
         self.log_v = self._log_softmax(logits)
         log_v = self.log_v if extra is None else self.log_hard - extra  # of the supervised term
         count = pairs.sum(dim=1)
-        everyone = may_ask(count) and within(count, problem.least, torch.inf)
+        everyone = may_ask(count) and within(count, least_weight(problem), torch.inf)
         kl = self.u = None
         if momentum is not None:
             raw = [part.momentum for part in problem.keys if part.momentum is not None]
@@ -42,7 +42,7 @@ class Way:
             positive_log = _logsumexp(log_v, pairs != 0)
             self.p = torch.where(pairs != 0, log_v - positive_log[:, None], -torch.inf).exp_()
         else:
-            self.p = pairs.div_(count[:, None] if everyone else count.clamp(min=problem.least)[:, None])
+            self.p = pairs.div_(count[:, None] if everyone else count.clamp(min=least_weight(problem))[:, None])
             positive_log = torch.linalg.vecdot(log_v, self.p)
         self.sums = Sums(count, positive_log, kl, everyone)
 
@@ -146,7 +146,7 @@ def by_autograd(problem: Problem) -> Sums:
     shared = log_v = log_softmax(logits)  # of the supervised term, and V
     weights = pairs.to(log_v.dtype)
     if problem.choices.hardness:
-        extra = penalty(logits, weights, problem.hardness)
+        extra = penalty(logits, weights, penalty_scale(problem))
         extra = extra if hidden is None else torch.where(hidden, 0.0, extra)
         shared = log_softmax(logits + extra) - extra
     count = pairs.sum(dim=1)
@@ -154,7 +154,7 @@ def by_autograd(problem: Problem) -> Sums:
         by_weight = shared if problem.targets is None else shared + torch.where(pairs != 0, pairs, 1.0).log()
         positive_log = _logsumexp(by_weight, pairs != 0)
     else:
-        positive_log = torch.linalg.vecdot(weights, shared) / count.clamp(min=problem.least)
+        positive_log = torch.linalg.vecdot(weights, shared) / count.clamp(min=least_weight(problem))
     if problem.momentum_query is None:
         return Sums(count, positive_log, None)
     with torch.no_grad():

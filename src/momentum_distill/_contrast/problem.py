@@ -97,19 +97,6 @@ class Problem(NamedTuple):
         """Whether something else than counting keys by class asks for the weights of pairs."""
         return self.targets is not None or self.choices.hardness > 0
 
-    @property
-    def least(self) -> float:
-        """The least that the weights of a row with a positive key sum to."""
-        return 1 if self.targets is None else torch.finfo(self.prepare.dtype).tiny
-
-    @property
-    def hardness(self) -> float | Tensor:
-        """What a logit is to be multiplied by for the penalty of a negative; 0.0 without."""
-        if not self.choices.hardness:
-            return 0.0
-        tau = self.temperature
-        return self.choices.hardness * (tau.detach() if isinstance(tau, Tensor) else tau)
-
     def tensors(self) -> list[Tensor]:
         """All that is read again if the gradient cannot be made at once."""
         momentum = [part.momentum for part in self.keys if part.momentum is not None]
@@ -186,6 +173,20 @@ def problem_of(
         ranks,
         None if targets is None else targets.detach().to(dtype),
     )
+
+
+def least_weight(problem: Problem) -> float:
+    """The least that the weights of a row with a positive key sum to."""
+    # Neither this nor the next is a property: the compiler of torch 2.8 does not look into those of a NamedTuple.
+    return 1 if problem.targets is None else torch.finfo(problem.prepare.dtype).tiny
+
+
+def penalty_scale(problem: Problem) -> float | Tensor:
+    """What a logit is to be multiplied by for the penalty of a hard negative; 0.0 without."""
+    if not problem.choices.hardness:
+        return 0.0
+    tau = problem.temperature
+    return problem.choices.hardness * (tau.detach() if isinstance(tau, Tensor) else tau)
 
 
 def masked(problem: Problem) -> Problem:

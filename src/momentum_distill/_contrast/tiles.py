@@ -16,7 +16,7 @@ from torch import Tensor
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast import fused
 from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column, penalty
-from momentum_distill._contrast.problem import PairWeights, Part, Problem, negated
+from momentum_distill._contrast.problem import PairWeights, Part, Problem, least_weight, negated, penalty_scale
 from momentum_distill._contrast.statistics import LogSum, Statistics
 
 TILE_SCORES, TILE_KEYS = 2**18, 2**18
@@ -90,7 +90,7 @@ class Way:
         classes = _Classes(problem.labels)
         pairs = PairWeights(problem) if problem.weighs else None
         if not self.softmax:
-            p = p / found.positive_count.clamp(min=problem.least)[:, None]
+            p = p / found.positive_count.clamp(min=least_weight(problem))[:, None]
         class_pulls = queries.new_zeros(len(queries) + 1, queries.shape[1]).index_add(0, classes.rows, p * queries)
         for start in range(0, len(part.online), tile_size(queries)):
             chosen = slice(start, start + tile_size(queries))
@@ -102,7 +102,7 @@ class Way:
             targets = None if part.targets is None else part.targets[chosen]
             weights = None if pairs is None else pairs.of(part.labels[chosen], targets, own)
             if weights is not None and found.hard_lse is not None:
-                harder = logits + penalty(logits, weights, problem.hardness)
+                harder = logits + penalty(logits, weights, penalty_scale(problem))
                 scores = found.lse.off(logits).exp_() * u + found.hard_lse.off(harder).exp_() * hard_p
             else:
                 scores = found.lse.off(logits).exp_() * v
@@ -163,7 +163,7 @@ def _run(problem: Problem, queries: Tensor, momentum: Tensor | None, *, online: 
             weights = None if pairs is None else pairs.of(tile.labels, tile.targets, tile.own)
             positives.add(tile, logits[:count], weights)
             if weights is not None and len(hard.total):
-                harder = logits[:count] + penalty(logits[:count], weights, problem.hardness)
+                harder = logits[:count] + penalty(logits[:count], weights, penalty_scale(problem))
                 hard.add(hard.exponentials(harder, harder), tile.keys)
             student.add(student.exponentials(logits[:count], logits[:count]), tile.keys)
             if momentum is None:
@@ -288,7 +288,7 @@ class _GradedPositives:
         self.softmax = _Sums(count, queries, online=True) if by_softmax(problem.choices.positives) else None
         self.total = queries.new_zeros(count)
         self.sums = queries.new_zeros(0 if self.softmax else count, width)
-        self.least = problem.least
+        self.least = least_weight(problem)
 
     def add(self, tile: "_Tile", logits: Tensor, weights: Tensor | None) -> None:
         """Take in the keys of a tile, whose logits and weights are (N, B)."""
