@@ -102,7 +102,8 @@ class SigmoidDistillLoss(WideModule):
         self.initial_temperature: float = float(temperature)
         scalar = nn.Parameter(torch.zeros(())) if learnable_temperature else None
         self.log_temperature_ratio: nn.Parameter | None = scalar
-        self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32), requires_grad=learnable_bias)
+        start = torch.tensor(float(bias), dtype=torch.float32)
+        self.bias: nn.Parameter = nn.Parameter(start, requires_grad=learnable_bias)
         self._watch = IdleWatch("the temperature of SigmoidDistillLoss", patience=500)  # several calls make a step
         self._watch_bias = IdleWatch("the bias of SigmoidDistillLoss", patience=500)
         self._students = StudentWatch("neither query nor keys requires a gradient")
