@@ -460,3 +460,18 @@ def test_parameters_may_be_anothers():
     torch.testing.assert_close(functional_call(loss_fn, theirs, case.args), expected)
     slopes = grad(lambda given: functional_call(loss_fn, given, case.args))(theirs)
     assert all(slope.isfinite() and slope != 0 for slope in slopes.values())
+
+
+def test_what_counts_for_nothing_may_hold_nan():
+    """Without momentum inputs that is who has no class as well; else NaN reaches value and gradient together."""
+    for momentum, label in itertools.product((False, True), (-1, -2)):
+        case = supcon_case(3, N, Q, momentum=momentum)
+        case.query_labels[0] = case.key_labels[1] = label
+        whole = F.sigmoid_distill_loss(*case.args, **case.momentum, temperature=0.5, bias=-1.0)
+        case.args[0][0] = case.args[1][1] = math.nan
+        query, keys = (x.clone().requires_grad_() for x in case.args[:2])
+        loss = F.sigmoid_distill_loss(query, keys, *case.args[2:], **case.momentum, temperature=0.5, bias=-1.0)
+        loss.backward()
+        counts = momentum and label == -2
+        assert loss.isnan() == query.grad.isnan().any() == keys.grad.isnan().any() == counts
+        assert counts or loss == whole

@@ -422,7 +422,8 @@ def sigmoid_distill_loss(
     with the keys, and a queue multiplies it. `key_reduction="mean"` divides each row's sums by its number of pairs.
 
     A row or key whose label is `ignore_index` is left out of everything. Of one that is -2 nobody knows what it
-    matches: its pairs have no part in $\mathcal S$ (nor the row in its mean), while their KL terms stand.
+    matches: its pairs have no part in $\mathcal S$ (nor the row in its mean), while their KL terms stand; without
+    momentum inputs it is left out too. NaN in a row or key that counts makes the loss NaN.
 
     All keys are met tile by tile, once, and nothing of size N×Q is kept, forward or backward; but by the transforms of
     `torch.func`, a backward pass with `create_graph=True`, and up to $2^{14}$ scores by `torch.compile`, which takes

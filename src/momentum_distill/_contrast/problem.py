@@ -189,16 +189,16 @@ def penalty_scale(problem: Problem) -> float | Tensor:
     return problem.choices.hardness * (tau.detach() if isinstance(tau, Tensor) else tau)
 
 
-def masked(problem: Problem) -> Problem:
-    """The same with what is present, in rows and keys."""
-    if problem.whole:
+def masked(problem: Problem, *, classes_alone: bool = False) -> Problem:
+    """The same with what is present, in rows and keys; or of that what has a class."""
+    if problem.whole and not classes_alone:
         return problem
     absent = problem.choices.ignore_index
     # Field by field, for the compiler of torch 2.8 looks neither into _replace nor at a slice.
     parts = [
         Part(
             *(part.online, part.momentum, part.labels, part.prepare, part.own, part.targets),
-            _present(part.labels, absent),
+            _present(part.labels, absent, classes_alone),
         )
         for part in problem.keys
     ]
@@ -217,13 +217,14 @@ def masked(problem: Problem) -> Problem:
         problem.choices,
         problem.ranks,
         problem.targets,
-        _present(problem.labels, absent),
+        _present(problem.labels, absent, classes_alone),
     )
 
 
-def _present(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Which labels (N,) are not `ignore_index`, or None if none is."""
+def _present(labels: Tensor, ignore_index: int, classes_alone: bool) -> Tensor | None:
+    """Which labels (N,) are not `ignore_index`, nor without a class where those do not count; None: all."""
     present = labels != ignore_index
+    present = present & (labels >= 0) if classes_alone else present
     return None if may_ask(present) and bool(present.all()) else present
 
 

@@ -33,6 +33,10 @@ class Sigmoid(NamedTuple):
     bias: Number
     key_reduction: KeyReduction
 
+    def counted(self) -> Problem:
+        """The base with what counts: who has no class has a part in the KL term alone, and no say without it."""
+        return masked(self.base, classes_alone=self.base.momentum_query is None)
+
     def inputs(self) -> list[Tensor | None]:
         """What a gradient may be for: alpha, temperature and bias if they are tensors, query, parts of the keys."""
         learned = [x if isinstance(x, Tensor) else None for x in (self.base.alpha, self.base.temperature, self.bias)]
@@ -152,7 +156,7 @@ def _answer(problem: Sigmoid, wanted: list[bool], upstream: Tensor | None, *, co
 
 def _by_autograd(problem: Sigmoid) -> Tensor:
     """The loss as it is defined, through N×Q matrices."""
-    base = masked(problem.base)
+    base = problem.counted()
     hidden, key_labels = hidden_keys(base), joined([part.labels for part in base.keys])
 
     def logits(raw: Tensor, parts: list[Tensor], temperature: Number, bias: Number) -> Tensor:
@@ -179,7 +183,7 @@ def _solve(problem: Sigmoid, wanted: Sequence[bool], upstream: Tensor | None) ->
 
     Those are by row (N, 1) for temperature and bias, for the raw query, and for the raw parts of the keys `wanted`.
     """
-    base = masked(problem.base)
+    base = problem.counted()
     alpha = engine.known(base.alpha)
     alpha = alpha.to(base.prepare.dtype) if isinstance(alpha, Tensor) else alpha  # in which 1 - alpha loses nothing
     terms_share = (1.0, 0.0) if base.momentum_query is None else (1 - alpha, alpha)
