@@ -7,6 +7,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist l
 COMPUTING = $(filter-out $(foreach name,bad_inputs benchmarks cuda distributed% docs% example_bootstrap \
 	example_data example_garbage example_killed example_own_format example_plots example_processes public_api release \
 	safe_pickle supply_chain triton,tests/test_$(name).py),$(wildcard tests/test_*.py))
+# Where the project lives, if anywhere: for the site.
+export REPOSITORY_URL := $(shell sed -n 's,^repository-code: *\(.*[^/]\)/*$$,\1,p' CITATION.cff)
+export SITE_URL := $(shell sed -n 's,^url: *\(.*[^/]\)/*$$,\1,p' CITATION.cff)
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
 .PHONY: example results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean

@@ -226,7 +226,7 @@ def blocks() -> str:
     return HEAD + "\n".join(parts) + "\n</svg>\n"
 
 
-HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="8 0 760 512" role="img">
+HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" width="640" height="431" viewBox="8 0 760 512" role="img">
 <title>The six blocks around a student, its teacher and their fusion</title>
 <style>
 text {{ font: 15px "DejaVu Sans", Verdana, sans-serif; text-anchor: middle; fill: #1d2128 }}
