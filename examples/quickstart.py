@@ -4,9 +4,9 @@
     python examples/quickstart.py --epochs 40 --state run.pt
 
 On a GPU where there is one. The second writes its whole state to a file after each epoch; the same command again goes
-on from there, on a CPU with the numbers of one training. The first takes about four seconds on one CPU core: the loss of
-an epoch falls from about 9.5 to 5.5 (the rest is mostly the entropy of the contrastive term); then a line for each block
-tells what it did.
+on from there, on a CPU with the numbers of one training. The first takes about four seconds on one CPU core: the loss
+of an epoch falls from about 9.5 to 5.5 (the rest is mostly the entropy of the contrastive term); then a line for each
+block tells what it did.
 """
 
 import argparse
