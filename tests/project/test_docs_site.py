@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -187,6 +188,36 @@ def test_the_search_knows_every_page_but_source_files(site, pages):
     found = {entry["location"].partition("#")[0] or "index.html" for entry in index["docs"]}
     expected = {name for name in pages if name != "404.html" and not name.startswith("files/")}
     assert found == expected
+
+
+def test_other_sites_can_link_to_every_name(site):
+    head, body = (site / "objects.inv").read_bytes().split(b"zlib.\n")
+    assert head.startswith(b"# Sphinx inventory version 2\n# Project: momentum-distill\n")
+    known = {line.split(" ")[0]: line.split(" ")[-2] for line in zlib.decompress(body).decode().splitlines()}
+    for name in md.__all__:
+        if name in ("functional", "diagnostics", "schedules"):
+            for member in getattr(md, name).__all__:
+                assert known[f"momentum_distill.{name}.{member}"].startswith("api/"), member
+        else:
+            assert known[f"momentum_distill.{name}"].startswith("api/"), name
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_link_to_the_repository_asks_its_host_for_nothing(ours, tmp_path):
+    """The theme's own does, by the script that looks for this attribute."""
+    pytest.importorskip("material")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# One\n")
+    address = "https://github.com/owner/name"
+    theme = (
+        f"{{name: material, font: false, custom_dir: {DOCS / 'theme'}}}" if ours else "{name: material, font: false}"
+    )
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: one\nrepo_url: {address}\ntheme: {theme}\n")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, check=True)
+    page = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert f'href="{address}"' in page
+    assert ('data-md-component="source"' in page) is not ours
 
 
 # ---------------------------------------------------------------------------------------------------- the formulas
