@@ -209,10 +209,8 @@ def test_the_link_to_the_repository_asks_its_host_for_nothing(ours, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# One\n")
     address = "https://github.com/owner/name"
-    theme = (
-        f"{{name: material, font: false, custom_dir: {DOCS / 'theme'}}}" if ours else "{name: material, font: false}"
-    )
-    (tmp_path / "mkdocs.yml").write_text(f"site_name: one\nrepo_url: {address}\ntheme: {theme}\n")
+    theme = f"name: material, font: false{f', custom_dir: {DOCS}/theme' if ours else ''}"
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: one\nrepo_url: {address}\ntheme: {{{theme}}}\n")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet"]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, check=True)
     page = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
