@@ -17,6 +17,7 @@ class Addresses(MetadataHookInterface):
         known = address_of(Path(self.root, "CITATION.cff").read_text(encoding="utf-8"))
         readme = Path(self.root, "README.md").read_text(encoding="utf-8")
         repository = known.get("repository-code")
+        metadata["urls"] = {}
         if repository:
             metadata["urls"] = {
                 "Repository": repository,

@@ -129,7 +129,7 @@ def about(tree: Path, addresses: str) -> tuple[dict[str, Any], list[str]]:
 
 def test_without_an_address_nothing_names_one(tmp_path):
     metadata, site = about(tmp_path, "")
-    assert "urls" not in metadata
+    assert not metadata.get("urls")
     assert metadata["readme"]["text"] == (ROOT / "README.md").read_text(encoding="utf-8")
     assert site == ["", ""]
 
