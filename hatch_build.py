@@ -31,8 +31,7 @@ class Addresses(MetadataHookInterface):
 
 def address_of(citation: str) -> dict[str, str]:
     """`repository-code`, and the `url` of the site, of a CITATION.cff; neither, while it names none."""
-    found = re.findall(r"^(repository-code|url): *(\S+?)/*$", citation, flags=re.MULTILINE)
-    return dict(found)
+    return dict(re.findall(r"^(repository-code|url): *\"?(https://[^\"\s]+?)/*\"?$", citation, flags=re.MULTILINE))
 
 
 def absolute(readme: str, repository: str, tag: str) -> str:

@@ -134,10 +134,10 @@ def test_without_an_address_nothing_names_one(tmp_path):
     assert site == ["", ""]
 
 
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_an_address_stands_once_and_metadata_readme_and_site_have_it(slash, tmp_path):
-    repository, pages = addresses = ["https://host.example/owner/name", "https://pages.example/name"]
-    metadata, site = about(tmp_path, f"repository-code: {repository}{slash}\nurl: {pages}{slash}\n")
+@pytest.mark.parametrize("written", ["{}", "{}/", '"{}"'])
+def test_an_address_stands_once_and_metadata_readme_and_site_have_it(written, tmp_path):
+    addresses = [repository, _] = ["https://host.example/owner/name", "https://pages.example/name"]
+    metadata, site = about(tmp_path, f"repository-code: {written}\nurl: {written}\n".format(*addresses))
     assert site == addresses
     assert [metadata["urls"][name] for name in ("Repository", "Documentation")] == addresses
     assert all(metadata["urls"][name].startswith(f"{repository}/") for name in ("Issues", "Changelog"))
