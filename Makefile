@@ -67,7 +67,7 @@ audit: bandit  ## the same, and known vulnerabilities of what constraints.txt pi
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 docs: setup  ## the site, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python docs/build.py
 
 dist: setup  ## the wheel and the sdist, into dist/; the same bytes whenever and wherever they are built
 	rm -rf dist
