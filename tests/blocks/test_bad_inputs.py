@@ -7,7 +7,6 @@ too (``features['a']``, ``keys[1]``). What each says stands word for word in ``e
 """
 
 import inspect
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from torch.nn.parameter import is_lazy
 import momentum_distill as md
 from loss_cases import numbers_alone
 from momentum_distill import diagnostics, functional, schedules
+from pinned import read
 
 pytestmark = numbers_alone
 
@@ -1110,7 +1110,7 @@ def messages():
 
 @pytest.fixture(scope="module")
 def pinned():
-    return json.loads(MESSAGES.read_text(encoding="utf-8"))
+    return read(MESSAGES)
 
 
 @pytest.mark.parametrize("name", CALLS)
