@@ -250,7 +250,7 @@ def messages(ranks):
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all_and_none_is_lost(ranks, world):
     pinned = read(MESSAGES)
-    assert pinned.keys() == rank_blocks.WRONG.keys()
+    assert pinned.keys() == rank_blocks.WRONG.keys(), "`python tests/pin.py`, and read the difference"
     answers = ranks.run(world, "rank_blocks:errors")
     mean = sum(rank * (rank + 1) for rank in range(world)) / sum(range(1, world + 1))
     for name, (_, _, kind, pattern) in rank_blocks.WRONG.items():

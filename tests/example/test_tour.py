@@ -42,7 +42,7 @@ NUMBER = r"[-+]?\d+(?:\.\d+)?"
 def test_every_block_is_on_the_tour():
     code = "\n".join(source(cell) for cell in code_of(CELLS))
     names = [*md.__all__, *(f"diagnostics.{name}" for name in md.diagnostics.__all__)]
-    assert [name for name in names if f"md.{name}" not in code] == []
+    assert [name for name in names if f"md.{name}" not in code] == [], f"give each a cell that shows it; then {AGAIN}"
 
 
 def test_every_cell_is_short_and_has_words_before_it():
