@@ -9,10 +9,13 @@ NOT_COMPUTING := bad_inputs|benchmarks|cuda|distributed|docs|example_(bootstrap|
 COMPUTING = $(shell ls tests/*/test_*.py | grep -v -E "/test_($(NOT_COMPUTING))")
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
-.PHONY: example results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
+.PHONY: example tour results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
+
+tour: setup  ## run examples/tour.ipynb, half a minute, and store in it what its cells show
+	OMP_NUM_THREADS=1 $(BIN)/python -W error tests/run_notebook.py examples/tour.ipynb
 
 results:  ## the commands that give the figures of docs/results.md and docs/when.md again
 	@sed -n '/^```sh/,/^```$$/{/^```/!p}' docs/results.md docs/when.md | awk '!seen[$$0]++'
