@@ -13,10 +13,13 @@ export REPOSITORY_URL := $(call address,repository-code)
 export SITE_URL := $(call address,url)
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
-.PHONY: example results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
+.PHONY: example tour results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
+
+tour: setup  ## run examples/tour.ipynb, half a minute, and store in it what its cells show
+	OMP_NUM_THREADS=1 $(BIN)/python -W error tests/run_notebook.py examples/tour.ipynb
 
 results:  ## the commands that give the figures of docs/results.md and docs/when.md again
 	@sed -n '/^```sh/,/^```$$/{/^```/!p}' docs/results.md docs/when.md | awk '!seen[$$0]++'
@@ -71,7 +74,7 @@ audit: bandit  ## the same, and known vulnerabilities of what constraints.txt pi
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 docs: setup  ## the site, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python docs/build.py
 
 dist: setup  ## the wheel and the sdist, into dist/; the same bytes whenever and wherever they are built
 	rm -rf dist
