@@ -223,6 +223,7 @@ def test_other_sites_can_link_to_every_name(site):
 def test_the_site_leads_to_the_repository(pages):
     assert ADDRESSES["REPOSITORY_URL"] in pages["index.html"].links
     assert f'rel="canonical" href="{ADDRESSES["SITE_URL"]}/' in pages["index.html"].source
+    assert 'data-md-component="source"' not in pages["index.html"].source  # what the script looks for that asks
 
 
 # ---------------------------------------------------------------------------------------------------- the formulas
