@@ -29,10 +29,12 @@ from momentum_distill import _group
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from mtmd import cli, training  # noqa: E402
-from mtmd.config import Config, config_from  # noqa: E402
-from mtmd.processes import place  # noqa: E402
-from mtmd.synthetic import synthetic_dataset  # noqa: E402
+from mtmd.data.synthetic import synthetic_dataset  # noqa: E402
+from mtmd.runs import training  # noqa: E402
+from mtmd.runs.processes import place  # noqa: E402
+from mtmd.settings import cli  # noqa: E402
+from mtmd.settings.config import Config  # noqa: E402
+from mtmd.settings.options import config_from  # noqa: E402
 
 STEPS, WARM_UP = 12, 2
 

@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from rich.console import Console  # here: what is not installed is told as all else is
 
-        from mtmd import cli, processes
+        from mtmd.runs import processes
+        from mtmd.settings import cli
 
         command, parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
         with processes.started(command):

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtmd import cli, training
-from mtmd.config import Config, config_from
-from mtmd.data import drop_modalities
-from mtmd.processes import place
-from mtmd.synthetic import synthetic_dataset
+from mtmd.data.fold import drop_modalities
+from mtmd.data.synthetic import synthetic_dataset
+from mtmd.runs import devices, resume, training
+from mtmd.runs.processes import place
+from mtmd.settings import cli
+from mtmd.settings.config import Config
+from mtmd.settings.options import config_from
 
 
 def gradients(options: list[str], steps: int) -> tuple[dict[str, Tensor], list[dict[str, float]], list[int]]:
@@ -40,14 +42,14 @@ def train_three_steps(options: list[str], folder: str) -> int:
     steps = training.epoch_steps(state, config, folds["train"], torch.device("cpu"))
     for _ in range(3):
         next(steps)
-    training.save_training(Path(folder), state, identity, torch.device("cpu"))
+    resume.save_training(Path(folder), state, identity, torch.device("cpu"))
     return len(state.run.steps)
 
 
 def go_on(options: list[str], folder: str) -> list[object]:
     """Where a restored run goes on, digests of what it holds, and the loss of its next step."""
     config, folds, state, identity = _begin(options)
-    assert training.restore_training(Path(folder), state, identity, torch.device("cpu"), print)
+    assert resume.restore_training(Path(folder), state, identity, torch.device("cpu"), print)
     state.objective.queue.check_in_sync()
     held = [digest(module) for module in (state.run.model, state.objective)]
     record = next(training.epoch_steps(state, config, folds["train"], torch.device("cpu")))
@@ -56,12 +58,12 @@ def go_on(options: list[str], folder: str) -> list[object]:
 
 def precision(last_can: bool) -> str:
     """What is trained in where rank 1 may have no bfloat16."""
-    has = training.no_bfloat16
-    training.no_bfloat16 = lambda _: "" if last_can or place()[0] == 0 else "none here"
+    has = devices.no_bfloat16
+    devices.no_bfloat16 = lambda _: "" if last_can or place()[0] == 0 else "none here"
     try:
-        return training.precision_of(Config(amp=True), torch.device("cpu"))
+        return devices.precision_of(Config(amp=True), torch.device("cpu"))
     finally:
-        training.no_bfloat16 = has
+        devices.no_bfloat16 = has
 
 
 def _begin(options: list[str]):
@@ -69,7 +71,7 @@ def _begin(options: list[str]):
     config = config_from(parsed)
     dataset = synthetic_dataset(seed=0)
     folds, _ = training.prepare(dataset, config)
-    identity = {"config": config.identity(), "seed": 1, "data": training.fingerprint(folds)}
+    identity = {"config": config.identity(), "seed": 1, "data": resume.fingerprint(folds)}
     return config, folds, training.begin(config, folds, dataset.widths, 1, torch.device("cpu")), identity
 
 

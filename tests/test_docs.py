@@ -13,7 +13,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import momentum_distill as md
-from mtmd.cli import COMMANDS
+from mtmd.settings.cli import COMMANDS
 from study_tools import paired_interval, read_results
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,12 +24,16 @@ import torch._dynamo  # the optimiser imports it at its first step; the processe
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import checkpoint, experiment, training
-from mtmd.checkpoint import load_state, replacing, save_state
-from mtmd.config import Config
-from mtmd.experiment import load_predictions, run_experiment
-from mtmd.synthetic import synthetic_dataset
-from mtmd.training import pack_random, prepare, train, unpack_random
+from mtmd.data.synthetic import synthetic_dataset
+from mtmd.files import writing
+from mtmd.files.writing import replacing
+from mtmd.results.records import load_predictions
+from mtmd.runs import checkpoint, devices, experiment, resume, states, training
+from mtmd.runs.experiment import run_experiment
+from mtmd.runs.resume import pack_random, unpack_random
+from mtmd.runs.states import load_state, save_state
+from mtmd.runs.training import prepare, train
+from mtmd.settings.config import Config
 from tiers import times
 
 CPU = torch.device("cpu")
@@ -162,7 +166,7 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
     dataset = small_dataset()
     folds, _ = prepare(dataset, config)
     trainings, saved = [], []
-    begin, train_step, save = training.begin, training.train_step, training.save_state
+    begin, train_step, save = training.begin, training.train_step, resume.save_state
 
     def remembering(*arguments):
         trainings.append(begin(*arguments))
@@ -189,7 +193,7 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
     monkeypatch.setattr(training, "begin", remembering)
     monkeypatch.setattr(training, "train_step", drawing)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", copying)
+        patch.setattr(resume, "save_state", copying)
         whole, ends = run_all(tmp_path / "whole")
     assert len(saved) == 30 + 3  # at each step, and again at the end of each epoch
     config.resume, config.save_every = True, 0
@@ -221,10 +225,10 @@ def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
 
 @pytest.mark.parametrize("first", ["bfloat16", "float32"])
 def test_a_run_may_go_on_where_there_is_another_precision_and_says_so(first, tmp_path, monkeypatch):
-    if training.no_bfloat16(CPU):  # what counts here is what is written down
+    if devices.no_bfloat16(CPU):  # what counts here is what is written down
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     second = {"bfloat16": "float32", "float32": "bfloat16"}[first]
-    monkeypatch.setattr(training, "no_bfloat16", lambda _: "" if now == "bfloat16" else "none here")
+    monkeypatch.setattr(devices, "no_bfloat16", lambda _: "" if now == "bfloat16" else "none here")
     config = Config(**SMALL, save_every=1, amp=True, resume=True)
     dataset = small_dataset()
     folds, _ = prepare(dataset, config)
@@ -323,19 +327,19 @@ def test_a_state_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
         raise PermissionError("not now")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "file_sha256", refuse)
+        patch.setattr(writing, "file_sha256", refuse)
         with pytest.raises(PermissionError, match="not now"):
             load_state(tmp_path, print)
     assert sorted(tmp_path.iterdir()) == before
     assert load_state(tmp_path, print)[1] == {"step": 2}
 
 
-@pytest.mark.parametrize("other", [checkpoint.STATE_FORMAT - 1, checkpoint.STATE_FORMAT + 1], ids=["older", "newer"])
+@pytest.mark.parametrize("other", [states.STATE_FORMAT - 1, states.STATE_FORMAT + 1], ids=["older", "newer"])
 def test_a_state_of_another_format_is_kept_and_named(other, tmp_path):
     save_state(tmp_path, 1, {"weight": torch.ones(3)}, {"step": 1})
     (path,) = tmp_path.glob("*.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": other}))
-    expected = rf"state_000000001\.json: expected a training state of format {checkpoint.STATE_FORMAT}, got {other}"
+    expected = rf"state_000000001\.json: expected a training state of format {states.STATE_FORMAT}, got {other}"
     with pytest.raises(ValueError, match=expected):
         load_state(tmp_path, print)
     assert len(list(tmp_path.iterdir())) == 2
@@ -424,7 +428,8 @@ def experiment_process(out, resume, die_at, log):
 
         return wrapped
 
-    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint, "write_tensors")):
+    saves = (checkpoint, "write_tensors"), (states, "write_tensors")
+    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), *saves):
         setattr(owner, name, deadly(getattr(owner, name)))
     # Figures take longer than all the rest, and are written like nothing else is.
     experiment.plot_losses = experiment.plot_factors = lambda *_arguments, **_options: None
@@ -579,7 +584,7 @@ def test_finished_seeds_are_kept_and_new_ones_added(tmp_path, trained_seeds):
 
 
 def test_seeds_of_another_precision_are_kept_and_named(tmp_path, trained_seeds, monkeypatch):
-    monkeypatch.setattr(training, "no_bfloat16", lambda _: "none here")
+    monkeypatch.setattr(devices, "no_bfloat16", lambda _: "none here")
     config = Config(**{**SMALL, "seeds": [1]}, amp=True, out=tmp_path)
     run_experiment(config, quiet(), dataset=small_dataset())
     path = tmp_path / "results.json"

@@ -21,14 +21,17 @@ import torch
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import experiment, training
-from mtmd.checkpoint import load_checkpoint
-from mtmd.config import PARTS, Config, add_config_arguments, config_from
-from mtmd.data import Standardizer, batches, presence
-from mtmd.experiment import load_experiment, load_predictions
-from mtmd.metrics import msa_metrics
-from mtmd.synthetic import make_synthetic, synthetic_dataset
-from mtmd.training import prepare, score_fold, train
+from mtmd.data.batches import batches
+from mtmd.data.fold import presence
+from mtmd.data.scaling import Standardizer
+from mtmd.data.synthetic import make_synthetic, synthetic_dataset
+from mtmd.results.metrics import msa_metrics
+from mtmd.results.records import load_experiment, load_predictions
+from mtmd.runs import devices, experiment, training
+from mtmd.runs.checkpoint import load_checkpoint
+from mtmd.runs.training import prepare, score_fold, train
+from mtmd.settings.config import PARTS, Config
+from mtmd.settings.options import add_config_arguments, config_from
 from study_cases import TINY
 
 TWO_EPOCHS = [*TINY, "--epochs=2"]
@@ -361,7 +364,7 @@ def test_bfloat16_is_for_training_alone():
     run, plain = small_run(amp=True), small_run()
     assert run.steps[0]["total"] == pytest.approx(plain.steps[0]["total"], rel=0.05)
     assert plain.precisions == ["float32"]
-    if training.no_bfloat16(torch.device("cpu")):
+    if devices.no_bfloat16(torch.device("cpu")):
         assert (run.steps, run.precisions) == (plain.steps, ["float32"])
     else:
         assert run.steps[0]["total"] != plain.steps[0]["total"]
@@ -372,14 +375,14 @@ def test_bfloat16_is_for_training_alone():
 
 def test_bfloat16_is_tried_with_what_the_model_is_made_of_and_costs_no_random_number(monkeypatch):
     before = torch.get_rng_state()
-    training.no_bfloat16.__wrapped__(torch.device("cpu"))
+    devices.no_bfloat16.__wrapped__(torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
 
     def refuse(*_):
         raise RuntimeError("could not create a descriptor. Run it again")
 
     monkeypatch.setattr(torch.nn.LSTM, "forward", refuse)
-    assert training.no_bfloat16.__wrapped__(torch.device("cpu")) == "could not create a descriptor"
+    assert devices.no_bfloat16.__wrapped__(torch.device("cpu")) == "could not create a descriptor"
 
 
 OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # what an x86 CPU without AVX-512 has
@@ -408,7 +411,7 @@ def test_deterministic_mode_is_left_as_it_was_found():
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
 
     def fail_inside():
-        with training.deterministic_mode(True):
+        with devices.deterministic_mode(True):
             assert torch.are_deterministic_algorithms_enabled()
             assert torch.backends.cudnn.deterministic
             raise ZeroDivisionError
@@ -555,7 +558,7 @@ def test_text_that_an_encoder_cannot_read_is_named():
 
 def test_a_short_real_training_with_a_pretrained_encoder(mosi_path, tmp_path):
     """Real CMU-MOSI and a real BERT-type encoder, cut to two steps."""
-    from mtmd.data import load_mmsa
+    from mtmd.data.mmsa import load_mmsa
 
     config = Config(data=mosi_path, text_encoder=str(minilm()), epochs=1, out=tmp_path)
     dataset = load_mmsa(mosi_path, name="mosi")

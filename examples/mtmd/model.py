@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import momentum_distill as md
-from mtmd.config import Config
-from mtmd.data import Batch
+from mtmd.data.batches import Batch
+from mtmd.settings.config import Config
 
 CLASSES = 3  # negative, neutral, positive
 MODALITIES = ("text", "audio", "vision")

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import momentum_distill as md
-from mtmd.config import Config
-from mtmd.data import ABSENT, Batch
+from mtmd.data.batches import Batch
+from mtmd.data.fold import ABSENT
 from mtmd.model import CLASSES, MTMD, STUDENTS, TEACHER, Outputs, Prediction
+from mtmd.settings.config import Config
 
 
 class Objective(nn.Module):

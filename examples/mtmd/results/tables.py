@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from mtmd.bootstrap import Comparison
+from mtmd.results.bootstrap import Comparison
 
 # Where two numbers share a column: negative/non-negative, then negative/positive.
 COLUMNS = {

@@ -19,16 +19,15 @@ from rich.console import Console
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from mtmd.bootstrap import RESAMPLES
-from mtmd.checkpoint import check_writable
-from mtmd.compare import SIMS_LIMIT, Scores, compare_experiments, read_scores
-from mtmd.config import MODALITIES, a_path, add_format, at_least
-from mtmd.data import key_names
-from mtmd.experiment import load_experiment
-from mtmd.files import is_number, read_npz, read_table, reason, shown
-from mtmd.metrics import SIMS_BORDERS
-from mtmd.plots import plot_confusion, plot_embedding, plot_errors, plot_factors, plot_losses
-from mtmd.tables import METRICS, Row, row_of, write_table
+from mtmd.files.writing import check_writable
+from mtmd.results.bootstrap import RESAMPLES
+from mtmd.results.compare import SIMS_LIMIT, Scores, compare_experiments, read_scores
+from mtmd.results.metrics import SIMS_BORDERS
+from mtmd.results.plots import plot_confusion, plot_embedding, plot_errors, plot_factors, plot_losses
+from mtmd.results.records import load_experiment, read_representations, read_steps
+from mtmd.results.tables import METRICS, Row, row_of, write_table
+from mtmd.settings.config import MODALITIES
+from mtmd.settings.options import a_path, add_format, at_least
 
 # What the paper reports for MTMD (Table I): Acc7, Acc2 and F1 (negative/non-negative, negative/positive), MAE, Corr.
 PAPER = {
@@ -213,40 +212,6 @@ class Experiment:
             ],
             axis=1,
         )
-
-
-def read_steps(path: Path) -> list[dict[str, float]]:
-    """The terms of the loss and the fusion factors by optimiser step; empty if there is no such file."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in read_table(path)[1]:
-        try:
-            records.append({name: float(value) for name, value in line.items()})
-        except ValueError as error:
-            raise ValueError(f"{path}: expected a table of numbers: {reason(error)}") from error
-        if not all(map(is_number, records[-1].values())):
-            raise ValueError(f"{path}: expected a table of finite numbers, got {shown(line)}")
-    return records
-
-
-def read_representations(path: Path, ids: list[str]) -> dict[str, np.ndarray] | None:
-    """Fused representations of the test fold, which has these ids; None if there is no such file."""
-    if not path.is_file():
-        return None
-    arrays = read_npz(path)
-    for name, kind, ndim in (("features", "f", 2), ("initial", "f", 2), ("scores", "f", 1), ("ids", "U", 1)):
-        if name not in arrays:
-            raise ValueError(f"{path}: expected an array {name!r}, got {key_names(arrays)}")
-        array = arrays[name]
-        if array.dtype.kind != kind or array.ndim != ndim or len(array) != len(ids) or 0 in array.shape:
-            expected = f"{name} of {len(ids)} utterances, {ndim}-dimensional, of kind {kind!r}"
-            raise ValueError(f"{path}: expected {expected}, got {array.dtype} of shape {array.shape}")
-        if kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinite ones")
-    if arrays["ids"].tolist() != ids:
-        raise ValueError(f"{path}: ids: expected the test utterances of predictions.csv, got others")
-    return arrays
 
 
 # Tables

@@ -17,14 +17,16 @@ from typing import Any
 
 from rich.console import Console
 
-from mtmd.bootstrap import RESAMPLES
-from mtmd.cli import note
-from mtmd.compare import SIMS_LIMIT, compare_experiments, read_scores
-from mtmd.config import MODALITIES, Config, add_config_arguments, at_least, config_from, one_of
-from mtmd.experiment import check_before, load_experiment
-from mtmd.jobs import LOG, run_many
 from mtmd.model import TEACHER, used_modalities
-from mtmd.tables import METRICS, Row, mean_and_deviation, row_of, write_table
+from mtmd.results.bootstrap import RESAMPLES
+from mtmd.results.compare import SIMS_LIMIT, compare_experiments, read_scores
+from mtmd.results.records import load_experiment
+from mtmd.results.tables import METRICS, Row, mean_and_deviation, row_of, write_table
+from mtmd.runs.experiment import check_before
+from mtmd.settings.cli import note
+from mtmd.settings.config import MODALITIES, Config
+from mtmd.settings.options import add_config_arguments, at_least, config_from, one_of
+from mtmd.study.jobs import LOG, run_many
 
 
 @dataclass(frozen=True)

@@ -34,93 +34,34 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mtmd.checkpoint import (
-    check_writable,
-    file_sha256,
-    finite_or_none,
-    pair,
-    read_json,
-    remove_states,
-    replacing,
-    save_checkpoint,
-    sweep,
-    write_json,
-    write_text,
+from mtmd.data.fold import Dataset, Fold
+from mtmd.data.needs import check_encoder
+from mtmd.data.own_format import open_dataset
+from mtmd.data.synthetic import synthetic_dataset
+from mtmd.files.reading import read_json
+from mtmd.files.tensors import pair
+from mtmd.files.writing import check_writable, file_sha256, finite_or_none, replacing, sweep, write_json, write_text
+from mtmd.results.metrics import metrics_for
+from mtmd.results.plots import plot_factors, plot_losses
+from mtmd.results.records import (
+    PAPER_COLUMNS,
+    PREDICTION_COLUMNS,
+    SIMS_COLUMNS,
+    load_experiment,
+    read_epochs,
+    read_predictions,
 )
-from mtmd.cli import note
-from mtmd.config import MODALITIES, Config, add_config_arguments, config_from
-from mtmd.data import Dataset, Fold
-from mtmd.files import (
-    COUNT,
-    MEASURES,
-    NAME,
-    NUMBER,
-    OBJECT,
-    SWITCH,
-    Rule,
-    check_layout,
-    is_number,
-    is_plain,
-    parse_json,
-    shown,
-)
-from mtmd.metrics import metrics_for
-from mtmd.needs import check_encoder
-from mtmd.own_format import open_dataset
-from mtmd.plots import plot_factors, plot_losses
-from mtmd.processes import choose_device, from_leader, leads
-from mtmd.synthetic import synthetic_dataset
-from mtmd.training import (
-    Run,
-    check_compiler,
-    compare_configs,
-    no_bfloat16,
-    precision_of,
-    prepare,
-    train,
-)
+from mtmd.runs.checkpoint import save_checkpoint
+from mtmd.runs.devices import check_compiler, choose_device, no_bfloat16, precision_of
+from mtmd.runs.processes import from_leader, leads
+from mtmd.runs.resume import compare_configs
+from mtmd.runs.states import remove_states
+from mtmd.runs.training import Run, prepare, train
+from mtmd.settings.cli import note
+from mtmd.settings.config import MODALITIES, Config
+from mtmd.settings.options import add_config_arguments, config_from
 
 SEED_FILES = ("checkpoint", "steps", "representations", "losses", "fusion_factors")  # begin so, then _seedS
-PREDICTION_COLUMNS = ("seed", "split", "id", "target", "score", *MODALITIES)
-PAPER_COLUMNS = {
-    "Acc7": ("acc7",),
-    "Acc5": ("acc5",),
-    "Acc2": ("acc2_has0", "acc2_non0"),
-    "F1": ("f1_has0", "f1_non0"),
-    "MAE": ("mae",),
-    "Corr": ("corr",),
-}
-SIMS_COLUMNS = {
-    "Acc2": ("acc2",),
-    "Acc3": ("acc3",),
-    "Acc5": ("acc5",),
-    "F1": ("f1",),
-    "MAE": ("mae",),
-    "Corr": ("corr",),
-}
-
-BY_MODALITY = Rule(
-    "numbers by modality",
-    lambda value: OBJECT.fits(value) and set(value) <= set(MODALITIES) and all(map(MEASURES.fits, value.values())),
-)
-RESULTS = {
-    "config": OBJECT,
-    "dataset": {"name": NAME, "synthetic": SWITCH, "sha256": NAME},
-    "runs": [
-        {
-            "seed": COUNT,
-            "best_epoch": COUNT,
-            "seconds": NUMBER,
-            "epochs": Rule("a whole number above 0", lambda value: COUNT.fits(value) and value > 0),
-            "valid": MEASURES,
-            "test": MEASURES,
-            "valid_unimodal": BY_MODALITY,
-            "test_unimodal": BY_MODALITY,
-        }
-    ],
-    "mean": MEASURES,
-    "std": MEASURES,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -444,51 +385,9 @@ def run_entry(run: Run) -> dict[str, Any]:
     )
 
 
-def load_experiment(folder: Path) -> dict[str, Any]:
-    """The contents of results.json in the folder of an experiment.
-
-    Raises:
-        ValueError: If it is not one.
-        OSError: If it cannot be read.
-    """
-    path = Path(folder) / "results.json"
-    results = read_json(path)
-    for key in ("config", "dataset", "runs", "mean", "std"):
-        if not isinstance(results, dict) or key not in results:
-            raise ValueError(f"{path}: expected the results of `train`, got a file without {key!r}")
-    check_layout(results, RESULTS, str(path))
-    runs, names = results["runs"], results["mean"].keys()
-    if not runs:
-        raise ValueError(f"{path}: runs: expected at least one, got none")
-    columns = PAPER_COLUMNS if "acc7" in names else SIMS_COLUMNS
-    if not {name for column in columns.values() for name in column} <= names:
-        raise ValueError(f"{path}: mean: expected the metrics of a score, got {shown(list(names))}")
-    for entry in (*runs, {"std": results["std"]}):
-        measured = [entry[key] for key in ("valid", "test", "std") if key in entry]
-        measured += [*entry.get("valid_unimodal", {}).values(), *entry.get("test_unimodal", {}).values()]
-        if any(metrics.keys() != names for metrics in measured):
-            raise ValueError(f"{path}: expected the same metrics in each place, got others in {shown(entry)}")
-    seeds = [entry["seed"] for entry in runs]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{path}: runs: expected each seed once, got {shown(seeds)}")
-    return results
-
-
 def write_epochs(out: Path, finished: Finished) -> None:
     lines = [json.dumps(record, allow_nan=False) for records in finished.epochs.values() for record in records]
     write_text(out / "metrics.jsonl", "".join(line + "\n" for line in lines))
-
-
-def read_epochs(out: Path) -> dict[int, list[dict[str, Any]]]:
-    """The records of metrics.jsonl by seed; none if there is no such file."""
-    path = out / "metrics.jsonl"
-    records: dict[int, list[dict[str, Any]]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
-        where = f"{path}: expected a record of an epoch in line {number}"
-        record = parse_json(line, where)
-        check_layout(record, {"seed": COUNT}, where)
-        records.setdefault(record["seed"], []).append(record)
-    return records
 
 
 def prediction_rows(run: Run, folds: dict[str, Fold]) -> list[list[Any]]:
@@ -510,57 +409,6 @@ def write_predictions(path: Path, finished: Finished) -> None:
     for rows in finished.predictions.values():
         writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def read_predictions(out: Path) -> dict[int, list[list[str]]]:
-    """The rows of predictions.csv by seed; none if there is no such file."""
-    path = out / "predictions.csv"
-    rows: dict[int, list[list[str]]] = {}
-    if not path.exists():
-        return rows
-    content = path.read_bytes()
-    try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
-        if tuple(next(reader, ())) != PREDICTION_COLUMNS:
-            raise ValueError(f"{path}: expected the columns {', '.join(PREDICTION_COLUMNS)}")
-        for row in reader:
-            if not is_prediction(row):
-                got = ",".join(row)[:60]
-                raise ValueError(f"{path}: expected a prediction in line {reader.line_num}, got {got!r}")
-            rows.setdefault(int(row[0]), []).append(row)
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: expected UTF-8 in line {line}, got the byte {content[error.start]:#x}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}: expected a CSV file, got {error} in line {reader.line_num}") from error
-    return rows
-
-
-def is_prediction(row: list[str]) -> bool:
-    """Whether a row of predictions.csv is whole; a branch may have no score."""
-    if len(row) != len(PREDICTION_COLUMNS) or row[1] not in ("valid", "test"):
-        return False
-    try:
-        numbers = [float(value) for value in (*row[3:5], *filter(None, row[5:]))]
-        return int(row[0]) >= 0 and is_plain(row[2]) and all(map(is_number, numbers))
-    except ValueError:
-        return False
-
-
-def load_predictions(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:
-    """The predictions of an experiment: `[seed][split][column]`.
-
-    The column "id" is a list of strings, the others are float64 arrays (n,), NaN where a branch has no prediction.
-    """
-    loaded: dict[int, dict[str, dict[str, Any]]] = {}
-    for seed, rows in read_predictions(Path(folder)).items():
-        loaded[seed] = {}
-        for split in ("valid", "test"):
-            chosen = [dict(zip(PREDICTION_COLUMNS, row, strict=True)) for row in rows if row[1] == split]
-            loaded[seed][split] = {"id": [row["id"] for row in chosen]} | {
-                name: np.array([float(row[name] or "nan") for row in chosen]) for name in PREDICTION_COLUMNS[3:]
-            }
-    return loaded
 
 
 def write_steps(path: Path, steps: list[dict[str, float]]) -> None:

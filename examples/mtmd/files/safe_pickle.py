@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mtmd.files import BEGINNING, is_plain, other_kind
+from mtmd.files.checks import is_plain
+from mtmd.files.reading import BEGINNING, other_kind
 
 __all__ = ["DamagedPickleError", "UnsafePickleError", "load"]
 

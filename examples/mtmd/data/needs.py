@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mtmd.config import MODALITIES, Config
-from mtmd.data import FORMS, DataError, Fold, one_text, tokenize
+from mtmd.data.fold import FORMS, DataError, Fold, one_text
+from mtmd.data.text import texts_before, tokenize
 from mtmd.model import TEACHER, PretrainedTextEncoder, load_transformers, text_positions, used_modalities
+from mtmd.settings.config import MODALITIES, Config
 
 NAMES = {"text": "text (features)", "text_bert": "text_bert (token ids)", "raw_text": "raw_text (words)"}
 UNCASED_BERT = {"[CLS]": 101, "[SEP]": 102, "movie": 3185, "##s": 2015, "good": 2204}
@@ -160,25 +161,6 @@ def with_text(fold: Fold, reader: TextReader, max_tokens: int, where: str) -> Fo
         tokens = tokenize(fold.raw_text, reader.tokenizer, max_tokens, before=before)
     check_tokens(tokens, reader, f"{where}: {form}")
     return replace(one_text(fold, tokens=True), text_bert=tokens)
-
-
-def texts_before(fold: Fold, count: int) -> list[str]:
-    """Of each sample the texts before it in its video, at most `count`, joined.
-
-    MMSA's ids are VIDEO$_$CLIP, clips numbered in their order. A clip that is not in the fold is passed over, and an id
-    of another form is a video of its own.
-    """
-    videos: dict[str, list[tuple[int, int]]] = {}
-    for row, name in enumerate(fold.ids):
-        video, _, clip = name.rpartition("$_$")
-        if video and clip.isdecimal():
-            videos.setdefault(video, []).append((int(clip), row))
-    before = [""] * len(fold)
-    for clips in videos.values():
-        rows = [row for _, row in sorted(clips)]
-        for place, row in enumerate(rows):
-            before[row] = " ".join(fold.raw_text[earlier] for earlier in rows[max(0, place - count) : place])
-    return before
 
 
 def check_tokens(tokens: np.ndarray, reader: TextReader, where: str) -> None:

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from mtmd.data import FOLDS, Dataset, from_mmsa
+from mtmd.data.fold import FOLDS, Dataset
+from mtmd.data.mmsa import from_mmsa
 
 __all__ = ["make_synthetic", "synthetic_dataset"]
 

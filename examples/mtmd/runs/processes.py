@@ -64,19 +64,6 @@ def in_parallel(module: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(module, **{option: False})
 
 
-def choose_device(name: str) -> torch.device:
-    """Where this process computes; "auto": on CUDA if there is one.
-
-    Raises:
-        ValueError: If it has no such device.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected a device that is there, got cuda without a CUDA device")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def from_leader(number: float) -> float:
     """What rank 0 has; a float64."""
     if place()[1] == 1:

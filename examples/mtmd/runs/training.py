@@ -4,17 +4,13 @@ Given a folder for its state, a run that was killed goes on from where it was sa
 """
 
 import copy
-import functools
 import hashlib
-import importlib.util
 import itertools
 import math
-import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +20,22 @@ import torch
 from torch import Tensor, nn
 
 import momentum_distill as md
-from mtmd.checkpoint import load_state, remove_states, save_state, section
-from mtmd.config import Config
-from mtmd.data import Batch, Dataset, Fold, Standardizer, batches, drop_modalities, presence
-from mtmd.files import reason
-from mtmd.metrics import msa_metrics
-from mtmd.model import MTMD, SequenceEncoder
-from mtmd.needs import as_read
+from mtmd.data.batches import Batch, batches
+from mtmd.data.fold import Dataset, Fold, drop_modalities, presence
+from mtmd.data.needs import as_read
+from mtmd.data.scaling import Standardizer
+from mtmd.model import MTMD
 from mtmd.objective import Objective
-from mtmd.processes import everywhere, from_leader, in_parallel, leads, place
+from mtmd.results.metrics import msa_metrics
+from mtmd.runs.devices import check_compiler, deterministic_mode, precision_of
+from mtmd.runs.processes import from_leader, in_parallel, leads, place
+from mtmd.runs.resume import (
+    fingerprint,
+    restore_training,
+    save_training,
+)
+from mtmd.runs.states import remove_states
+from mtmd.settings.config import Config
 
 WARM_UP = 0.1  # share of the steps of a cosine schedule in which the rates rise
 
@@ -242,45 +245,6 @@ class Step(nn.Module):
         return self.objective(self.model, batch)
 
 
-def precision_of(config: Config, device: torch.device) -> str:
-    """What training computes in: bfloat16 where it is asked for and every process can."""
-    with deterministic_mode(config.deterministic):  # which cuBLAS has to know before it is used for the first time
-        return "bfloat16" if everywhere(config.amp and not no_bfloat16(device)) else "float32"
-
-
-@functools.cache
-def no_bfloat16(device: torch.device) -> str:
-    """Why a device cannot train this model in bfloat16, empty if it can: what the model is made of is tried, once.
-
-    oneDNN has no bfloat16 LSTM for a CPU without AVX-512, and an old GPU no bfloat16 at all.
-    """
-    try:
-        with torch.random.fork_rng(devices=[]):  # weights and dropout of a run stay what they are
-            encoder, linear = SequenceEncoder(4, 4, layers=1, heads=1, dropout=0.0), nn.Linear(4, 4)
-        encoder.to(device), linear.to(device)
-        steps, lengths = torch.ones(2, 3, 4, device=device), torch.tensor([3, 1], device=device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = linear(encoder(steps, lengths)).float().sum()
-            with torch.no_grad():  # as the momentum models
-                encoder.eval()(steps, lengths)
-        loss.backward()
-        loss.item()  # waits for what a GPU has to say
-    except RuntimeError as error:
-        return reason(error).partition(". ")[0]
-    return ""
-
-
-def check_compiler(device: torch.device) -> None:
-    """Say at once what torch.compile would say in the middle of a traceback."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ValueError("--compile: expected a C++ compiler (g++, clang++ or what CXX names), found none")
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError(
-            "--compile: expected the package triton, which compiles for CUDA, found none; "
-            'pip install "momentum-distill[triton]" brings it'
-        )
-
-
 def epoch_steps(training: Training, config: Config, fold: Fold, device: torch.device) -> Iterator[dict[str, float]]:
     """Make the steps of an epoch that are left, one for each record that is asked for.
 
@@ -403,160 +367,3 @@ def unimodal_metrics(
         if there.any():
             result[name] = metrics(values[there], fold.scores[there])
     return result
-
-
-# State
-
-
-@contextmanager
-def deterministic_mode(on: bool) -> Iterator[None]:
-    """Inside, torch uses operations that give the same bits each time, or says which has none."""
-    if not on:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.benchmark,
-    )
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[2:]
-
-
-def save_training(folder: Path, training: Training, identity: dict[str, Any], device: torch.device) -> None:
-    """Store all that training changes; what is not in here follows from the settings and the seed.
-
-    All processes call it, for each has random numbers of its own; the leader writes.
-    """
-    run = training.run
-    weights = {
-        "model": run.model.state_dict(),
-        "objective": training.objective.state_dict(),
-        "best": training.best_weights or {},
-        "average": {} if training.average is None else training.average.state_dict(),
-    }
-    tensors = {f"{part}.{name}": value for part, state in weights.items() for name, value in state.items()}
-    values = {
-        **identity,
-        "position": [training.epoch, training.step],
-        "best": [training.best_mae, run.best_epoch],
-        "schedule": training.schedule.state_dict(),
-        "epochs": run.epochs,
-        "steps": run.steps,
-        "seconds": run.seconds,
-        "precisions": run.precisions,
-    }
-    pack_optimizer(training.optimizer, tensors, values)
-    pack_random(device, tensors, values)
-    if leads():
-        save_state(folder, len(run.steps), tensors, values)
-
-
-def restore_training(
-    folder: Path, training: Training, identity: dict[str, Any], device: torch.device, on_note: Callable[[str], None]
-) -> bool:
-    """Go back to the newest state in the folder; False if there is none."""
-    found = load_state(folder, on_note) if leads() else None
-    step = int(from_leader(-1 if found is None else len(found[1]["steps"])))  # the others read what the leader left
-    if step < 0:
-        return False
-    found = load_state(folder, on_note) if found is None else found
-    if found is None or len(found[1]["steps"]) != step:
-        raise ValueError(f"--out: expected a folder that all processes see, got {folder}, where they find other states")
-    tensors, values = found
-    check_identity(folder, values, identity)
-    run = training.run
-    run.model.load_state_dict(section(tensors, "model."))
-    training.objective.load_state_dict(section(tensors, "objective."))
-    if training.average is not None:
-        training.average.load_state_dict(section(tensors, "average."))
-    training.best_weights = {name: value.to(device) for name, value in section(tensors, "best.").items()} or None
-    training.schedule.load_state_dict(values["schedule"])
-    unpack_optimizer(training.optimizer, tensors, values)
-    training.epoch, training.step = values["position"]
-    training.best_mae, run.best_epoch = values["best"]
-    run.epochs, run.steps, run.seconds = values["epochs"], values["steps"], values["seconds"]
-    run.precisions = values.get("precisions") or ["bfloat16" if values["config"]["amp"] else "float32"]  # as of 0.1.0
-    if run.precisions[-1] != training.precision:
-        on_note(f"seed {run.seed} was trained in {run.precisions[-1]} so far and goes on in {training.precision}")
-    unpack_random(device, tensors, values)
-    return True
-
-
-def fingerprint(folds: dict[str, Fold]) -> str:
-    """SHA-256 of what is trained on."""
-    digest = hashlib.sha256()
-    for name, fold in folds.items():
-        arrays = {"scores": fold.scores, "text_bert": fold.text_bert, **fold.features}
-        arrays |= {f"{key}_lengths": length for key, length in fold.lengths.items()}
-        digest.update(repr((name, fold.ids)).encode(errors="backslashreplace"))
-        for key, array in arrays.items():
-            if array is not None:
-                digest.update(repr((key, array.shape, array.dtype.str)).encode())
-                digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def check_identity(state_dir: Path, values: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse to go on with another experiment than the one that was begun."""
-    compare_configs(state_dir, values["config"], identity["config"])
-    for name in ("seed", "data"):
-        if values[name] != identity[name]:
-            raise ValueError(f"--resume: expected the {name} of {state_dir}, got another; choose another --out")
-
-
-def compare_configs(where: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise if two identities of configurations differ, and say in what."""
-    differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if differing:
-        shown = "; ".join(f"{name} {here.get(name)}, there {there.get(name)}" for name in differing)
-        raise ValueError(f"--resume: expected the settings of {where}, got {shown}; choose another --out")
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Its tensors into `tensors` as optimizer.INDEX.NAME, the rest into `values`."""
-    state = optimizer.state_dict()
-    for index, entries in state["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
-    values["optimizer"] = state["param_groups"]
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in section(tensors, "optimizer.").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in values["optimizer"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def pack_random(device: torch.device, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """The states of all random number generators; torch's, which dropout uses, of each process."""
-    states = {"random.torch": torch.get_rng_state()[None]}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)[None]
-    tensors |= md.gather_rows(states)
-    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
-    tensors["random.numpy"] = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    gauss = [numpy_state["has_gauss"], numpy_state["gauss"]]
-    values["random"] = {"numpy": [numpy_state["state"]["pos"], *gauss], "python": random.getstate()}
-
-
-def unpack_random(device: torch.device, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    rank, _ = place()
-    if rank < len(tensors["random.torch"]):  # one more process than before keeps what `begin` gave it
-        torch.set_rng_state(tensors["random.torch"][rank].clone())  # of a view it would read the whole
-        if device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"][rank].clone(), device)
-    position, has_gauss, gauss = values["random"]["numpy"]
-    key = tensors["random.numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
-    version, numbers, gauss_next = values["random"]["python"]
-    random.setstate((version, tuple(numbers), gauss_next))

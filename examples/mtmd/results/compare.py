@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mtmd.bootstrap import RESAMPLES, Comparison, paired_bootstrap
-from mtmd.experiment import load_predictions
+from mtmd.results.bootstrap import RESAMPLES, Comparison, paired_bootstrap
+from mtmd.results.records import load_predictions
 
 SIMS_LIMIT = 1.0  # the metrics of CH-SIMS clip to [-1, 1]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from rich.console import Console
 
-from mtmd.config import did_you_mean, unknown
+from mtmd.files.checks import did_you_mean, unknown
 
 
 class Command(NamedTuple):
@@ -25,17 +25,22 @@ class Command(NamedTuple):
 
 DEFAULT = "train"
 COMMANDS = {
-    "train": Command("mtmd.experiment", "add_arguments", "run", "train from one or more seeds (the default)"),
+    "train": Command("mtmd.runs.experiment", "add_arguments", "run", "train from one or more seeds (the default)"),
     "evaluate": Command(
-        "mtmd.inference", "add_evaluate_arguments", "run_evaluate", "metrics of a checkpoint, also without modalities"
+        "mtmd.runs.evaluate",
+        "add_evaluate_arguments",
+        "run_evaluate",
+        "metrics of a checkpoint, also without modalities",
     ),
-    "predict": Command("mtmd.inference", "add_predict_arguments", "run_predict", "scores for own utterances"),
-    "ablate": Command("mtmd.ablation", "add_arguments", "run", "the paper's Tables II and III"),
-    "search": Command("mtmd.search", "add_arguments", "run", "random search over the paper's grid"),
-    "report": Command("mtmd.report", "add_arguments", "run", "figures and tables of finished experiments"),
-    "convert": Command("mtmd.own_format", "add_convert_arguments", "run_convert", "a pickle of MMSA to the own format"),
-    "check": Command("mtmd.own_format", "add_check_arguments", "run_check", "what is odd about a data set"),
-    "export": Command("mtmd.inference", "add_export_arguments", "run_export", "a checkpoint as a torch.export program"),
+    "predict": Command("mtmd.runs.predict", "add_predict_arguments", "run_predict", "scores for own utterances"),
+    "ablate": Command("mtmd.study.ablation", "add_arguments", "run", "the paper's Tables II and III"),
+    "search": Command("mtmd.study.search", "add_arguments", "run", "random search over the paper's grid"),
+    "report": Command("mtmd.study.report", "add_arguments", "run", "figures and tables of finished experiments"),
+    "convert": Command("mtmd.data.check", "add_convert_arguments", "run_convert", "a pickle of MMSA to the own format"),
+    "check": Command("mtmd.data.check", "add_check_arguments", "run_check", "what is odd about a data set"),
+    "export": Command(
+        "mtmd.runs.export", "add_export_arguments", "run_export", "a checkpoint as a torch.export program"
+    ),
 }
 
 

@@ -29,14 +29,28 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtmd.checkpoint import write_text
-from mtmd.cli import note
-from mtmd.config import NOT_IDENTITY, Config, add_config_arguments, at_least, config_from, did_you_mean
-from mtmd.data import key_names
-from mtmd.experiment import check_before, progress_bars
-from mtmd.files import COUNT, MEASURE, MEASURES, NAME, NUMBER, OBJECT, Rule, check_layout, is_text, parse_json, shown
-from mtmd.jobs import run_many
-from mtmd.tables import write_csv
+from mtmd.data.values import key_names
+from mtmd.files.checks import (
+    COUNT,
+    MEASURE,
+    MEASURES,
+    NAME,
+    NUMBER,
+    OBJECT,
+    Rule,
+    check_layout,
+    did_you_mean,
+    is_text,
+    shown,
+)
+from mtmd.files.reading import parse_json
+from mtmd.files.writing import write_text
+from mtmd.results.tables import write_csv
+from mtmd.runs.experiment import check_before, progress_bars
+from mtmd.settings.cli import note
+from mtmd.settings.config import NOT_IDENTITY, Config
+from mtmd.settings.options import add_config_arguments, at_least, config_from
+from mtmd.study.jobs import run_many
 
 GAMMA = (0.6, 0.8, 1.0)
 PAPER_GRID: dict[str, tuple[Any, ...]] = {

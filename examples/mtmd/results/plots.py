@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from mtmd.config import MODALITIES
-from mtmd.tables import write_csv
+from mtmd.results.tables import write_csv
+from mtmd.settings.config import MODALITIES
+
+matplotlib.use("Agg")
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles, markers and hatches differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mtmd.config import Config
-from mtmd.experiment import run_experiment
+from mtmd.runs.experiment import run_experiment
+from mtmd.settings.config import Config
 
 LOG = "log.txt"
 
