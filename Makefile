@@ -4,9 +4,9 @@ BIN := .venv/bin
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 # Not those that look at files, messages, pages and packages.
-COMPUTING = $(filter-out $(foreach name,bad_inputs benchmarks cuda distributed% docs% example_bootstrap \
-	example_data example_garbage example_killed example_own_format example_plots example_processes public_api release \
-	safe_pickle supply_chain triton,tests/test_$(name).py),$(wildcard tests/test_*.py))
+NOT_COMPUTING := bad_inputs|benchmarks|cuda|distributed|docs|example_(bootstrap|data|garbage|killed|own_format|plots)|$\
+	example_processes|public_api|release|safe_pickle|supply_chain|triton
+COMPUTING = $(shell ls tests/*/test_*.py | grep -v -E "/test_($(NOT_COMPUTING))")
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
 .PHONY: example results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
@@ -20,7 +20,7 @@ results:  ## the commands that give the figures of docs/results.md and docs/when
 test: setup  ## the suite, with the examples in docstrings, README and docs: five minutes on two cores
 	$(PYTEST) -m "not long"
 
-test-long: setup test-cpu-avx2 test-cpu-default test-oldest  ## what `test` leaves out: whole grids, other CPUs, the oldest torch
+test-long: setup test-cpu-avx2 test-cpu-default  ## what `test` leaves out: whole grids, kills, other CPUs
 	MOMENTUM_DISTILL_TIER=long $(PYTEST) -m "long or repeated"
 
 # Without AVX-512, and without AVX2, a CPU has other kernels, other last digits, and no bfloat16 in an LSTM.
@@ -33,14 +33,15 @@ test-cpu-%: setup
 # The pins of torch are those of the newest; NumPy 2.4 refuses what Triton's interpreter of that time does.
 test-oldest: $(OLDEST)/.installed  ## the suite on the oldest torch that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup -m "not long" \
-		--deselect tests/test_supply_chain.py::test_everything_that_make_installs_is_pinned
+		--deselect tests/project/test_supply_chain.py::test_everything_that_make_installs_is_pinned
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -v -i -E '^(torch|triton|sympy|numpy|cuda-.*|nvidia-.*)==' constraints.txt > $(OLDEST)/constraints.txt
 	printf 'torch==%s\nnumpy==2.2.6\n' $(OLDEST_TORCH) >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt "pip>=25.3"
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[examples]" --group test
+	$(OLDEST)/bin/python -m pip install --quiet --resume-retries 50 --constraint $(OLDEST)/constraints.txt \
+		--editable ".[examples]" --group test
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps --group peers
 	touch $@
 
@@ -49,7 +50,7 @@ stress: setup  ## the tests of chance with many more repetitions, hours
 
 mutants: setup  ## mutation testing of src/, hours; it goes on where it was interrupted
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutants
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutation/mutants.py
 
 check: setup bandit  ## style, types, security lint
 	$(BIN)/ruff check .

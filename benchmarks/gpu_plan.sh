@@ -28,6 +28,6 @@ done
 # Each width and dtype is compiled anew, which takes most of the time.
 if [ "$1" != --tiny ]; then
     at_once=$("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 8")
-    step 130 tests "$PYTHON" -m pytest -q -p no:cacheprovider -m "not long" $at_once tests/lean_cases.py
+    step 130 tests "$PYTHON" -m pytest -q -p no:cacheprovider -m "not long" $at_once tests/contrast/lean_cases.py
 fi
 exit $failed

@@ -23,8 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from rich.console import Console  # here: what is not installed is told as all else is
 
-        from mtmd.runs import processes
         from mtmd.settings import cli
+
+        # isort: split
+        from mtmd.runs import processes  # brings torch, which warns where numpy is not installed
 
         command, parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
         with processes.started(command):

@@ -15,9 +15,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from conftest import ROOT
 from mtmd.files import safe_pickle
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for folder in ("src", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 # What makes code of data: builtins, and names with all that lies below them.

@@ -3,8 +3,8 @@
 `test_triton.py` runs this file in a process of its own: the interpreter must be chosen before Triton is imported, and
 for the whole process. By hand, from the root of the repository:
 
-    python -m pytest tests/triton_cases.py                      # on the GPU
-    TRITON_INTERPRET=1 python -m pytest tests/triton_cases.py   # without one
+    python -m pytest tests/contrast/triton_cases.py                      # on the GPU
+    TRITON_INTERPRET=1 python -m pytest tests/contrast/triton_cases.py   # without one
 """
 
 import os

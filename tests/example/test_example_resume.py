@@ -25,7 +25,7 @@ from rich.console import Console
 
 import mtmd_mosi
 from mtmd.data.synthetic import synthetic_dataset
-from mtmd.files import writing
+from mtmd.files import tensors
 from mtmd.files.writing import replacing
 from mtmd.results.records import load_predictions
 from mtmd.runs import checkpoint, devices, experiment, resume, states, training
@@ -327,7 +327,7 @@ def test_a_state_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
         raise PermissionError("not now")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "file_sha256", refuse)
+        patch.setattr(tensors, "file_sha256", refuse)
         with pytest.raises(PermissionError, match="not now"):
             load_state(tmp_path, print)
     assert sorted(tmp_path.iterdir()) == before

@@ -12,15 +12,14 @@ from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import util
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 
 import momentum_distill as md
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 NEEDED = ("mkdocs", "material", "mkdocstrings_handlers.python")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

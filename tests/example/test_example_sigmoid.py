@@ -1,7 +1,6 @@
 """The study of the sigmoid loss: what its arms train with, and that the page says what the runs gave."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,8 @@ import momentum_distill as md
 import retrieval
 import sigmoid_pairs
 import study_tools
+from conftest import ROOT
 from retrieval import Pairs
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def made_up(size=32):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import mtmd_mosi
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 UNCASED = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 UNCASED |= {"##s": 2015, "good": 2204, "movie": 3185}
 OTHER = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "good": 5, "##s": 6, "movie": 7}

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = PROJECT["project"]["version"]
 WHEEL, SDIST = f"momentum_distill-{VERSION}-py3-none-any.whl", f"momentum_distill-{VERSION}.tar.gz"
@@ -83,7 +84,7 @@ def test_the_sdist_holds_what_building_and_testing_need(builds):
         "constraints.txt",
     } <= names
     assert {f"src/momentum_distill/{name}" for name in ("__init__.py", "py.typed")} <= names
-    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")} <= names
     assert [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".log"))] == []
 
 
@@ -162,7 +163,7 @@ def test_type_checkers_see_the_types_of_the_wheel(installed, tmp_path):
     (tmp_path / "wrong.py").write_text("\n".join(["import torch", "import momentum_distill as md", *wrong, ""]))
     # A few functions of torch have no types.
     strict = [sys.executable, "-m", "mypy", "--python-executable", installed, "--strict", "--allow-untyped-calls"]
-    shutil.copy(ROOT / "tests" / "typed_average.py", tmp_path)
+    shutil.copy(ROOT / "tests" / "ema" / "typed_average.py", tmp_path)
     pyright = [sys.executable, "-m", "basedpyright", "--level", "error", "--pythonpath", installed]
     for right in (
         run(*strict, "quickstart.py", "typed_average.py", folder=tmp_path),

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +16,8 @@ import momentum_distill as md
 import retrieval
 import study_tools
 import watch_data
+from conftest import ROOT
 from retrieval import ARMS, Pairs, Setting
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def made_up(size=48, seed=0):

@@ -3,12 +3,13 @@
 import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-RECIPES = Path(__file__).resolve().parent.parent / "examples" / "recipes"
+from conftest import ROOT
+
+RECIPES = ROOT / "examples" / "recipes"
 sys.path.append(str(RECIPES))
 
 import task as toy  # noqa: E402

@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import image_text_streams
 import other_distillation as other
 import quickstart
 import two_views_digits
+from conftest import ROOT
 from study_tools import paired_interval, read_results, summary
 
 
@@ -45,7 +45,7 @@ def test_digits_give_a_table_a_figure_and_every_result(views, tmp_path, capsys):
 
 
 def test_the_page_has_what_the_results_beside_it_say():
-    docs = Path(__file__).resolve().parent.parent / "docs"
+    docs = ROOT / "docs"
     found = read_results(docs / "results" / "two_views_digits.json")
     results = [two_views_digits.Result(**row) for row in found["rows"]]
     assert len(results) == found["settings"]["seeds"] * len(two_views_digits.SETTINGS) * len(two_views_digits.ARMS)
@@ -69,7 +69,7 @@ def test_digits_by_decay_give_every_result(tmp_path, capsys):
 
 
 def test_the_page_has_what_the_results_of_the_decays_say():
-    docs = Path(__file__).resolve().parent.parent / "docs"
+    docs = ROOT / "docs"
     found = read_results(docs / "results" / "two_views_digits_decays.json")
     results = [two_views_digits.Result(**row) for row in found["rows"]]
     arms = [arm.name for arm in two_views_digits.decays(found["settings"]["epochs"])]
@@ -166,7 +166,7 @@ def test_other_rules_train_as_a_command_and_the_page_has_their_figures(tmp_path,
     results = other.main(["--seeds=2", "--epochs=1", f"--out={tmp_path}"])
     assert len(results) == 2 * len(other.ARMS)
     assert "decoupled" in capsys.readouterr().out
-    docs = Path(__file__).resolve().parent.parent / "docs"
+    docs = ROOT / "docs"
     found = read_results(docs / "results" / "other_distillation.json")
     results = [two_views_digits.Result(**row) for row in found["rows"]]
     assert len(results) == 10 * len(other.ARMS)

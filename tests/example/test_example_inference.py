@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mtmd.data import batches
+from mtmd.data.batches import batches
 from mtmd.data.fold import drop_modalities, presence
 from mtmd.data.mmsa import from_mmsa
 from mtmd.data.own_format import save_dataset

@@ -7,7 +7,6 @@ library. Below, the same comparisons over sizes, with gradients.
 import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from torch.nn import functional as F
 
 import momentum_distill as md
 from common import import_part
+from conftest import ROOT
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming_from.md"
+PAGE = ROOT / "docs" / "coming_from.md"
 FENCE = re.compile(r"^```(py|python)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 EXACT = {"rtol": 1e-12, "atol": 0}
 TOLERANCES = {

@@ -1,12 +1,12 @@
 """Mutation testing: would a test notice if a line of `src/` were wrong?
 
     make mutants                          # begin, or go on
-    python tests/mutants.py --again       # tests were added: try those that lived once more
+    python tests/mutation/mutants.py --again       # tests were added: try those that lived once more
 
 [mutmut](https://mutmut.readthedocs.io) writes the mutants, each one change to one function, into `mutants/`. This file
 runs them: the tests are imported once, and every mutant gets a fork of that process, in which the tests that reach its
 function run, the cheapest first, until one fails or `--seconds` of tests have passed. What survives one group of tests
-goes on to the next. It takes hours and can be interrupted: it goes on where it was. `tests/survivors.toml` says of
+goes on to the next. It takes hours and can be interrupted: it goes on where it was. `survivors.toml` says of
 those that survive all why they are the same program, or no program's concern; the others are in
 `mutants/survivors.txt`, to be read.
 """
@@ -29,27 +29,25 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "mutants"
 VERDICTS = FOLDER / "verdicts.jsonl"
-EXPLAINED = ROOT / "tests" / "survivors.toml"
+EXPLAINED = Path(__file__).with_name("survivors.toml")
+
+BLOCKS = ("blocks", "contrast", "ema", "fusion", "hard_sample", "queue", "response", "sigmoid")  # folders of tests/
+OF_RANKS = ["tests/blocks/test_distributed_blocks.py", "tests/blocks/test_distributed.py"]
+ELSEWHERE = ("compile", "cuda", "docstrings", "integrations", "lean", "triton")  # slow, or not about a line of src/
+
+
+def of_one_process() -> list[str]:
+    files = sorted(path for block in BLOCKS for path in (ROOT / "tests" / block).glob("test_*.py"))
+    names = [path.relative_to(ROOT).as_posix() for path in files if not any(name in path.name for name in ELSEWHERE)]
+    return [name for name in names if name not in OF_RANKS] + ["tests/project/test_docs_parity.py", "src"]
+
 
 # What one process shows, what takes several ranks, and what takes Triton's interpreter. Files of the example are left
 # out: they test the example.
-GROUPS = {
-    "one process": [
-        *(f"tests/test_{name}.py" for name in ("bad_inputs", "closed_forms", "diagnostics", "docs_parity", "ema")),
-        *(f"tests/test_{name}.py" for name in ("ema_buffers", "ema_modules", "ema_traps", "functional", "fusion")),
-        *(f"tests/test_{name}.py" for name in ("hard_sample", "loss_group", "losses")),
-        *(f"tests/test_{name}.py" for name in ("param_groups", "properties", "properties_invariance")),
-        *(f"tests/test_{name}.py" for name in ("properties_over_time", "queue", "queue_stateful", "response")),
-        *(f"tests/test_{name}.py" for name in ("streaming", "supcon", "supcon_edge_cases", "supcon_gradcheck")),
-        *(f"tests/test_{name}.py" for name in ("supcon_module", "supcon_traps")),
-        "src",
-    ],
-    "ranks": ["tests/test_distributed_blocks.py", "tests/test_distributed.py"],
-    "triton": ["tests/triton_cases.py"],
-}
+GROUPS = {"one process": of_one_process(), "ranks": OF_RANKS, "triton": ["tests/contrast/triton_cases.py"]}
 # Compilation takes longer than all else together.
 OPTIONS = ["--rootdir=.", "--tb=native", "-q", "-p", "no:cacheprovider", "-k", "not compile"]
 

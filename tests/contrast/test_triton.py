@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from momentum_distill._contrast import kernel
 from tiers import TIER
 
@@ -36,11 +37,19 @@ needs_triton = pytest.mark.skipif(not kernel.available(), reason="Triton is not 
 )
 @pytest.mark.parametrize("cases", ["triton_cases.py", "lean_cases.py"])
 def test_the_kernels_equal_the_formulas(cases, interpret):
-    tests = Path(__file__).resolve().parent
     chosen = ["-m", "not long"] if TIER == "test" else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(tests / cases)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *chosen,
+        str(Path(__file__).with_name(cases)),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
 

@@ -1,7 +1,7 @@
 """The blocks on a GPU: the numbers of the CPU, no wait for the device, little memory, and a step that can be captured.
 
 Skipped where there is none. Those of several ranks: `MOMENTUM_DISTILL_DEVICE=cuda python -m pytest
-tests/test_distributed.py tests/test_distributed_blocks.py`.
+tests/blocks/test_distributed.py tests/blocks/test_distributed_blocks.py`.
 """
 
 import copy

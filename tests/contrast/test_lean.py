@@ -2,7 +2,7 @@
 
 Of each kernel that goes through the keys `kernel_budget.json` holds what it may take: registers, bytes of spilled ones,
 KiB of shared memory, and lane instructions for each score in its loops over whole tiles. After a change for the
-better, `python tests/test_lean.py` writes it anew; read the difference.
+better, `python tests/contrast/test_lean.py` writes it anew; read the difference.
 """
 
 import collections
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import ROOT
 from momentum_distill._contrast import kernel as present
 from momentum_distill._contrast import lean, lean_kernels
 from momentum_distill._contrast.lean import Part
@@ -54,9 +55,8 @@ def test_without_triton_the_kernels_import_and_take_nothing(monkeypatch):
 @pytest.mark.long
 def test_the_plan_for_a_gpu_runs_without_one(tmp_path):
     """Every step of it but the tests, at tiny sizes."""
-    root = Path(__file__).resolve().parent.parent
     environment = os.environ | {"TRITON_INTERPRET": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    command = ["bash", str(root / "benchmarks" / "gpu_plan.sh"), "--tiny"]
+    command = ["bash", str(ROOT / "benchmarks" / "gpu_plan.sh"), "--tiny"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     steps = [line.split(":")[0] for line in run.stdout.splitlines() if ": exit 0" in line]

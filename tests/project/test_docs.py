@@ -4,7 +4,6 @@ import argparse
 import importlib
 import inspect
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import momentum_distill as md
+from conftest import ROOT
 from mtmd.settings.cli import COMMANDS
 from study_tools import paired_interval, read_results
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGE_IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 EQUATIONS = range(1, 24)

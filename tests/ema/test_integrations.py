@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import momentum_distill as md
-import test_public_api
+from public_names import PINNED, found
 
 pytestmark = [
     pytest.mark.xdist_group("integrations"),  # so that one process imports the frameworks
@@ -461,8 +461,8 @@ def modules() -> list[ModuleType]:
 def test_names_and_arguments_are_those_that_were_promised():
     pytest.importorskip("lightning")
     pytest.importorskip("transformers")
-    pinned = [line for line in test_public_api.PINNED.read_text().splitlines() if ".integrations." in line]
-    assert test_public_api.found(modules()) == pinned
+    pinned = [line for line in PINNED.read_text().splitlines() if ".integrations." in line]
+    assert found(modules()) == pinned
     for module in modules():
         examples = sum(len(each.examples) for each in doctest.DocTestFinder().find(module))
         assert examples >= 3
