@@ -12,7 +12,8 @@
         several processes, on CPUs or GPUs; batches, losses and queue are those of one
 
 Training writes results.json, metrics.jsonl, predictions.csv, figures and a checkpoint per seed to --out. The model and
-what it minimises stand in mtmd/model.py and mtmd/objective.py; how the paper is read, in docs/paper_map.md.
+what it minimises stand in mtmd/model.py and mtmd/objective.py, a run of training in mtmd/train.py; how the paper is
+read, in docs/paper_map.md.
 """
 
 import sys
@@ -25,10 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         from mtmd.settings import cli
 
-        # isort: split
+        command, parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
         from mtmd.runs import processes  # brings torch, which warns where numpy is not installed
 
-        command, parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
         with processes.started(command):
             return run(parsed, Console(quiet=not processes.leads())) or 0
     except ModuleNotFoundError as error:

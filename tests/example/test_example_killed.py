@@ -32,8 +32,8 @@ from mtmd.model import MTMD
 from mtmd.runs import checkpoint, states
 from mtmd.runs.checkpoint import load_checkpoint, save_checkpoint
 from mtmd.runs.states import load_state, remove_states, save_state
-from mtmd.runs.training import Run
 from mtmd.settings.config import Config
+from mtmd.train import Run
 from study_cases import TINY
 from test_example_resume import SMALL, processes, small_dataset  # noqa: F401  the fixture is used by its name
 from tiers import times

@@ -18,8 +18,8 @@ from mtmd.data.own_format import load_dataset, load_fold, open_dataset, save_dat
 from mtmd.data.synthetic import make_synthetic
 from mtmd.results.metrics import metrics_for, msa_metrics, sims_metrics
 from mtmd.runs.experiment import load_data
-from mtmd.runs.training import prepare
 from mtmd.settings.config import Config
+from mtmd.train import prepare
 
 
 @pytest.fixture

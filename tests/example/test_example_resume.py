@@ -32,8 +32,9 @@ from mtmd.runs import checkpoint, devices, experiment, resume, states, training
 from mtmd.runs.experiment import run_experiment
 from mtmd.runs.resume import pack_random, unpack_random
 from mtmd.runs.states import load_state, save_state
-from mtmd.runs.training import prepare, train
+from mtmd.runs.training import train_and_save
 from mtmd.settings.config import Config
+from mtmd.train import prepare, train
 from tiers import times
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def train_until(config, folds, widths, out, *, stop=None):
         if steps == stop:
             raise Stop
 
-    return train(config, folds, widths, 7, CPU, on_step, state_dir=out, on_note=notes.append), notes
+    return train_and_save(config, folds, widths, 7, CPU, on_step, state_dir=out, on_note=notes.append), notes
 
 
 def same_weights(first, second):
@@ -173,7 +174,9 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
         return trainings[-1]
 
     def drawing(*arguments):  # the example draws from torch alone; with this, from all generators
-        return train_step(*arguments) | {"drawn": random.gauss(0, 1) + np.random.standard_normal()}  # noqa: NPY002
+        record = train_step(*arguments)
+        record["drawn"] = random.gauss(0, 1) + np.random.standard_normal()  # noqa: NPY002
+        return record
 
     def copying(folder, *arguments):
         save(folder, *arguments)
@@ -187,7 +190,9 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
             if len(told) == 30:  # afterwards the model gets the weights of the best epoch
                 ends.append(all_of(trainings[-1]))
 
-        run = train(config, folds, dataset.widths, 7, CPU, on_step, state_dir=state_dir, on_note=lambda _note: None)
+        run = train_and_save(
+            config, folds, dataset.widths, 7, CPU, on_step, state_dir=state_dir, on_note=lambda _note: None
+        )
         return run, [*ends, all_of(trainings[-1])]
 
     monkeypatch.setattr(training, "begin", remembering)
@@ -208,6 +213,15 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
     assert {"momentum", "queue", "contrast", "fusion"} <= {name.partition(".")[0] for name in names}
 
 
+def test_a_run_that_is_saved_has_the_numbers_of_one_that_is_not(tmp_path):
+    config = Config(**{**SMALL, "patience": 1, "epochs": 4}, drop_audio=0.3, accumulate=2, average=0.9)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    plain = train(config, folds, dataset.widths, 7, CPU)
+    saved, _ = train_until(config, folds, dataset.widths, tmp_path)
+    assert_same_run(plain, saved)
+
+
 def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
     config = Config(**SMALL, save_every=1, resume=True)
     dataset = small_dataset()
@@ -215,7 +229,7 @@ def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
     with pytest.raises(Stop):
         train_until(config, folds, dataset.widths, tmp_path, stop=5)
     steps, epochs, notes = [], [], []
-    run = train(
+    run = train_and_save(
         config, folds, dataset.widths, 7, CPU, steps.append, epochs.append, state_dir=tmp_path, on_note=notes.append
     )
     assert steps == run.steps
@@ -559,9 +573,9 @@ def trained_seeds(monkeypatch):
 
     def counting(config, folds, widths, seed, *arguments, **options):
         seeds.append(seed)
-        return train(config, folds, widths, seed, *arguments, **options)
+        return train_and_save(config, folds, widths, seed, *arguments, **options)
 
-    monkeypatch.setattr(experiment, "train", counting)
+    monkeypatch.setattr(experiment, "train_and_save", counting)
     for name in ("plot_losses", "plot_factors"):
         monkeypatch.setattr(experiment, name, lambda *_arguments, **_options: None)
     return seeds

@@ -21,17 +21,18 @@ import torch
 from rich.console import Console
 
 import mtmd_mosi
+from mtmd import train as loop
 from mtmd.data.batches import batches
 from mtmd.data.fold import presence
 from mtmd.data.scaling import Standardizer
 from mtmd.data.synthetic import make_synthetic, synthetic_dataset
 from mtmd.results.metrics import msa_metrics
 from mtmd.results.records import load_experiment, load_predictions
-from mtmd.runs import devices, experiment, training
+from mtmd.runs import devices, experiment
 from mtmd.runs.checkpoint import load_checkpoint
-from mtmd.runs.training import prepare, score_fold, train
 from mtmd.settings.config import PARTS, Config
 from mtmd.settings.options import add_config_arguments, config_from
+from mtmd.train import prepare, score_fold, train
 from study_cases import TINY
 
 TWO_EPOCHS = [*TINY, "--epochs=2"]
@@ -278,7 +279,7 @@ def small_run(dataset=None, **settings):
 
 
 def test_what_is_kept_is_the_moving_average_where_one_is_asked_for(monkeypatch):
-    step, average = training.train_step, {}
+    step, average = loop.train_step, {}
 
     def recording(now, *arguments):
         if not average:
@@ -288,7 +289,7 @@ def test_what_is_kept_is_the_moving_average_where_one_is_asked_for(monkeypatch):
             average[name] = 0.7 * average[name] + 0.3 * value.detach().double()
         return record
 
-    monkeypatch.setattr(training, "train_step", recording)
+    monkeypatch.setattr(loop, "train_step", recording)
     run = small_run(epochs=1, batch_size=16, average=0.7)
     assert len(run.steps) > 1
     for name, value in run.model.named_parameters():
@@ -312,12 +313,12 @@ def test_accumulated_batches_are_one_large_batch():
 def test_averages_and_queue_move_once_for_each_optimiser_step(monkeypatch):
     objectives = []
 
-    class Kept(training.Objective):
+    class Kept(loop.Objective):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             objectives.append(self)
 
-    monkeypatch.setattr(training, "Objective", Kept)
+    monkeypatch.setattr(loop, "Objective", Kept)
     run = small_run(batch_size=8, accumulate=3)
     assert len(run.steps) == 3  # of 8 batches
     assert {ema.step for ema in objectives[0].momentum.values()} == {3}
@@ -332,7 +333,7 @@ def test_dropped_modalities_are_drawn_anew_each_epoch_and_again_with_the_same_se
             missing.append(presence(fold))
         return batches(fold, batch_size, generator=generator, device=device, place=place)
 
-    monkeypatch.setattr(training, "batches", spying)
+    monkeypatch.setattr(loop, "batches", spying)
     dataset = synthetic_dataset(seed=5, sizes=(400, 8, 8), missing={"audio": 0, "vision": 0})
     for _ in range(2):
         small_run(dataset, epochs=2, batch_size=200, drop_audio=0.3, drop_text=0.1, without=["distillation"])
@@ -355,7 +356,7 @@ def test_a_branch_that_predicts_nan_ends_the_run_though_the_fusion_does_not(monk
         scores.unimodal["audio"][presence(fold)["audio"].argmax()] = np.nan
         return scores
 
-    monkeypatch.setattr(training, "score_fold", spoiled)
+    monkeypatch.setattr(loop, "score_fold", spoiled)
     with pytest.raises(FloatingPointError, match="seed 1, epoch 1: a prediction of the audio branch is NaN"):
         small_run()
 

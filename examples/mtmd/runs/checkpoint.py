@@ -16,7 +16,7 @@ from mtmd.model import MTMD, TEACHER, load_transformers, used_modalities
 from mtmd.settings.config import Config
 
 if TYPE_CHECKING:
-    from mtmd.runs.training import Run
+    from mtmd.train import Run
 from mtmd.files.tensors import load_tensors, pair, section, write_tensors
 from mtmd.files.writing import file_sha256, replacing, write_json
 

@@ -56,10 +56,11 @@ from mtmd.runs.devices import check_compiler, choose_device, no_bfloat16, precis
 from mtmd.runs.processes import from_leader, leads
 from mtmd.runs.resume import compare_configs
 from mtmd.runs.states import remove_states
-from mtmd.runs.training import Run, prepare, train
+from mtmd.runs.training import train_and_save
 from mtmd.settings.cli import note
 from mtmd.settings.config import MODALITIES, Config
 from mtmd.settings.options import add_config_arguments, config_from
+from mtmd.train import Run, prepare, steps_per_epoch
 
 SEED_FILES = ("checkpoint", "steps", "representations", "losses", "fusion_factors")  # begin so, then _seedS
 
@@ -143,7 +144,7 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
         f"{title}: {sizes}; training on {device} in {precision}", markup=False, highlight=False, soft_wrap=True
     )
 
-    steps = math.ceil(math.ceil(len(folds["train"]) / config.batch_size) / config.accumulate) * config.epochs
+    steps = steps_per_epoch(config, folds["train"]) * config.epochs
     with progress_bars(console) as progress:
         for seed in config.seeds:
             bar = progress.add_task(f"seed {seed}", total=steps)
@@ -168,7 +169,7 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
 
             state_dir = config.out / f"state_seed{seed}"
             from_leader(seed)
-            run = train(
+            run = train_and_save(
                 config,
                 folds,
                 dataset.widths,
@@ -210,7 +211,7 @@ NO_MORE = -1
 def follow(config: Config, folds: dict[str, Fold], dataset: Dataset, device: torch.device) -> None:
     """Train along with the leader, seed by seed as it goes."""
     while (seed := int(from_leader(NO_MORE))) != NO_MORE:
-        train(
+        train_and_save(
             config,
             folds,
             dataset.widths,

@@ -2,9 +2,10 @@
 
 import hashlib
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +16,16 @@ from mtmd.data.fold import Fold
 from mtmd.files.tensors import section
 from mtmd.runs.processes import from_leader, leads, place
 from mtmd.runs.states import load_state, save_state
-
-if TYPE_CHECKING:
-    from mtmd.runs.training import Training
+from mtmd.train import Training
 
 
-def save_training(folder: Path, training: "Training", identity: dict[str, Any], device: torch.device) -> None:
+def save_training(folder: Path, training: Training, identity: dict[str, Any]) -> None:
     """Store all that training changes; what is not in here follows from the settings and the seed.
 
     All processes call it, for each has random numbers of its own; the leader writes.
     """
     run = training.run
+    run.seconds = time.perf_counter() - training.started
     weights = {
         "model": run.model.state_dict(),
         "objective": training.objective.state_dict(),
@@ -44,13 +44,13 @@ def save_training(folder: Path, training: "Training", identity: dict[str, Any], 
         "precisions": run.precisions,
     }
     pack_optimizer(training.optimizer, tensors, values)
-    pack_random(device, tensors, values)
+    pack_random(training.device, tensors, values)
     if leads():
         save_state(folder, len(run.steps), tensors, values)
 
 
 def restore_training(
-    folder: Path, training: "Training", identity: dict[str, Any], device: torch.device, on_note: Callable[[str], None]
+    folder: Path, training: Training, identity: dict[str, Any], on_note: Callable[[str], None]
 ) -> bool:
     """Go back to the newest state in the folder; False if there is none."""
     found = load_state(folder, on_note) if leads() else None
@@ -67,7 +67,9 @@ def restore_training(
     training.objective.load_state_dict(section(tensors, "objective."))
     if training.average is not None:
         training.average.load_state_dict(section(tensors, "average."))
-    training.best_weights = {name: value.to(device) for name, value in section(tensors, "best.").items()} or None
+    training.best_weights = {
+        name: value.to(training.device) for name, value in section(tensors, "best.").items()
+    } or None
     training.schedule.load_state_dict(values["schedule"])
     unpack_optimizer(training.optimizer, tensors, values)
     training.epoch, training.step = values["position"]
@@ -76,7 +78,8 @@ def restore_training(
     run.precisions = values.get("precisions") or ["bfloat16" if values["config"]["amp"] else "float32"]  # as of 0.1.0
     if run.precisions[-1] != training.precision:
         on_note(f"seed {run.seed} was trained in {run.precisions[-1]} so far and goes on in {training.precision}")
-    unpack_random(device, tensors, values)
+    training.started -= run.seconds
+    unpack_random(training.device, tensors, values)
     return True
 
 
