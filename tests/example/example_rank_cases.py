@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtmd.data.batches import batches
-from mtmd.data.fold import drop_modalities
+from mtmd.data.fold import data_sha256, drop_modalities
 from mtmd.data.synthetic import synthetic_dataset
 from mtmd.runs import devices, resume
 from mtmd.runs.processes import place
@@ -73,7 +73,7 @@ def _begin(options: list[str]):
     config = config_from(parsed)
     dataset = synthetic_dataset(seed=0)
     folds, _ = prepare(dataset, config)
-    identity = {"config": config.identity(), "seed": 1, "data": resume.fingerprint(folds)}
+    identity = {"config": config.identity(), "seed": 1, "data": data_sha256(folds)}
     return shared(begin(config, folds, dataset.widths, 1, torch.device("cpu"))), identity
 
 

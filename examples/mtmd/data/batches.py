@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtmd.data.fold import ABSENT, Fold, _presence, class_labels
+from mtmd.data.fold import ABSENT, Fold, class_labels, presence_of
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,6 @@ def _make_batch(fold: Fold, rows: np.ndarray, total: int) -> Batch:
         tokens=None if tokens is None else torch.from_numpy(np.ascontiguousarray(tokens)),
         features=features,
         lengths={name: torch.from_numpy(length) for name, length in lengths.items()},
-        present={name: torch.from_numpy(there) for name, there in _presence(lengths, tokens).items()},
+        present={name: torch.from_numpy(there) for name, there in presence_of(lengths, tokens).items()},
         total=total,
     )

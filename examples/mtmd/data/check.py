@@ -32,7 +32,7 @@ from mtmd.data.own_format import (
 from mtmd.files import safe_pickle
 from mtmd.files.writing import check_writable
 from mtmd.model import used_modalities
-from mtmd.settings.cli import note
+from mtmd.settings.cli import note, say
 from mtmd.settings.config import Config
 from mtmd.settings.options import a_number, a_path, add_config_arguments, config_from
 
@@ -72,7 +72,7 @@ def run_convert(arguments: argparse.Namespace, console: Console) -> None:
     console.print(_overview(dataset.folds, title=f"{dataset.name}, scores in {_interval(dataset.score_range)}"))
     for text in dataset.notes:
         note(console, text)
-    console.print(f"Written: {arguments.target.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Written: {arguments.target.resolve()}")
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +110,7 @@ def run_check(arguments: argparse.Namespace, console: Console) -> int:
         console.print(table)
     verdict = "cannot be trained on" if errors else "can be trained on"
     verdict += (" with these settings" if given else "") + (f" with {options}" if options else "")
-    console.print(f"{len(errors)} errors, {len(notes)} notes: {verdict}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"{len(errors)} errors, {len(notes)} notes: {verdict}")
     return 1 if errors else 0
 
 

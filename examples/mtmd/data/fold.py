@@ -1,17 +1,19 @@
 """Samples in memory: a fold of them, a data set of three folds, and which sample has which modality."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mtmd.settings.config import MODALITIES
+
 FOLDS = ("train", "valid", "test")
-MODALITIES = ("text", "audio", "vision")
 CLASSES = ("negative", "neutral", "positive")
 ABSENT = -1  # the label of a row or key that is not there
 MOSI_RANGE = (-3.0, 3.0)  # of the scores of CMU-MOSI and CMU-MOSEI
 SIMS_RANGE = (-1.0, 1.0)  # of the scores of CH-SIMS
-FORMS = {"text": ("text", "text_bert", "raw_text"), "audio": ("audio",), "vision": ("vision",)}  # keys of a modality
+FORMS = {name: (name,) for name in MODALITIES} | {"text": ("text", "text_bert", "raw_text")}  # keys of a modality
 KEYS = tuple(key for forms in FORMS.values() for key in forms)
 UNIMODAL_LABELS = {"text": "regression_labels_T", "audio": "regression_labels_A", "vision": "regression_labels_V"}
 AXES = {"id": 1, "regression_labels": 1, "raw_text": 1, "text_bert": 3} | dict.fromkeys(MODALITIES, 3)
@@ -77,10 +79,10 @@ def class_labels(scores: np.ndarray) -> np.ndarray:
 
 def presence(fold: Fold) -> dict[str, np.ndarray]:
     """Which samples have which modality, (n,) bool; text is there as features or as tokens."""
-    return _presence(fold.lengths, fold.text_bert)
+    return presence_of(fold.lengths, fold.text_bert)
 
 
-def _presence(lengths: Mapping[str, np.ndarray], tokens: np.ndarray | None) -> dict[str, np.ndarray]:
+def presence_of(lengths: Mapping[str, np.ndarray], tokens: np.ndarray | None) -> dict[str, np.ndarray]:
     present = {name: length > 0 for name, length in lengths.items()}
     if tokens is not None:
         attended = tokens[:, 1].any(axis=1)
@@ -135,3 +137,20 @@ def drop_modalities(fold: Fold, rates: Mapping[str, float], seed: int) -> Fold:
         if name == "text" and raw_text is not None:
             raw_text = ["" if empty else text for text, empty in zip(raw_text, gone, strict=True)]
     return replace(fold, lengths=lengths, text_bert=text_bert, raw_text=raw_text)
+
+
+def data_sha256(folds: Mapping[str, Fold], *, labels: bool = False) -> str:
+    """SHA-256 of what is trained on; with `labels`, of words and the labels of single modalities as well."""
+    digest = hashlib.sha256()
+    for name, fold in folds.items():
+        arrays = {"scores": fold.scores, "text_bert": fold.text_bert, **fold.features}
+        arrays |= {f"{key}_lengths": length for key, length in fold.lengths.items()}
+        if labels:
+            arrays |= {UNIMODAL_LABELS[key]: values for key, values in fold.unimodal_scores.items()}
+        texts = (name, fold.ids, fold.raw_text) if labels else (name, fold.ids)
+        digest.update(repr(texts).encode(errors="backslashreplace"))
+        for key, array in arrays.items():
+            if array is not None:
+                digest.update(repr((key, array.shape, array.dtype.str)).encode())
+                digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from mtmd.data.batches import Batch, batches
 from mtmd.data.fold import (
     AXES,
     CLASSES,
@@ -34,46 +33,21 @@ from mtmd.data.fold import (
     DataError,
     Dataset,
     Fold,
-    class_labels,
-    drop_modalities,
-    one_text,
-    presence,
+    data_sha256,
 )
-from mtmd.data.scaling import Standardizer
-from mtmd.data.text import tokenize
 from mtmd.data.values import (
-    _axes,
-    _lengths_from_padding,
-    _numbers,
-    _read_lengths,
-    _read_scores,
-    _read_tokens,
-    _samples,
-    _strings,
+    axes,
+    count_samples,
     key_names,
+    lengths_from_padding,
+    numbers,
+    read_lengths,
+    read_scores,
+    read_tokens,
+    strings,
 )
 from mtmd.files import safe_pickle
 from mtmd.files.checks import shown
-
-__all__ = [
-    "Batch",
-    "DataError",
-    "Dataset",
-    "Fold",
-    "Standardizer",
-    "batches",
-    "class_labels",
-    "drop_modalities",
-    "examine_mmsa",
-    "from_mmsa",
-    "key_names",
-    "load_mmsa",
-    "one_text",
-    "presence",
-    "read_fold",
-    "tokenize",
-]
-
 
 # Reading
 
@@ -138,7 +112,7 @@ def from_mmsa(
         DataError: At the first thing that is missing or of a wrong shape or kind.
     """
     folds, notes, score_range = _read(content, None, name, source, score_range)
-    fingerprint = _fingerprint(folds) if fingerprint is None else fingerprint
+    fingerprint = data_sha256(folds, labels=True) if fingerprint is None else fingerprint
     return Dataset(name, synthetic, folds, notes, fingerprint, score_range, classes)
 
 
@@ -171,13 +145,13 @@ def read_fold(content: Mapping[str, Any], *, source: str) -> Fold:
     if not isinstance(content, Mapping):
         raise DataError(f"{source}: expected a dictionary of arrays, got {shown(content)}")
     forms = [key for key in KEYS if key in content]
-    bare = {key: value for key, value in content.items() if key in AXES and _axes(value) == AXES[key] - 1}
+    bare = {key: value for key, value in content.items() if key in AXES and axes(value) == AXES[key] - 1}
     if forms and set(forms) - {"raw_text"} <= set(bare):  # an array of one sample, or nothing but words
         in_fold = {key: value[None] if isinstance(value, np.ndarray) else [value] for key, value in bare.items()}
         content = {**content, **in_fold}
     if forms:
         content = {key: value for key, value in content.items() if not key.startswith("regression_labels")}
-        samples = range(_samples(content))
+        samples = range(count_samples(content))
         content = {"id": list(map(str, samples)), **content, "regression_labels": [0.0] * len(samples)}
     fold = _read_fold(content, source, "", MOSI_RANGE, [], None)
     assert fold is not None  # or an error was raised
@@ -238,7 +212,7 @@ def _read_fold(
     errors: list[str] | None,
 ) -> Fold | None:
     """`where` begins error messages, `fold` begins notes. None where there is nothing to go by."""
-    n = _samples(content)
+    n = count_samples(content)
     with _noting(errors):
         if not set(KEYS) & set(content):
             raise DataError(f"{where}: expected at least one of {', '.join(KEYS)}, there is: {key_names(content)}")
@@ -249,7 +223,7 @@ def _read_fold(
     ids = raw_text = text_bert = None
     scores = np.full(n, np.nan, np.float32)
     with _noting(errors):
-        scores = _read_scores(content, "regression_labels", where, n)
+        scores = read_scores(content, "regression_labels", where, n)
         notes += _score_notes(f"{fold}/regression_labels", scores, score_range)
         bad = np.flatnonzero(~np.isfinite(scores))
         if len(bad):
@@ -258,13 +232,13 @@ def _read_fold(
                 f"{len(bad)} NaN or infinite in all; leave these samples out"
             )
     with _noting(errors):
-        ids = _strings(content, "id", where, n)
+        ids = strings(content, "id", where, n)
     if "raw_text" in content:
         with _noting(errors):
-            raw_text = _strings(content, "raw_text", where, n)
+            raw_text = strings(content, "raw_text", where, n)
     if "text_bert" in content:
         with _noting(errors):
-            text_bert = _read_tokens(content, where, n)
+            text_bert = read_tokens(content, where, n)
             missing = int((~text_bert[:, 1].any(axis=1)).sum())
             if missing:
                 notes.append(f"{fold}/text_bert: missing (no token) in {missing} of {n} samples")
@@ -274,23 +248,23 @@ def _read_fold(
         if modality not in content:
             continue
         with _noting(errors):
-            original = _numbers(content, modality, where, n, ("T", "d"), f"({n}, T, d) numbers")
+            original = numbers(content, modality, where, n, ("T", "d"), f"({n}, T, d) numbers")
             with np.errstate(over="ignore"):  # what overflows is found and told by _feature_notes
                 array = original.astype(np.float32, copy=False)
             key = f"{modality}_lengths"
             if key in content:
-                length = _read_lengths(content, key, where, n, longest=array.shape[1])
+                length = read_lengths(content, key, where, n, longest=array.shape[1])
             elif modality == "text" and text_bert is not None and text_bert.shape[2] == array.shape[1]:
                 length = text_bert[:, 1].sum(axis=1)
             else:
-                length = _lengths_from_padding(array)
+                length = lengths_from_padding(array)
                 notes.append(f"{fold}/{modality}: no {key}; taken from the zero steps at the end")
             notes += _feature_notes(f"{fold}/{modality}", original, array, length)
             features[modality], lengths[modality] = array, length
     for modality, key in UNIMODAL_LABELS.items():
         if key in content:
             with _noting(errors):
-                unimodal[modality] = _read_scores(content, key, where, n)
+                unimodal[modality] = read_scores(content, key, where, n)
                 notes += _score_notes(f"{fold}/{key}", unimodal[modality], score_range)
     unread = [key for key in content if key not in {*AXES, *NOT_READ}]
     if unread:
@@ -381,17 +355,3 @@ def _repeated_ids(folds: dict[str, Fold]) -> list[str]:
         if shared:
             notes.append(f"{first} and {second} share {len(shared)} ids, the first is {shared[0]}")
     return notes
-
-
-def _fingerprint(folds: dict[str, Fold]) -> str:
-    digest = hashlib.sha256()
-    for name, fold in folds.items():
-        arrays = {"scores": fold.scores, "text_bert": fold.text_bert, **fold.features}
-        arrays |= {f"{key}_lengths": length for key, length in fold.lengths.items()}
-        arrays |= {UNIMODAL_LABELS[key]: values for key, values in fold.unimodal_scores.items()}
-        digest.update(repr((name, fold.ids, fold.raw_text)).encode(errors="backslashreplace"))
-        for key, array in arrays.items():
-            if array is not None:
-                digest.update(repr((key, array.shape, array.dtype.str)).encode())
-                digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -46,7 +46,7 @@ def text_reader(config: Config, encoder: PretrainedTextEncoder | None = None) ->
         ValueError: If `config.text_encoder` is no BERT-type model.
     """
     name = config.text_encoder
-    if name == "features" or TEACHER not in used_modalities(config):
+    if not config.reads_tokens or TEACHER not in used_modalities(config):
         return TextReader("features")
     check_encoder(config)
     from transformers import AutoConfig, AutoTokenizer
@@ -78,7 +78,7 @@ def check_encoder(config: Config) -> None:
         ValueError: If there is no such folder.
     """
     name, path = config.text_encoder, Path(config.text_encoder)
-    if name == "features" or TEACHER not in used_modalities(config):
+    if not config.reads_tokens or TEACHER not in used_modalities(config):
         return
     importlib.import_module("transformers")
     if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))):

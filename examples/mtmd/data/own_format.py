@@ -18,7 +18,7 @@ and names what is odd about either.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from mtmd.data.fold import CLASSES, FOLDS, MODALITIES, UNIMODAL_LABELS, DataErro
 from mtmd.data.mmsa import from_mmsa, load_mmsa, read_fold
 from mtmd.data.values import key_names
 from mtmd.files import safe_pickle
-from mtmd.files.checks import is_number, is_plain, shown
+from mtmd.files.checks import SWITCH, Rule, check_layout, is_number, is_plain, shown
 from mtmd.files.reading import read_json, read_npz
 
 __all__ = ["load_dataset", "load_fold", "open_dataset", "save_dataset"]
@@ -36,6 +36,34 @@ __all__ = ["load_dataset", "load_fold", "open_dataset", "save_dataset"]
 ABOUT = "dataset.json"
 FORMAT, VERSION = "mtmd dataset", 1
 TEXT_FORMS = ("raw_text", "text_bert", "text")
+
+
+def is_list(value: object, fits: Callable[[Any], bool], length: int | None = None) -> bool:
+    return isinstance(value, list) and all(map(fits, value)) and length in (None, len(value))
+
+
+def is_table(value: object, names: Collection[str]) -> bool:
+    """Whether this has a whole number for some of these names."""
+    return isinstance(value, dict) and set(value) <= set(names) and all(type(n) is int for n in value.values())
+
+
+LAYOUT = {  # of dataset.json
+    "name": Rule("a name", lambda value: is_plain(value) and value.strip() != ""),
+    "synthetic": SWITCH,
+    "score_range": Rule(
+        "two numbers, one below 0 and one above, for the sign of a score is its class",
+        lambda value: is_list(value, is_number, 2) and value[0] < 0 < value[1],
+    ),
+    "classes": Rule("three names, from low to high scores", lambda value: is_list(value, is_plain, 3)),
+    "texts": Rule(
+        f"a list of some of {', '.join(TEXT_FORMS)}",
+        lambda value: is_list(value, is_plain) and set(value) <= set(TEXT_FORMS),
+    ),
+    "widths": Rule(f"a width for some of {', '.join(MODALITIES)}", lambda value: is_table(value, MODALITIES)),
+    "folds": Rule(
+        f"a number of samples for {', '.join(FOLDS)}", lambda value: is_table(value, FOLDS) and len(value) == 3
+    ),
+}
 
 
 # Reading
@@ -122,37 +150,12 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if about.get("version") != VERSION:
         raise DataError(f"{path}: version: expected {VERSION}, got {shown(about.get('version'))}")
     about = {"synthetic": False, "classes": list(CLASSES), **about}
-
-    def expect(key: str, what: str, fits: bool) -> None:
-        if not fits:
-            raise DataError(f"{path}: {key}: expected {what}, got {shown(about.get(key))}")
-
-    def is_list(key: str, fits: Callable[[object], bool]) -> bool:
-        return isinstance(about.get(key), list) and all(fits(one) for one in about[key])
-
-    def is_table(key: str, names: tuple[str, ...]) -> bool:
-        table = about.get(key)
-        return isinstance(table, dict) and set(table) <= set(names) and all(type(n) is int for n in table.values())
-
-    name, scores = about.get("name"), about.get("score_range")
-    expect("name", "a name", is_plain(name) and name.strip() != "")
-    expect("synthetic", "true or false", isinstance(about["synthetic"], bool))
-    expect(
-        "score_range",
-        "two numbers, one below 0 and one above, for the sign of a score is its class",
-        is_list("score_range", is_number) and len(scores) == 2 and scores[0] < 0 < scores[1],
-    )
-    three = is_list("classes", is_plain) and len(about["classes"]) == 3
-    expect("classes", "three names, from low to high scores", three)
-    expect(
-        "texts",
-        f"a list of some of {', '.join(TEXT_FORMS)}",
-        is_list("texts", is_plain) and set(about["texts"]) <= set(TEXT_FORMS),
-    )
-    expect("widths", f"a width for some of {', '.join(MODALITIES)}", is_table("widths", MODALITIES))
-    sizes = about.get("folds")
-    expect("folds", f"a number of samples for {', '.join(FOLDS)}", is_table("folds", FOLDS) and len(sizes) == 3)
-    return {**about, "score_range": (float(scores[0]), float(scores[1])), "classes": tuple(about["classes"])}
+    try:
+        check_layout(about, LAYOUT, str(path))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    low, high = about["score_range"]
+    return {**about, "score_range": (float(low), float(high)), "classes": tuple(about["classes"])}
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from mtmd.data.fold import AXES, MODALITIES, DataError
 from mtmd.files.checks import is_plain, is_text, shown
 
 
-def _axes(value: Any) -> int:
+def axes(value: Any) -> int:
     """Of an array, or of nested lists as far as their first entries tell."""
     axes = 0
     while isinstance(value, list | tuple) and value:
@@ -17,7 +17,7 @@ def _axes(value: Any) -> int:
     return axes + (value.ndim if isinstance(value, np.ndarray) else 0)
 
 
-def _samples(content: Mapping[str, Any]) -> int:
+def count_samples(content: Mapping[str, Any]) -> int:
     """How many samples a fold has: as many as most of its keys have entries."""
     values = [content[key] for key in AXES if key in content]
     arrays = [value for value in values if isinstance(value, list | tuple) or getattr(value, "ndim", 0)]
@@ -25,15 +25,15 @@ def _samples(content: Mapping[str, Any]) -> int:
     return max(counts, key=counts.count, default=0)
 
 
-def _read_scores(content: Mapping[str, Any], key: str, where: str, n: int) -> np.ndarray:
+def read_scores(content: Mapping[str, Any], key: str, where: str, n: int) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return _numbers(content, key, where, n, (), f"{n} numbers").astype(np.float32)
+        return numbers(content, key, where, n, (), f"{n} numbers").astype(np.float32)
 
 
-def _read_tokens(content: Mapping[str, Any], where: str, n: int) -> np.ndarray:
+def read_tokens(content: Mapping[str, Any], where: str, n: int) -> np.ndarray:
     parts = ("token ids", "attention mask", "segment ids")
     expected = f"({n}, 3, L) {parts[0]}, {parts[1]} and {parts[2]}"
-    array = _numbers(content, "text_bert", where, n, (3, "L"), expected)
+    array = numbers(content, "text_bert", where, n, (3, "L"), expected)
     # The files store them as float32, which is exact far beyond any vocabulary.
     odd = np.argwhere(~(np.isfinite(array) & (array >= 0) & (array < 2**24) & (array == np.floor(array))))
     if len(odd):
@@ -51,9 +51,9 @@ def _read_tokens(content: Mapping[str, Any], where: str, n: int) -> np.ndarray:
     return np.ascontiguousarray(tokens.transpose(1, 0, 2))
 
 
-def _read_lengths(content: Mapping[str, Any], key: str, where: str, n: int, longest: int) -> np.ndarray:
+def read_lengths(content: Mapping[str, Any], key: str, where: str, n: int, longest: int) -> np.ndarray:
     expected = f"{n} integers from 0 to {longest}"
-    array = _numbers(content, key, where, n, (), expected)
+    array = numbers(content, key, where, n, (), expected)
     bad = ~((array >= 0) & (array <= longest) & (array == np.floor(array)))
     if bad.any():
         row = int(bad.argmax())
@@ -61,13 +61,13 @@ def _read_lengths(content: Mapping[str, Any], key: str, where: str, n: int, long
     return array.astype(np.int64)
 
 
-def _lengths_from_padding(array: np.ndarray) -> np.ndarray:
+def lengths_from_padding(array: np.ndarray) -> np.ndarray:
     used = (array != 0).any(axis=2)  # (n, T); NaN is not 0
     last = array.shape[1] - used[:, ::-1].argmax(axis=1)
     return np.where(used.any(axis=1), last, 0).astype(np.int64)
 
 
-def _numbers(
+def numbers(
     content: Mapping[str, Any], key: str, where: str, n: int, row: tuple[int | str, ...], expected: str
 ) -> np.ndarray:
     """The array (n, *row) at a key; in `row` a letter stands for any size but 0. For () a column (n, 1) will do."""
@@ -152,7 +152,7 @@ def _no_number(value: Any) -> str:
     return ""
 
 
-def _strings(content: Mapping[str, Any], key: str, where: str, n: int) -> list[str]:
+def strings(content: Mapping[str, Any], key: str, where: str, n: int) -> list[str]:
     value = _value(content, key, where)
     if isinstance(value, np.ndarray):
         value = value.tolist()

@@ -5,13 +5,15 @@ one, never half of one. The old one stays as well where the disk is full or may 
 link in place of a file is replaced and what it points to left alone; a link in place of a folder is followed.
 """
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +81,13 @@ def sync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
+
+
+def write_rows(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """A CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

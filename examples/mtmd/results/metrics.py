@@ -5,13 +5,32 @@ Non0_F1_score, MAE and Corr, for CH-SIMS Mult_acc_2, Mult_acc_3, Mult_acc_5, F1_
 four decimals; here nothing is rounded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["metrics_for", "msa_metrics", "sims_metrics"]
+__all__ = ["columns_of", "in_percent", "mean_and_std", "metrics_for", "msa_metrics", "number", "sims_metrics"]
 
+# What tables show, in the order of the paper. Two in one are negative/non-negative, then negative/positive.
+COLUMNS = {
+    "Acc7": ("acc7",),
+    "Acc5": ("acc5",),
+    "Acc2": ("acc2_has0", "acc2_non0"),
+    "F1": ("f1_has0", "f1_non0"),
+    "MAE": ("mae",),
+    "Corr": ("corr",),
+}
+SIMS_COLUMNS = {
+    "Acc5": ("acc5",),
+    "Acc3": ("acc3",),
+    "Acc2": ("acc2",),
+    "F1": ("f1",),
+    "MAE": ("mae",),
+    "Corr": ("corr",),
+}
+
+NO_SHARES = ("mae", "corr")
 SIMS_BORDERS = {2: [0.0], 3: [-0.1, 0.1], 5: [-0.7, -0.1, 0.1, 0.7]}  # between classes; each belongs to the one below
 
 
@@ -98,6 +117,32 @@ def sims_metrics(predictions: ArrayLike, targets: ArrayLike) -> dict[str, float]
         "mae": float(np.abs(predictions - targets).mean()),
         "corr": _correlation(predictions, targets),
     }
+
+
+def columns_of(metrics: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The columns of a table of these metrics: heading and names."""
+    return SIMS_COLUMNS if "acc3" in metrics else COLUMNS
+
+
+def mean_and_std(
+    found: Sequence[Mapping[str, float | None]],
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Of each metric over several runs or draws, NaN where one has none; sample deviation, None for a single one."""
+    values = {name: np.array([metrics[name] for metrics in found], np.float64) for name in found[0]}
+    mean = {name: float(of.mean()) for name, of in values.items()}
+    return mean, {name: float(of.std(ddof=1)) if len(of) > 1 else None for name, of in values.items()}
+
+
+def in_percent(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Accuracies and F1 in percent, as tables have them."""
+    return {name: value if name in NO_SHARES or value is None else 100 * value for name, value in metrics.items()}
+
+
+def number(metric: str, value: float | None) -> str:
+    """One decimal for percent, three for MAE and Corr; a dash where there is none."""
+    if value is None or not np.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if metric in NO_SHARES else f"{value:.1f}"
 
 
 def _scores(name: str, values: ArrayLike) -> np.ndarray:

@@ -1,12 +1,22 @@
-"""What an experiment leaves in its folder, read by others with distrust: results, epochs, predictions, steps."""
+"""What an experiment leaves in its folder: results, epochs, predictions, steps. Others read it with distrust."""
 
 import csv
+import importlib
+import importlib.metadata
 import io
+import itertools
+import json
+import math
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from mtmd.data.fold import Dataset, Fold
 from mtmd.data.values import key_names
 from mtmd.files.checks import (
     COUNT,
@@ -23,25 +33,12 @@ from mtmd.files.checks import (
     shown,
 )
 from mtmd.files.reading import parse_json, read_json, read_npz, read_table
-from mtmd.settings.config import MODALITIES
+from mtmd.files.writing import finite_or_none, replacing, write_rows, write_text
+from mtmd.results.metrics import columns_of, mean_and_std
+from mtmd.settings.config import MODALITIES, Config
+from mtmd.train import Run
 
 PREDICTION_COLUMNS = ("seed", "split", "id", "target", "score", *MODALITIES)
-PAPER_COLUMNS = {
-    "Acc7": ("acc7",),
-    "Acc5": ("acc5",),
-    "Acc2": ("acc2_has0", "acc2_non0"),
-    "F1": ("f1_has0", "f1_non0"),
-    "MAE": ("mae",),
-    "Corr": ("corr",),
-}
-SIMS_COLUMNS = {
-    "Acc2": ("acc2",),
-    "Acc3": ("acc3",),
-    "Acc5": ("acc5",),
-    "F1": ("f1",),
-    "MAE": ("mae",),
-    "Corr": ("corr",),
-}
 
 BY_MODALITY = Rule(
     "numbers by modality",
@@ -83,8 +80,7 @@ def load_experiment(folder: Path) -> dict[str, Any]:
     runs, names = results["runs"], results["mean"].keys()
     if not runs:
         raise ValueError(f"{path}: runs: expected at least one, got none")
-    columns = PAPER_COLUMNS if "acc7" in names else SIMS_COLUMNS
-    if not {name for column in columns.values() for name in column} <= names:
+    if not {name for column in columns_of(names).values() for name in column} <= names:
         raise ValueError(f"{path}: mean: expected the metrics of a score, got {shown(list(names))}")
     for entry in (*runs, {"std": results["std"]}):
         measured = [entry[key] for key in ("valid", "test", "std") if key in entry]
@@ -192,3 +188,90 @@ def read_representations(path: Path, ids: list[str]) -> dict[str, np.ndarray] | 
     if arrays["ids"].tolist() != ids:
         raise ValueError(f"{path}: ids: expected the test utterances of predictions.csv, got others")
     return arrays
+
+
+# Writing
+
+
+@dataclass
+class Finished:
+    """What a folder holds of each seed that is done."""
+
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # entries of results.json
+    epochs: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # lines of metrics.jsonl
+    predictions: dict[int, list[list[Any]]] = field(default_factory=dict)  # rows of predictions.csv
+
+
+def run_entry(run: Run) -> dict[str, Any]:
+    """A seed in results.json."""
+    return finite_or_none(
+        {
+            "seed": run.seed,
+            "test": run.metrics["test"],
+            "valid": run.metrics["valid"],
+            "test_unimodal": run.unimodal_metrics["test"],
+            "valid_unimodal": run.unimodal_metrics["valid"],
+            "best_epoch": run.best_epoch,
+            "epochs": len(run.epochs),
+            "seconds": run.seconds,
+            "precision": ", then ".join(run.precisions),
+        }
+    )
+
+
+def summarise(config: Config, dataset: Dataset, finished: Finished) -> dict[str, Any]:
+    """The contents of results.json. Accuracies and F1 are shares of 1; null stands for NaN."""
+    seeds = [*config.seeds, *(seed for seed in finished.runs if seed not in config.seeds)]
+    runs = [finished.runs[seed] for seed in seeds if seed in finished.runs]
+    mean, std = mean_and_std([run["test"] for run in runs])
+    return {
+        "config": {**config.as_json(), "seeds": seeds},
+        "dataset": {"name": dataset.name, "synthetic": dataset.synthetic, "sha256": dataset.fingerprint},
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "runs": runs,
+        "mean": mean,
+        "std": std,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers came out of, as far as it is installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("momentum-distill", "torch", "transformers", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write_epochs(out: Path, finished: Finished) -> None:
+    lines = [json.dumps(record, allow_nan=False) for records in finished.epochs.values() for record in records]
+    write_text(out / "metrics.jsonl", "".join(line + "\n" for line in lines))
+
+
+def prediction_rows(run: Run, folds: dict[str, Fold]) -> list[list[Any]]:
+    """The lines of predictions.csv; a branch's score is empty where there is none."""
+    rows = []
+    for split in ("valid", "test"):
+        fold, none = folds[split], np.full(len(folds[split]), math.nan)
+        branches = [run.unimodal_predictions[split].get(name, none) for name in MODALITIES]
+        columns = zip(fold.ids, fold.scores, run.predictions[split], *branches, strict=True)
+        for name, *values in columns:
+            rows.append([run.seed, split, name, *("" if math.isnan(value) else float(value) for value in values)])
+    return rows
+
+
+def write_predictions(out: Path, finished: Finished) -> None:
+    rows = itertools.chain.from_iterable(finished.predictions.values())
+    write_rows(out / "predictions.csv", [PREDICTION_COLUMNS, *rows])
+
+
+def write_steps(path: Path, steps: list[dict[str, float]]) -> None:
+    write_rows(
+        path, [["step", *steps[0]], *([number, *record.values()] for number, record in enumerate(steps, start=1))]
+    )
+
+
+def write_representations(path: Path, run: Run, fold: Fold) -> None:
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **run.representations, scores=fold.scores, ids=np.array(fold.ids, dtype=np.str_))

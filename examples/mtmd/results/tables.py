@@ -1,6 +1,5 @@
 """Tables of results in the column order of the paper: as CSV, Markdown and in the terminal."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,27 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from mtmd.files.writing import write_rows
 from mtmd.results.bootstrap import Comparison
+from mtmd.results.metrics import columns_of, in_percent, mean_and_std, number
+from mtmd.settings.config import MODALITIES
 
-# Where two numbers share a column: negative/non-negative, then negative/positive.
-COLUMNS = {
-    "Acc7 ↑": ("acc7",),
-    "Acc2 ↑": ("acc2_has0", "acc2_non0"),
-    "F1 ↑": ("f1_has0", "f1_non0"),
-    "MAE ↓": ("mae",),
-    "Corr ↑": ("corr",),
-}
-METRICS = tuple(metric for metrics in COLUMNS.values() for metric in metrics)
-# CH-SIMS has other metrics: see metrics.py.
-SIMS_COLUMNS = {
-    "Acc5 ↑": ("acc5",),
-    "Acc3 ↑": ("acc3",),
-    "Acc2 ↑": ("acc2",),
-    "F1 ↑": ("f1",),
-    "MAE ↓": ("mae",),
-    "Corr ↑": ("corr",),
-}
-
+METRICS = ("acc7", "acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "mae", "corr")  # of the paper
 
 CAUTION = (
     "Clips of one speaker are correlated, so that intervals over utterances are likely too narrow; with few seeds, "
@@ -55,34 +39,17 @@ class Row:
 
 def row_of(name: str, label: str, runs: Sequence[Mapping[str, float | None]], **more: Any) -> Row:
     """The row of some runs; `runs` are their metrics, with shares of 1."""
-    return Row(name, label, len(runs), {metric: mean_and_deviation(runs, metric) for metric in runs[0]}, **more)
+    mean, std = mean_and_std([in_percent(metrics) for metrics in runs])
+    return Row(name, label, len(runs), {metric: (mean[metric], std[metric]) for metric in runs[0]}, **more)
 
 
-def columns_of(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """The columns for the metrics that these rows have."""
-    return SIMS_COLUMNS if any("acc3" in row.values for row in rows) else COLUMNS
-
-
-def mean_and_deviation(runs: Sequence[Mapping[str, float | None]], metric: str) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (ddof 1; None with one run), in the unit of the tables.
-
-    NaN if a run has no value.
-    """
-    values = np.array([np.nan if run[metric] is None else run[metric] for run in runs], dtype=np.float64)
-    if is_percent(metric):
-        values = 100 * values
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
-
-
-def is_percent(metric: str) -> bool:
-    return metric not in ("mae", "corr")
-
-
-def number(metric: str, value: float) -> str:
-    """One decimal for percent, three for MAE and Corr; a dash for NaN."""
-    if np.isnan(value):
-        return "-"
-    return f"{value:.1f}" if is_percent(metric) else f"{value:.3f}"
+def shown_columns(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+    """The columns for the metrics that these rows have; the paper has no Acc5 of CMU-MOSI."""
+    columns = columns_of({metric for row in rows for metric in row.values})
+    shown = {f"{heading} {'↓' if heading == 'MAE' else '↑'}": names for heading, names in columns.items()}
+    if "Acc7 ↑" in shown:
+        del shown["Acc5 ↑"]
+    return shown
 
 
 def own_cell(row: Row, metrics: Sequence[str]) -> str:
@@ -127,8 +94,8 @@ def write_table(rows: Sequence[Row], path: Path, *, title: str, against: str = "
         against: What the column of differences compares with, if there is one.
         notes: Lines below the table.
     """
-    columns = columns_of(rows)
-    pairs = "; Acc2 and F1: negative/non-negative, then negative/positive" if columns is COLUMNS else ""
+    columns = shown_columns(rows)
+    pairs = "; Acc2 and F1: negative/non-negative, then negative/positive" if "Acc7 ↑" in columns else ""
     notes = [
         "Test fold, epoch chosen on validation MAE; mean ± sample standard deviation over the seeds.",
         f"Accuracies and F1 in percent{pairs}.",
@@ -195,10 +162,7 @@ def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             return ""
         return f"{value:.8g}" if isinstance(value, float) else value
 
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(records[0] if records else [])
-        writer.writerows([text(value) for value in line.values()] for line in records)
+    write_rows(path, [records[0] if records else [], *(map(text, line.values()) for line in records)])
 
 
 def write_markdown(
@@ -248,10 +212,7 @@ def terminal_table(
             values = [row.values.get(metric, (np.nan, None)) for metric in metrics]
             cell = ["/".join(number(metric, mean) for metric, (mean, _) in zip(metrics, values, strict=True))]
             if spread:
-                deviations = [
-                    number(metric, np.nan if deviation is None else deviation)
-                    for metric, (_, deviation) in zip(metrics, values, strict=True)
-                ]
+                deviations = [number(metric, deviation) for metric, (_, deviation) in zip(metrics, values, strict=True)]
                 cell.append(f"[dim]{'/'.join(deviations)}[/]")
             if row.paper:
                 cell.append(f"[dim]{paper_cell(row, metrics).replace(' ', '')}[/]")
@@ -261,3 +222,39 @@ def terminal_table(
             cells.append(f"{shown.difference:+.3f}\n[dim]{difference_cell(shown, with_difference=False)}[/]")
         table.add_row("\n".join(lines), *cells)
     return table
+
+
+# What `train` shows
+
+
+def metric_cells(metrics: Mapping[str, float | None]) -> list[str]:
+    """A cell for each of `columns_of`; metrics are shares of 1."""
+    metrics = in_percent(metrics)
+    return [" / ".join(number(name, metrics[name]) for name in names) for names in columns_of(metrics).values()]
+
+
+def results_table(title: str, results: dict[str, Any]) -> Table:
+    """Test metrics by seed, with mean and spread below."""
+    caption = "Epoch chosen on validation MAE. Accuracies and F1 in percent"
+    if "acc7" in results["mean"]:
+        caption += ";\nAcc2 and F1: negative/non-negative, then negative/positive"
+    table = Table("seed", title=f"{title}: test fold", caption=caption)
+    for heading in columns_of(results["mean"]):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in results["runs"]:
+        table.add_row(str(entry["seed"]), *metric_cells(entry["test"]))
+    if len(results["runs"]) > 1:
+        table.add_section()
+        for name in ("mean", "std"):
+            table.add_row(name, *metric_cells(results[name]))
+    return table
+
+
+def branches_line(results: dict[str, Any]) -> str:
+    """What each branch does alone, as a mean over the seeds."""
+    parts = []
+    for name in MODALITIES:
+        maes = [entry["test_unimodal"][name]["mae"] for entry in results["runs"] if name in entry["test_unimodal"]]
+        if maes:
+            parts.append(f"{name} {np.mean(maes):.3f}")
+    return f"Test MAE of the branches alone: {', '.join(parts) or 'none'}"

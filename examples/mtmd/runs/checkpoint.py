@@ -111,7 +111,7 @@ def build_model(about: dict[str, Any], state: dict[str, Tensor], weights: Path, 
     try:
         if config.layers > len(state):
             raise ValueError(f"layers is {shown(config.layers)}, with {len(state)} tensors")
-        reads_tokens = config.text_encoder != "features" and TEACHER in used_modalities(config)
+        reads_tokens = config.reads_tokens and TEACHER in used_modalities(config)
         if reads_tokens is (encoder is None):  # transformers would fetch a model by its name
             raise ValueError(f"text_encoder is {shown(config.text_encoder)}, encoder is {shown(encoder)}")
         if encoder is not None:

@@ -1,7 +1,6 @@
 """`evaluate`: metrics of a fold, also with modalities taken away, and the curves over the share taken away."""
 
 import argparse
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from rich.table import Table
 from mtmd.data.fold import Fold, drop_modalities, presence
 from mtmd.data.own_format import open_dataset
 from mtmd.files.checks import shown
-from mtmd.files.writing import check_writable, replacing, write_json
-from mtmd.results.metrics import metrics_for
+from mtmd.files.writing import check_writable, write_json, write_rows
+from mtmd.results.metrics import columns_of, mean_and_std, metrics_for, number
+from mtmd.results.tables import metric_cells
 from mtmd.runs.trained import (
     Said,
     _add_checkpoint_arguments,
@@ -25,23 +25,12 @@ from mtmd.runs.trained import (
     prepare_fold,
     without_modalities,
 )
-from mtmd.settings.cli import note
+from mtmd.settings.cli import note, say
 from mtmd.settings.config import MODALITIES
 from mtmd.settings.options import a_number, a_path, add_format, at_least, one_of
 
 RATES = tuple(round(0.1 * step, 1) for step in range(11))
 DRAWS = 5
-
-# Columns of the table of metrics; two in one are negative/non-negative, then negative/positive.
-COLUMNS = {
-    "Acc7": ("acc7",),
-    "Acc5": ("acc5",),
-    "Acc3": ("acc3",),
-    "Acc2": ("acc2_has0", "acc2_non0", "acc2"),
-    "F1": ("f1_has0", "f1_non0", "f1"),
-    "MAE": ("mae",),
-    "Corr": ("corr",),
-}
 
 
 # evaluate
@@ -165,7 +154,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.robustness:
         write_curves(curves, arguments.out / "robustness.csv")
         draw_curves(curves, arguments.out / f"robustness.{arguments.format}")
-    console.print(f"Written: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Written: {arguments.out.resolve()}")
 
 
 def a_share(text: str) -> float:
@@ -245,13 +234,6 @@ def robustness(
     return records
 
 
-def mean_and_std(found: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Over the draws; the deviation is that of a sample (ddof 1), None for a single draw."""
-    values = {name: np.array([metrics[name] for metrics in found]) for name in found[0]}
-    mean = {name: float(array.mean()) for name, array in values.items()}
-    return mean, {name: float(array.std(ddof=1)) if len(array) > 1 else None for name, array in values.items()}
-
-
 def curve_metrics(curves: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The three metrics that are drawn, with their labels."""
     names = curves[0]["mean"]
@@ -263,15 +245,10 @@ def metrics_table(rows: Sequence[tuple[str, int, Mapping[str, float | None]]], *
     """A line for each row: name, samples, metrics."""
     table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column("", no_wrap=True)
-    table.add_column("n", justify="right")
-    there = rows[0][2]
-    columns = {heading: [name for name in names if name in there] for heading, names in COLUMNS.items()}
-    columns = {heading: names for heading, names in columns.items() if names}
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("n", *columns_of(rows[0][2])):
+        table.add_column(heading, justify="right", no_wrap=heading != "n")
     for label, count, metrics in rows:
-        cells = [" / ".join(show(name, metrics[name]) for name in names) for names in columns.values()]
-        table.add_row(escape(label), str(count), *cells)
+        table.add_row(escape(label), str(count), *metric_cells(metrics))
     return table
 
 
@@ -288,16 +265,9 @@ def robustness_table(curves: Sequence[Mapping[str, Any]], draws: int) -> Table:
         cells = []
         for group in groups:
             spread = here[group]["std"]["mae"]
-            cells.append(show("mae", here[group]["mean"]["mae"]) + ("" if spread is None else f" ± {spread:.3f}"))
+            cells.append(number("mae", here[group]["mean"]["mae"]) + ("" if spread is None else f" ± {spread:.3f}"))
         table.add_row(f"{100 * rate:g} %", *cells)
     return table
-
-
-def show(metric: str, value: float | None) -> str:
-    """Percent with one digit, or three digits for MAE and correlation."""
-    if value is None or not np.isfinite(value):
-        return "-"
-    return f"{value:.3f}" if metric in ("mae", "corr") else f"{100 * value:.1f}"
 
 
 def write_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -307,12 +277,11 @@ def write_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
         return "" if value is None or not np.isfinite(value) else repr(float(value))
 
     names = list(curves[0]["mean"])
-    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["dropped", "rate", *names, *(f"{name}_std" for name in names)])
-        for record in curves:
-            numbers = [record["mean"][name] for name in names] + [record["std"][name] for name in names]
-            writer.writerow([record["dropped"], record["rate"], *map(cell, numbers)])
+    rows = [["dropped", "rate", *names, *(f"{name}_std" for name in names)]]
+    for record in curves:
+        numbers = [record[kind][name] for kind in ("mean", "std") for name in names]
+        rows.append([record["dropped"], record["rate"], *map(cell, numbers)])
+    write_rows(path, rows)
 
 
 def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -17,6 +17,7 @@ from mtmd.runs.trained import (
     Trained,
     load_trained,
 )
+from mtmd.settings.cli import say
 from mtmd.settings.options import a_path
 
 try:
@@ -143,9 +144,4 @@ def run_export(arguments: argparse.Namespace, console: Console) -> None:
             largest = max(largest, *(float((got[key] - expected[key]).abs().max()) for key in expected))
         if not largest < 1e-4:
             raise ValueError(f"{target}: expected the outputs of the model, got others, by up to {largest:.2g}")
-    console.print(
-        f"Written: {target.resolve()}; its outputs differ from the model's by at most {largest:.2g}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"Written: {target.resolve()}; its outputs differ from the model's by at most {largest:.2g}")

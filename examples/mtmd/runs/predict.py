@@ -1,7 +1,6 @@
 """`predict`: scores for one utterance or a file of them. What is not given is a missing modality."""
 
 import argparse
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from mtmd.data.own_format import load_fold
 from mtmd.data.values import key_names
 from mtmd.files.checks import is_plain, shown
 from mtmd.files.reading import read_npy, read_table
-from mtmd.files.writing import check_writable, replacing
+from mtmd.files.writing import check_writable, write_rows
 from mtmd.runs.trained import (
     Said,
     Trained,
@@ -28,7 +27,7 @@ from mtmd.runs.trained import (
     load_trained,
     prepare_fold,
 )
-from mtmd.settings.cli import note
+from mtmd.settings.cli import note, say
 from mtmd.settings.options import a_path
 
 # predict
@@ -93,9 +92,8 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
     lines = prediction_lines(fold, said, trained.classes)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(arguments.out) as part, part.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
-        console.print(f"Written: {arguments.out.resolve()}", markup=False, highlight=False, soft_wrap=True)
+        write_rows(arguments.out, lines)
+        say(console, f"Written: {arguments.out.resolve()}")
         return
     table = Table(
         caption="score and class (its sign); probabilities of the classes; score of each branch",

@@ -1,6 +1,5 @@
 """All that a training changes, put into a state and taken out of it again, to the bit."""
 
-import hashlib
 import random
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 import momentum_distill as md
-from mtmd.data.fold import Fold
 from mtmd.files.tensors import section
 from mtmd.runs.processes import from_leader, leads, place
 from mtmd.runs.states import load_state, save_state
@@ -81,20 +79,6 @@ def restore_training(
     training.started -= run.seconds
     unpack_random(training.device, tensors, values)
     return True
-
-
-def fingerprint(folds: dict[str, Fold]) -> str:
-    """SHA-256 of what is trained on."""
-    digest = hashlib.sha256()
-    for name, fold in folds.items():
-        arrays = {"scores": fold.scores, "text_bert": fold.text_bert, **fold.features}
-        arrays |= {f"{key}_lengths": length for key, length in fold.lengths.items()}
-        digest.update(repr((name, fold.ids)).encode(errors="backslashreplace"))
-        for key, array in arrays.items():
-            if array is not None:
-                digest.update(repr((key, array.shape, array.dtype.str)).encode())
-                digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def check_identity(state_dir: Path, values: dict[str, Any], identity: dict[str, Any]) -> None:

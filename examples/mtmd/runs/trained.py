@@ -50,7 +50,7 @@ class Trained:
     @property
     def reads_tokens(self) -> bool:
         """Whether text comes as tokens for a pretrained encoder; if not, as features."""
-        return "text" in self.modalities and self.config.text_encoder != "features"
+        return "text" in self.modalities and self.config.reads_tokens
 
     @property
     def read_widths(self) -> dict[str, int]:
@@ -84,7 +84,7 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
     model, standardizer, about = load_checkpoint(path)
     config = Config.from_json(about["config"], source=str(path))
     if text_encoder is not None:
-        if config.text_encoder == "features":
+        if not config.reads_tokens:
             raise ValueError("--text-encoder: expected none, for this checkpoint reads text as features")
         config = dataclasses.replace(config, text_encoder=text_encoder)
     return Trained(

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from mtmd.data.fold import Fold
+from mtmd.data.fold import Fold, data_sha256
 from mtmd.results.metrics import msa_metrics
 from mtmd.runs.devices import deterministic_mode
 from mtmd.runs.processes import from_leader, in_parallel, leads, place
-from mtmd.runs.resume import fingerprint, restore_training, save_training
+from mtmd.runs.resume import restore_training, save_training
 from mtmd.runs.states import remove_states
 from mtmd.settings.config import Config
 from mtmd.train import (
@@ -46,18 +46,12 @@ def train_and_save(
 ) -> Run:
     """`mtmd.train.train`, with the state of the run in a folder. All processes call it; only the leader's run is whole.
 
-    Args:
-        config: The settings.
-        folds: What `prepare` made.
-        widths: Feature width of each modality.
-        seed: Of weights, order, dropout and dropped modalities.
-        device: Where to train.
+    Args, beside those of `train`:
         on_step: Gets the terms of Eq. 18 and the fusion factors of each step.
         on_epoch: Gets the record of each epoch. In a run that goes on, both get first what was restored.
         state_dir: Where to save the state of the run, at each epoch's end and every `config.save_every` steps. With
             `config.resume` a run goes on from what is there; without, what is there is deleted.
         on_note: Is told, in a line, where the run goes on and which files are damaged.
-        metrics: Compares scores with targets; must give "mae", by which the epoch is chosen.
 
     Raises:
         FloatingPointError: If the loss or a prediction is not finite.
@@ -66,7 +60,7 @@ def train_and_save(
     with deterministic_mode(config.deterministic):
         training = shared(begin(config, folds, widths, seed, device, metrics))
         run = training.run
-        identity = {"config": config.identity(), "seed": seed, "data": fingerprint(folds)}
+        identity = {"config": config.identity(), "seed": seed, "data": data_sha256(folds)}
         if not config.resume:
             if leads():
                 remove_states(state_dir)

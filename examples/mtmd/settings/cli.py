@@ -99,6 +99,11 @@ def overview() -> str:
     return "\n".join(["commands:", *lines, "", "COMMAND --help explains the options of a command."])
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A text as it is, on one line."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def note(console: Console, text: str) -> None:
-    """What is worth knowing but stops nothing, on one line."""
-    console.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    """What is worth knowing but stops nothing."""
+    say(console, f"note: {text}", "yellow")

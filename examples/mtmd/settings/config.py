@@ -10,6 +10,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mtmd.files.checks import did_you_mean, is_number, is_text, shown, unknown
 
+# Each has its settings below, NAME_hidden and drop_NAME; a fold of data has its features at the key NAME.
+MODALITIES = ("text", "audio", "vision")
+
 # What `without` can switch off: the rows of the paper's Table II, and all of them at once.
 PARTS = (
     "reg",
@@ -21,22 +24,21 @@ PARTS = (
     "hard_attention",
     "fusion",
     "momentum_mfd",
-    "text_task",
-    "audio_task",
-    "vision_task",
+    *(f"{name}_task" for name in MODALITIES),
     "distillation",
 )
-MODALITIES = ("text", "audio", "vision")
 
 # Settings that say where and how far, not what: runs that differ in them alone are the same experiment.
 NOT_IDENTITY = ("out", "format", "seeds", "resume", "device", "save_every")
 FORMATS = ("svg", "pdf", "png")
 
 
+SYNTHETIC = ("signal_text", "signal_audio", "signal_vision", "wrong_text")  # shares of the synthetic set
+
 # Numbers that are no counts, with what they have to be. NaN is in no range.
 RANGES = (
     (
-        ("wrong_text", *(f"{kind}_{name}" for kind in ("signal", "drop") for name in MODALITIES)),
+        (*SYNTHETIC, *(f"drop_{name}" for name in MODALITIES)),
         "a share in [0, 1]",
         lambda value: 0 <= value <= 1,
     ),
@@ -57,7 +59,7 @@ RANGES = (
 def setting(
     default: Any, text: str, *, choices: tuple[str, ...] = (), many: bool = False, group: str | None = None
 ) -> Any:
-    """A field with the text that `--help` shows; `group` begins a group of them there."""
+    """A field with the text that `--help` shows; `group` begins a group of them there, or goes on with one."""
     metadata = {"help": text, "choices": choices, "many": many, "group": group}
     if many:
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -78,12 +80,14 @@ class Config:
         "sets the defaults of --epochs, --batch-size and --queue-size; default: mosi with --data, synthetic without",
         choices=("mosi", "mosei", "sims", "other", "synthetic"),
     )
-    synthetic_seed: int = setting(0, "seed of the synthetic set")
-    signal_text: float = setting(0.8, "synthetic set: share of the opinion's variance that text can explain")
-    signal_audio: float = setting(0.45, "synthetic set: share of the opinion's variance that audio can explain")
-    signal_vision: float = setting(0.35, "synthetic set: share of the opinion's variance that vision can explain")
-    wrong_text: float = setting(0.0, "synthetic set: share of samples whose text says nothing true (a wrong teacher)")
-    max_tokens: int = setting(50, "longest text, in tokens, where raw text is tokenised here; MMSA's files: 50")
+    synthetic_seed: int = setting(0, "seed of the synthetic set", group="synthetic set")
+    signal_text: float = setting(0.8, "share of the opinion's variance that text can explain")
+    signal_audio: float = setting(0.45, "share of the opinion's variance that audio can explain")
+    signal_vision: float = setting(0.35, "share of the opinion's variance that vision can explain")
+    wrong_text: float = setting(0.0, "share of samples whose text says nothing true (a wrong teacher)")
+    max_tokens: int = setting(
+        50, "longest text, in tokens, where raw text is tokenised here; MMSA's files: 50", group="data"
+    )
     context: int = setting(0, "how many texts of the same video, before its own, the text encoder reads with a text")
     drop_text: float = setting(0.0, "share of the training samples that lose their text, drawn anew each epoch")
     drop_audio: float = setting(0.0, "share of the training samples that lose their audio, drawn anew each epoch")
@@ -167,6 +171,7 @@ class Config:
         1e-4,
         "Adam learning rate of a pretrained text encoder, 0: frozen; the default is best on validation with MiniLM "
         "(paper, BERT-base: 5e-5)",
+        group="learning rates",
     )
     layer_decay: float = setting(
         1.0, "learning rate of a layer of a pretrained text encoder, as a share of that of the layer above"
@@ -178,7 +183,7 @@ class Config:
         "learning rates: 'cosine' (linear warm-up over a tenth of the steps, then to zero) or 'constant' (paper)",
         choices=("cosine", "constant"),
     )
-    clip: float = setting(1.0, "largest gradient norm, 0 for no limit (paper: does not say)")
+    clip: float = setting(1.0, "largest gradient norm, 0 for no limit (paper: does not say)", group="training")
     accumulate: int = setting(1, "batches whose gradients are averaged for one optimiser step")
     average: float = setting(
         0.0, "share that a moving average of the model keeps at a step; it is what is validated and kept; 0: none"
@@ -187,6 +192,7 @@ class Config:
         False,
         "train in bfloat16 where that is safe (autocast); evaluation stays in float32, and so does training on a device"
         " that cannot, with a note",
+        group="speed and precision",
     )
     compile: bool = setting(False, "compile the model with torch.compile; needs a C++ compiler, or Triton on CUDA")
     deterministic: bool = setting(False, "only operations that give the same bits each time; slower on CUDA")
@@ -216,7 +222,7 @@ class Config:
         self.queue_size = (8192 if large else 1024) if self.queue_size is None else self.queue_size
         for name in (
             *("epochs", "patience", "batch_size", "accumulate", "queue_size", "max_tokens"),
-            *("width", "fused_width", "audio_hidden", "vision_hidden", "text_hidden", "layers", "heads"),
+            *("width", "fused_width", *(f"{name}_hidden" for name in MODALITIES), "layers", "heads"),
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -250,7 +256,7 @@ class Config:
             )
         for name in left:
             hidden = getattr(self, f"{name}_hidden")
-            if (name != "text" or self.text_encoder == "features") and hidden % self.heads:
+            if (name != "text" or not self.reads_tokens) and hidden % self.heads:
                 raise ValueError(f"{name}_hidden: expected a multiple of heads ({self.heads}), got {hidden}")
         if self.fusion_start == "text" and self.fused_width != self.width:
             raise ValueError(
@@ -265,6 +271,11 @@ class Config:
             raise ValueError(
                 "balanced_queue: expected sampling 'class', for it shares the queue among the classes, got 'instance'"
             )
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether text is read as tokens by a BERT-type model; if not, as features, by an encoder of model.py."""
+        return self.text_encoder.partition(":")[0] != "features"
 
     def as_json(self) -> dict[str, Any]:
         """All settings as JSON values, for results and checkpoints."""

@@ -9,22 +9,22 @@ from typing import get_args, get_type_hints
 
 from mtmd.files.checks import shown, unknown
 from mtmd.files.reading import read_toml
-from mtmd.settings.config import FORMATS, MODALITIES, Config
+from mtmd.settings.config import FORMATS, MODALITIES, SYNTHETIC, Config
 
 # Options that say nothing beside others are refused on the command line, where somebody meant them, if they are not at
 # their default. A file may have them: one serves for all arms of the study.
 IDLE: tuple[tuple[tuple[str, ...], str, Callable[["Config"], bool]], ...] = (
     (
-        ("synthetic_seed", *(f"signal_{name}" for name in MODALITIES), "wrong_text"),
+        ("synthetic_seed", *SYNTHETIC),
         "the synthetic set",
         lambda config: config.data is None,
     ),
     (
         ("max_tokens", "pooling", "bert_lr", "layer_decay", "context"),
         "a --text-encoder",
-        lambda config: config.text_encoder != "features",
+        lambda config: config.reads_tokens,
     ),
-    (("text_hidden",), "--text-encoder features", lambda config: config.text_encoder == "features"),
+    (("text_hidden",), "--text-encoder features", lambda config: not config.reads_tokens),
     *(
         ((f"drop_{name}",), f"{name} as a modality", lambda config, name=name: name in config.modalities)
         for name in MODALITIES
@@ -113,13 +113,15 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, only: Collection[st
         help="file of settings, named as here with '_' for '-'; options given beside it go before it",
     )
     hints = get_type_hints(Config)
-    group, title = None, ""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    title = ""
     for entry in dataclasses.fields(Config):
         title = entry.metadata["group"] or title
         if only is not None and entry.name not in only:
             continue
-        if group is None or group.title != title:
-            group = parser.add_argument_group(title)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
         option = "--" + entry.name.replace("_", "-")
         text = entry.metadata["help"].replace("%", "%%")
         kinds = [kind for kind in (get_args(hints[entry.name]) or (hints[entry.name],)) if kind is not type(None)]

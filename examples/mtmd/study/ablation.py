@@ -20,10 +20,11 @@ from rich.console import Console
 from mtmd.model import TEACHER, used_modalities
 from mtmd.results.bootstrap import RESAMPLES
 from mtmd.results.compare import SIMS_LIMIT, compare_experiments, read_scores
+from mtmd.results.metrics import mean_and_std
 from mtmd.results.records import load_experiment
-from mtmd.results.tables import METRICS, Row, mean_and_deviation, row_of, write_table
+from mtmd.results.tables import METRICS, Row, row_of, write_table
 from mtmd.runs.experiment import check_before
-from mtmd.settings.cli import note
+from mtmd.settings.cli import note, say
 from mtmd.settings.config import MODALITIES, Config
 from mtmd.settings.options import add_config_arguments, at_least, config_from, one_of
 from mtmd.study.jobs import LOG, run_many
@@ -113,10 +114,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     for name, outcome in run_many(configs, console, jobs=arguments.jobs, keep_going=True):
         if "error" in outcome:
             errors[name] = outcome["error"]
-            say(console, f"{name} did not train: {outcome['error']}", style="yellow")
+            say(console, f"{name} did not train: {outcome['error']}", "yellow")
             continue
         done[name] = outcome
-        mae, _ = mean_and_deviation(asked_runs(outcome, base.seeds), "mae")
+        mae = mean_and_std(asked_runs(outcome, base.seeds))[0]["mae"]
         log = f"; see {configs[name].out / LOG}" if arguments.jobs > 1 else ""
         say(console, f"{name}: test MAE {mae:.3f} ({len(done) + len(errors)} of {len(configs)} arms){log}")
 
@@ -126,10 +127,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"ablate: no arm trained; {name}: {why}")
     write_tables(base, results, errors, console, resamples=arguments.resamples)
     return 1 if errors else 0
-
-
-def say(console: Console, text: str, **style: Any) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True, **style)
 
 
 def asked_runs(results: dict[str, Any], seeds: list[int]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from mtmd.results.metrics import SIMS_BORDERS
 from mtmd.results.plots import plot_confusion, plot_embedding, plot_errors, plot_factors, plot_losses
 from mtmd.results.records import load_experiment, read_representations, read_steps
 from mtmd.results.tables import METRICS, Row, row_of, write_table
+from mtmd.settings.cli import say
 from mtmd.settings.config import MODALITIES
 from mtmd.settings.options import a_path, add_format, at_least
 
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         ]
     parts.append(made_with(arguments))
     (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
-    console.print(f"Report: {out / 'report.md'}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Report: {out / 'report.md'}")
 
 
 def made_with(arguments: argparse.Namespace) -> str:

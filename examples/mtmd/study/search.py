@@ -47,7 +47,7 @@ from mtmd.files.reading import parse_json
 from mtmd.files.writing import write_text
 from mtmd.results.tables import write_csv
 from mtmd.runs.experiment import check_before, progress_bars
-from mtmd.settings.cli import note
+from mtmd.settings.cli import note, say
 from mtmd.settings.config import NOT_IDENTITY, Config
 from mtmd.settings.options import add_config_arguments, at_least, config_from
 from mtmd.study.jobs import run_many
@@ -137,13 +137,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     # A folder for each point: what an earlier best point gave is another experiment, and stays.
     folder = base.out / f"best_{trial_name(ranked[0]['trial'])}"
     best = dataclasses.replace(base, out=folder, seeds=seeds, **ranked[0]["point"])
-    write_toml(best, base.out / "best.toml")
-    console.print(
-        f"All trials: {base.out / 'search.csv'}; the best point as settings for --config: {base.out / 'best.toml'}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    best_toml = base.out / "best.toml"
+    write_toml(best, best_toml)
+    say(console, f"All trials: {base.out / 'search.csv'}; the best point as settings for --config: {best_toml}")
     if arguments.final_seeds:
         for _, outcome in run_many({folder.name: best}, console):
             if "error" in outcome:
