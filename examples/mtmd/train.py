@@ -14,10 +14,10 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +25,17 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 from mtmd.data.batches import Batch, batches
-from mtmd.data.fold import Dataset, Fold, drop_modalities, presence
+from mtmd.data.fold import Dataset, Fold, drop_modalities
 from mtmd.data.needs import as_read
 from mtmd.data.scaling import Standardizer
 from mtmd.model import MTMD
 from mtmd.objective import Objective
 from mtmd.results.metrics import msa_metrics
+from mtmd.results.scores import Measure, Metrics, check_finite, score_fold, unimodal_metrics
 from mtmd.runs.devices import check_compiler, deterministic_mode, precision_of
 from mtmd.settings.config import Config
 
 WARM_UP = 0.1  # share of the steps of a cosine schedule in which the rates rise
-
-Metrics = dict[str, float]
-Measure = Callable[[np.ndarray, np.ndarray], Metrics]  # of scores and targets; must give "mae"
 
 
 @dataclass
@@ -58,14 +56,6 @@ class Run:
     unimodal_metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     # Fused representations of the test fold (n, d_f): "features" at the chosen epoch, "initial" before any training.
     representations: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-class Scores(NamedTuple):
-    """What a model says about a fold of n samples, in its order."""
-
-    fused: np.ndarray  # (n,) float32
-    unimodal: dict[str, np.ndarray]  # by modality (n,) float32, NaN where a sample misses it
-    features: np.ndarray  # fused representations, (n, d_f) float32
 
 
 def prepare(dataset: Dataset, config: Config) -> tuple[dict[str, Fold], Standardizer]:
@@ -325,42 +315,3 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
     """A seed for one thing in one epoch, the same whenever it is asked for."""
     digest = hashlib.sha256(f"{seed} {epoch} {purpose}".encode()).digest()
     return int.from_bytes(digest[:6])
-
-
-@torch.no_grad()
-def score_fold(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> Scores:
-    """Scores of a fold by the fusion and by each branch."""
-    model.eval()
-    fused, features, unimodal = [], [], {}
-    for batch in batches(fold, batch_size, device=device):
-        outputs = model.forward(batch)  # not what --compile made: a checkpoint has to give the same numbers
-        fused.append(outputs.fused.scores.float().cpu())
-        features.append(outputs.fused.features.float().cpu())
-        for name, prediction in outputs.unimodal.items():
-            scores = torch.where(batch.present[name], prediction.scores.float(), math.nan)
-            unimodal.setdefault(name, []).append(scores.cpu())
-    return Scores(
-        torch.cat(fused).numpy(),
-        {name: torch.cat(parts).numpy() for name, parts in unimodal.items()},
-        torch.cat(features).numpy(),
-    )
-
-
-def check_finite(scores: Scores, fold: Fold, where: str) -> None:
-    """Raise unless every prediction is finite that should be one: a branch has none where its modality is missing."""
-    if not np.isfinite(scores.fused).all():
-        raise FloatingPointError(f"{where}: a prediction is NaN or infinite")
-    there = presence(fold)
-    for name, values in scores.unimodal.items():
-        if not np.isfinite(values[there[name]]).all():
-            raise FloatingPointError(f"{where}: a prediction of the {name} branch is NaN or infinite")
-
-
-def unimodal_metrics(scores: Scores, fold: Fold, metrics: Measure) -> dict[str, Metrics]:
-    """Metrics of each branch over the samples that have its modality; a branch that no sample has is left out."""
-    result = {}
-    for name, values in scores.unimodal.items():
-        there = ~np.isnan(values)
-        if there.any():
-            result[name] = metrics(values[there], fold.scores[there])
-    return result

@@ -80,7 +80,7 @@ def test_evaluate_gives_the_metrics_of_the_predictions(checkpoint, data, trained
     report = json.loads((tmp_path / "evaluation.json").read_text())
     fold = trained.standardizer.apply(dataset.folds["test"])
     with torch.no_grad():
-        scores = trained.model.predict(next(batches.batches(fold, 50))).scores.numpy()
+        scores = trained.model.predict(next(batches(fold, 50))).scores.numpy()
     assert report["metrics"]["fused"] == msa_metrics(scores, fold.scores)
     assert report["samples"] == 50
     assert report["fold"] == "test"
@@ -372,7 +372,7 @@ def test_the_mean_of_the_tokens_survives_a_checkpoint(with_encoder, dataset, tmp
     trained, other = load_trained(tmp_path / "checkpoint"), load_trained(path)
     fold = prepare_fold(dataset.folds["test"], trained)
     with torch.no_grad():
-        expected = model(next(batches.batches(fold, 50)))
+        expected = model(next(batches(fold, 50)))
     assert np.array_equal(ask(trained, fold).scores, expected.fused.scores.numpy())
     # of the same weights, the first token alone says something else
     assert not np.allclose(ask(other, fold).branch_scores["text"], expected.unimodal["text"].scores.numpy())

@@ -28,11 +28,12 @@ from mtmd.data.scaling import Standardizer
 from mtmd.data.synthetic import make_synthetic, synthetic_dataset
 from mtmd.results.metrics import msa_metrics
 from mtmd.results.records import load_experiment, load_predictions
+from mtmd.results.scores import score_fold
 from mtmd.runs import devices, experiment
 from mtmd.runs.checkpoint import load_checkpoint
 from mtmd.settings.config import PARTS, Config
 from mtmd.settings.options import add_config_arguments, config_from
-from mtmd.train import prepare, score_fold, train
+from mtmd.train import prepare, train
 from study_cases import TINY
 
 TWO_EPOCHS = [*TINY, "--epochs=2"]

@@ -18,8 +18,8 @@ from mtmd.results.metrics import columns_of, mean_and_std, metrics_for, number
 from mtmd.results.tables import metric_cells
 from mtmd.runs.trained import (
     Said,
-    _add_checkpoint_arguments,
-    _add_fold_argument,
+    add_checkpoint_arguments,
+    add_fold_argument,
     ask,
     load_trained,
     prepare_fold,
@@ -37,12 +37,12 @@ DRAWS = 5
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint_arguments(parser)
+    add_checkpoint_arguments(parser)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=a_path, default=None, help="pickle or folder of the own format (default: what was trained on)"
     )
-    _add_fold_argument(data, "test", "what to score (default: test)")
+    add_fold_argument(data, "test", "what to score (default: test)")
     data.add_argument(
         "--drop",
         type=drop_rate,

@@ -21,8 +21,8 @@ from mtmd.files.writing import check_writable, write_rows
 from mtmd.runs.trained import (
     Said,
     Trained,
-    _add_checkpoint_arguments,
-    _add_fold_argument,
+    add_checkpoint_arguments,
+    add_fold_argument,
     ask,
     load_trained,
     prepare_fold,
@@ -34,7 +34,7 @@ from mtmd.settings.options import a_path
 
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint_arguments(parser)
+    add_checkpoint_arguments(parser)
     data = parser.add_argument_group("data")
     data.add_argument(
         "source",
@@ -51,7 +51,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--audio", type=a_path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
     data.add_argument("--vision", type=a_path, default=None, metavar="FILE.npy", help="one utterance: (T, d), or (d,)")
-    _add_fold_argument(data, None, "of a pickle or folder (default: test)")
+    add_fold_argument(data, None, "of a pickle or folder (default: test)")
     parser.add_argument_group("output").add_argument(
         "--out", type=a_path, default=None, metavar="FILE.csv", help="where to write (default: a table)"
     )

@@ -21,7 +21,7 @@ from mtmd.model import MTMD, TEACHER
 from mtmd.runs.checkpoint import load_checkpoint
 from mtmd.runs.devices import choose_device
 from mtmd.settings.config import Config
-from mtmd.settings.options import a_path, one_of
+from mtmd.settings.options import a_path, choice
 
 BATCH_SIZE = 64
 CHECKPOINT = "checkpoint_seed*.safetensors of an experiment"
@@ -177,7 +177,7 @@ def without_modalities(trained: Trained, said: Said, fold: Fold) -> Callable[[Ma
     return fuse
 
 
-def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("checkpoint", type=a_path, help=CHECKPOINT)
     model.add_argument(
@@ -185,15 +185,10 @@ def _add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="name or directory of the text encoder whose tokenizer to use (default: as in training)",
     )
-    devices = ("cpu", "cuda", "auto")
     model.add_argument(
-        "--device",
-        default="cpu",
-        type=one_of(*devices),
-        metavar=f"{{{','.join(devices)}}}",
-        help="where to run the model (default: cpu)",
+        "--device", default="cpu", **choice("cpu", "cuda", "auto"), help="where to run the model (default: cpu)"
     )
 
 
-def _add_fold_argument(group: argparse._ArgumentGroup, default: str | None, text: str) -> None:
-    group.add_argument("--fold", default=default, type=one_of(*FOLDS), metavar=f"{{{','.join(FOLDS)}}}", help=text)
+def add_fold_argument(group: argparse._ArgumentGroup, default: str | None, text: str) -> None:
+    group.add_argument("--fold", default=default, **choice(*FOLDS), help=text)

@@ -12,13 +12,13 @@ import torch
 
 from mtmd.data.fold import Fold, data_sha256
 from mtmd.results.metrics import msa_metrics
+from mtmd.results.scores import Measure
 from mtmd.runs.devices import deterministic_mode
 from mtmd.runs.processes import from_leader, in_parallel, leads, place
 from mtmd.runs.resume import restore_training, save_training
 from mtmd.runs.states import remove_states
 from mtmd.settings.config import Config
 from mtmd.train import (
-    Measure,
     Run,
     Training,
     begin,

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from mtmd.files.checks import shown, unknown
 from mtmd.files.reading import read_toml
@@ -88,11 +88,16 @@ def one_of(*known: str) -> Callable[[str], str]:
     return check
 
 
+def choice(*known: str) -> dict[str, Any]:
+    """What makes an option of argparse one of these words."""
+    return {"type": one_of(*known), "metavar": f"{{{','.join(known)}}}"}
+
+
 def add_format(group: argparse._ArgumentGroup) -> None:
     """`--format`, where figures are drawn by a command that has not all the settings."""
     about = next(entry for entry in dataclasses.fields(Config) if entry.name == "format")
     text = f"{about.metadata['help']} (default: {about.default})"
-    group.add_argument("--format", type=one_of(*FORMATS), metavar=f"{{{','.join(FORMATS)}}}", default="svg", help=text)
+    group.add_argument("--format", **choice(*FORMATS), default=about.default, help=text)
 
 
 PARSERS = {int: whole, float: a_number, Path: a_path, str: str}
@@ -136,11 +141,10 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, only: Collection[st
         choices = entry.metadata["choices"]
         group.add_argument(
             option,
-            type=one_of(*choices) if choices else PARSERS[kinds[0]],
+            **(choice(*choices) if choices else {"type": PARSERS[kinds[0]], "metavar": kinds[0].__name__.upper()}),
             default=argparse.SUPPRESS,
             help=text,
             nargs="*" if entry.metadata["many"] else None,
-            metavar=f"{{{','.join(choices)}}}" if choices else kinds[0].__name__.upper(),
         )
 
 

@@ -1,7 +1,8 @@
 """Several experiments, one after the other or at the same time."""
 
+import functools
 import multiprocessing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -37,15 +38,19 @@ def run_many(
     """
     if jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {jobs}")
+
+    def outcome_of(name: str, run: Callable[[], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+        try:
+            return name, run()
+        except ValueError as error:
+            if not keep_going:
+                raise ValueError(f"{name}: {error}") from error
+            return name, {"error": str(error)}
+
     if jobs == 1:
         for name, config in configs.items():
-            try:
-                outcome = run_logged(config) if quiet else run_or_say_why(config, console)
-            except ValueError as error:
-                if not keep_going:
-                    raise ValueError(f"{name}: {error}") from error
-                outcome = {"error": str(error)}
-            yield name, outcome
+            job = (run_logged, config) if quiet else (run_or_say_why, config, console)
+            yield outcome_of(name, functools.partial(*job))
         return
     threads = max(1, torch.get_num_threads() // jobs)
     # Spawned, not forked: a fork of a process whose torch threads have started can hang.
@@ -58,14 +63,7 @@ def run_many(
         futures = {pool.submit(run_logged, config): name for name, config in configs.items()}
         try:
             for future in as_completed(futures):
-                name = futures[future]
-                try:
-                    outcome = future.result()
-                except ValueError as error:
-                    if not keep_going:
-                        raise ValueError(f"{name}: {error}") from error
-                    outcome = {"error": str(error)}
-                yield name, outcome
+                yield outcome_of(futures[future], future.result)
         except BrokenProcessPool as error:
             raise OSError(
                 f"--jobs: a process ended before its experiment did, out of memory perhaps with {jobs} at a time; "
