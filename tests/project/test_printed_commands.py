@@ -67,9 +67,7 @@ LONG = {
     "torchrun": "test_example_processes.py",
     f"python {SCRIPT} ablate --arms all": "sixteen trainings",
     f"python {SCRIPT} ablate --arms full no_": "three and more trainings",
-    f"python {SCRIPT} ablate --config examples/configs/mosi_minilm.toml --data mosi.pkl --text-encoder DIR --seeds": (
-        "sixteen trainings"
-    ),
+    f"python {SCRIPT} ablate --config examples/configs/mosi_minilm.toml": "`ablate --config` with mosi_mpnet.toml is run",
     f"python {SCRIPT} train --signal-text": "test_example_synthetic.py",
     f"python {SCRIPT} report runs/plain/full": "needs what is LONG",
     f"python {SCRIPT} report runs/full runs/no_distillation": "two others are run",
