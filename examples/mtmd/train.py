@@ -151,7 +151,7 @@ def begin(
     model = MTMD(config, widths).to(device)
     objective = Objective(config, model).to(device)
     run = Run(seed, model)
-    run.representations["initial"] = score_fold(model, folds["test"], config.batch_size, device).features
+    run.representations["initial"] = score_fold(model, folds["test"], config.batch_size, device).representations
 
     rates = model.parameter_groups(config)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]  # the temperature
@@ -251,9 +251,9 @@ def train_step(training: Training, group: list[Batch]) -> dict[str, float]:
 def validate(training: Training) -> float:
     """The MAE on the validation fold; all else that is known of the epoch is noted as well."""
     run, fold = training.run, training.folds["valid"]
-    scores = score_fold(training.kept, fold, training.config.batch_size, training.device)
-    check_finite(scores, fold, f"seed {run.seed}, epoch {training.epoch}")
-    valid = training.metrics(scores.fused, fold.scores)
+    said = score_fold(training.kept, fold, training.config.batch_size, training.device)
+    check_finite(said, f"seed {run.seed}, epoch {training.epoch}")
+    valid = training.metrics(said.scores, fold.scores)
     records = run.steps[-steps_per_epoch(training.config, training.folds["train"]) :]
     run.epochs.append(
         {
@@ -262,7 +262,7 @@ def validate(training: Training) -> float:
             "seconds": time.perf_counter() - training.started,
             **{name: float(np.mean([record[name] for record in records])) for name in records[0]},
             "valid": valid,
-            "valid_unimodal": unimodal_metrics(scores, fold, training.metrics),
+            "valid_unimodal": unimodal_metrics(said, fold, training.metrics),
         }
     )
     return valid["mae"]
@@ -282,12 +282,12 @@ def finish(training: Training) -> Run:
     run.model.load_state_dict(training.best_weights)
     for name in ("valid", "test"):
         fold = training.folds[name]
-        scores = score_fold(run.model, fold, training.config.batch_size, training.device)
-        check_finite(scores, fold, f"seed {run.seed}, {name} fold, epoch {run.best_epoch}")
-        run.predictions[name], run.unimodal_predictions[name] = scores.fused, scores.unimodal
-        run.metrics[name] = training.metrics(scores.fused, fold.scores)
-        run.unimodal_metrics[name] = unimodal_metrics(scores, fold, training.metrics)
-        run.representations["features"] = scores.features  # in the end those of the test fold
+        said = score_fold(run.model, fold, training.config.batch_size, training.device)
+        check_finite(said, f"seed {run.seed}, {name} fold, epoch {run.best_epoch}")
+        run.predictions[name], run.unimodal_predictions[name] = said.scores, said.branch_scores
+        run.metrics[name] = training.metrics(said.scores, fold.scores)
+        run.unimodal_metrics[name] = unimodal_metrics(said, fold, training.metrics)
+        run.representations["features"] = said.representations  # in the end those of the test fold
     run.seconds = time.perf_counter() - training.started
     return run
 

@@ -138,9 +138,9 @@ def test_a_checkpoint_predicts_what_was_reported(finished):
     scores = score_fold(model, fold, 64, torch.device("cpu"))
     with (finished / "predictions.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["seed"] == "1" and row["split"] == "test"]
-    assert [float(row["score"]) for row in rows] == scores.fused.tolist()
+    assert [float(row["score"]) for row in rows] == scores.scores.tolist()
     assert [float(row["audio"] or "nan") for row in rows] == pytest.approx(
-        scores.unimodal["audio"].tolist(), nan_ok=True
+        scores.branch_scores["audio"].tolist(), nan_ok=True
     )
 
 
@@ -354,7 +354,7 @@ def test_a_width_that_no_branch_has_may_be_any():
 def test_a_branch_that_predicts_nan_ends_the_run_though_the_fusion_does_not(monkeypatch):
     def spoiled(model, fold, *arguments):
         scores = score_fold(model, fold, *arguments)
-        scores.unimodal["audio"][presence(fold)["audio"].argmax()] = np.nan
+        scores.branch_scores["audio"][presence(fold)["audio"].argmax()] = np.nan
         return scores
 
     monkeypatch.setattr(loop, "score_fold", spoiled)

@@ -1,11 +1,11 @@
 """What a model says about a fold, and how good that is."""
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mtmd.data.batches import batches
 from mtmd.data.fold import Fold, presence
@@ -15,48 +15,54 @@ Metrics = dict[str, float]
 Measure = Callable[[np.ndarray, np.ndarray], Metrics]  # of scores and targets; must give "mae"
 
 
-class Scores(NamedTuple):
-    """What a model says about a fold of n samples, in its order."""
+@dataclass(frozen=True)
+class Said:
+    """What a model says about the n samples of a fold, in its order."""
 
-    fused: np.ndarray  # (n,) float32
-    unimodal: dict[str, np.ndarray]  # by modality (n,) float32, NaN where a sample misses it
-    features: np.ndarray  # fused representations, (n, d_f) float32
+    scores: np.ndarray  # (n,) float32, of the fused prediction
+    probabilities: np.ndarray  # (n, 3)
+    representations: np.ndarray  # (n, d_f) float32, fused
+    branch_scores: dict[str, np.ndarray]  # by modality (n,) float32, NaN where a sample misses it
+    features: dict[str, Tensor]  # by modality (n, d), what the fusion reads
+    present: dict[str, np.ndarray]  # by modality (n,) bool
 
 
 @torch.no_grad()
-def score_fold(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> Scores:
-    """Scores of a fold by the fusion and by each branch."""
+def score_fold(model: MTMD, fold: Fold, batch_size: int, device: torch.device) -> Said:
+    """What a model says about a fold that is as it reads it."""
     model.eval()
-    fused, features, unimodal = [], [], {}
-    for batch in batches(fold, batch_size, device=device):
-        outputs = model.forward(batch)  # not what --compile made: a checkpoint has to give the same numbers
-        fused.append(outputs.fused.scores.float().cpu())
-        features.append(outputs.fused.features.float().cpu())
-        for name, prediction in outputs.unimodal.items():
-            scores = torch.where(batch.present[name], prediction.scores.float(), math.nan)
-            unimodal.setdefault(name, []).append(scores.cpu())
-    return Scores(
-        torch.cat(fused).numpy(),
-        {name: torch.cat(parts).numpy() for name, parts in unimodal.items()},
-        torch.cat(features).numpy(),
+    # Not what --compile made: a checkpoint has to give the same numbers.
+    outputs = [model.forward(batch) for batch in batches(fold, batch_size, device=device)]
+    there = presence(fold)
+
+    def joined(tensors: Iterable[Tensor]) -> np.ndarray:
+        return torch.cat(list(tensors)).float().cpu().numpy()
+
+    branches = {name: [one.unimodal[name] for one in outputs] for name in model.modalities}
+    scores = {name: joined(one.scores for one in said) for name, said in branches.items()}
+    return Said(
+        scores=joined(one.fused.scores for one in outputs),
+        probabilities=joined(one.fused.logits.float().softmax(dim=1) for one in outputs),
+        representations=joined(one.fused.features for one in outputs),
+        branch_scores={name: np.where(there[name], said, np.float32("nan")) for name, said in scores.items()},
+        features={name: torch.cat([one.features for one in said]) for name, said in branches.items()},
+        present={name: there[name] for name in model.modalities},
     )
 
 
-def check_finite(scores: Scores, fold: Fold, where: str) -> None:
+def check_finite(said: Said, where: str) -> None:
     """Raise unless every prediction is finite that should be one: a branch has none where its modality is missing."""
-    if not np.isfinite(scores.fused).all():
+    if not np.isfinite(said.scores).all():
         raise FloatingPointError(f"{where}: a prediction is NaN or infinite")
-    there = presence(fold)
-    for name, values in scores.unimodal.items():
-        if not np.isfinite(values[there[name]]).all():
+    for name, values in said.branch_scores.items():
+        if not np.isfinite(values[said.present[name]]).all():
             raise FloatingPointError(f"{where}: a prediction of the {name} branch is NaN or infinite")
 
 
-def unimodal_metrics(scores: Scores, fold: Fold, metrics: Measure) -> dict[str, Metrics]:
+def unimodal_metrics(said: Said, fold: Fold, metrics: Measure) -> dict[str, Metrics]:
     """Metrics of each branch over the samples that have its modality; a branch that no sample has is left out."""
-    result = {}
-    for name, values in scores.unimodal.items():
-        there = ~np.isnan(values)
-        if there.any():
-            result[name] = metrics(values[there], fold.scores[there])
-    return result
+    return {
+        name: metrics(said.branch_scores[name][there], fold.scores[there])
+        for name, there in said.present.items()
+        if there.any()
+    }

@@ -15,9 +15,9 @@ from mtmd.data.own_format import open_dataset
 from mtmd.files.checks import shown
 from mtmd.files.writing import check_writable, write_json, write_rows
 from mtmd.results.metrics import columns_of, mean_and_std, metrics_for, number
+from mtmd.results.scores import Said
 from mtmd.results.tables import metric_cells
 from mtmd.runs.trained import (
-    Said,
     add_checkpoint_arguments,
     add_fold_argument,
     ask,

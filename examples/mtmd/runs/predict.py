@@ -18,8 +18,8 @@ from mtmd.data.values import key_names
 from mtmd.files.checks import is_plain, shown
 from mtmd.files.reading import read_npy, read_table
 from mtmd.files.writing import check_writable, write_rows
+from mtmd.results.scores import Said
 from mtmd.runs.trained import (
-    Said,
     Trained,
     add_checkpoint_arguments,
     add_fold_argument,

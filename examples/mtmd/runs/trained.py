@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from mtmd.data.batches import batches
-from mtmd.data.fold import FOLDS, FORMS, DataError, Fold, drop_modalities, presence
+from mtmd.data.fold import FOLDS, FORMS, DataError, Fold, drop_modalities
 from mtmd.data.needs import TextReader, check_encoder, keys_of, lack, text_reader, with_text
 from mtmd.data.scaling import Standardizer
 from mtmd.model import MTMD, TEACHER
+from mtmd.results.scores import Said, score_fold
 from mtmd.runs.checkpoint import load_checkpoint
 from mtmd.runs.devices import choose_device
 from mtmd.settings.config import Config
@@ -57,17 +56,6 @@ class Trained:
         """Widths of the features that the model reads."""
         names = [name for name in self.modalities if not (name == "text" and self.reads_tokens)]
         return {name: self.widths[name] for name in names}
-
-
-@dataclass(frozen=True)
-class Said:
-    """What the model says about the n samples of a fold."""
-
-    scores: np.ndarray  # (n,) of the fused prediction
-    probabilities: np.ndarray  # (n, 3)
-    branch_scores: dict[str, np.ndarray]  # (n,) by modality; meaningless where the sample does not have it
-    features: dict[str, Tensor]  # (n, d) by modality, what fusion reads
-    present: dict[str, np.ndarray]  # (n,) bool by modality
 
 
 def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "cpu") -> Trained:
@@ -135,28 +123,9 @@ def prepare_fold(fold: Fold, trained: Trained, *, source: str = "data", complete
         raise DataError(f"{source}: {error}") from None
 
 
-@torch.no_grad()
-def ask(trained: Trained, fold: Fold, *, batch_size: int = BATCH_SIZE) -> Said:
+def ask(trained: Trained, fold: Fold) -> Said:
     """What the model says about a prepared fold."""
-    model = trained.model.eval()
-    scores, logits = [], []
-    branches: dict[str, list[Tensor]] = {name: [] for name in trained.modalities}
-    features: dict[str, list[Tensor]] = {name: [] for name in trained.modalities}
-    for batch in batches(fold, batch_size, device=trained.device):
-        outputs = model(batch)
-        scores.append(outputs.fused.scores)
-        logits.append(outputs.fused.logits)
-        for name in branches:
-            branches[name].append(outputs.unimodal[name].scores)
-            features[name].append(outputs.unimodal[name].features)
-    present = presence(fold)
-    return Said(
-        scores=torch.cat(scores).float().cpu().numpy(),
-        probabilities=torch.cat(logits).float().softmax(dim=1).cpu().numpy(),
-        branch_scores={name: torch.cat(parts).float().cpu().numpy() for name, parts in branches.items()},
-        features={name: torch.cat(parts) for name, parts in features.items()},
-        present={name: present[name] for name in branches},
-    )
+    return score_fold(trained.model, fold, BATCH_SIZE, trained.device)
 
 
 def without_modalities(trained: Trained, said: Said, fold: Fold) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
