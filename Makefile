@@ -7,12 +7,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist l
 NOT_COMPUTING := bad_inputs|benchmarks|cuda|distributed|docs|example_(bootstrap|data|garbage|killed|own_format|plots)|$\
 	example_processes|public_api|release|safe_pickle|supply_chain|triton
 COMPUTING = $(shell ls tests/*/test_*.py | grep -v -E "/test_($(NOT_COMPUTING))")
+# Where the project lives, if anywhere: for the site.
+address = $(shell sed -n 's,^$(1): *"*\(https://[^"]*[^"/]\)/*"*$$,\1,p' CITATION.cff)
+export REPOSITORY_URL := $(call address,repository-code)
+export SITE_URL := $(call address,url)
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
-.PHONY: example results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
+.PHONY: example tour results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean
 
 example: setup  ## train MTMD on the synthetic set, about a minute on two CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python examples/mtmd_mosi.py --out runs/example --no-resume
+
+tour: setup  ## run examples/tour.ipynb, half a minute, and store in it what its cells show
+	OMP_NUM_THREADS=1 $(BIN)/python -W error tests/run_notebook.py examples/tour.ipynb
 
 results:  ## the commands that give the figures of docs/results.md and docs/when.md again
 	@sed -n '/^```sh/,/^```$$/{/^```/!p}' docs/results.md docs/when.md | awk '!seen[$$0]++'
@@ -67,7 +74,7 @@ audit: bandit  ## the same, and known vulnerabilities of what constraints.txt pi
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 docs: setup  ## the site, into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python docs/build.py
 
 dist: setup  ## the wheel and the sdist, into dist/; the same bytes whenever and wherever they are built
 	rm -rf dist

@@ -1,7 +1,10 @@
-"""EMAWrapper: one update, and swapping the averaged weights in and out, against other libraries' averages; EMADict.
+"""EMAWrapper: one update, and swapping the averaged weights in and out, against other libraries' averages.
 
     python benchmarks/bench_ema.py            both models, a minute; 6 GiB
     python benchmarks/bench_ema.py --full     the same, more rounds
+
+Then, in a file of its own (block "averages"): EMADict against an EMAWrapper for each of its averages, and an update
+whose decay is a schedule against one whose decay is a number.
 
 An update reads two numbers per parameter and writes one, so the bound is three streams of four bytes at the bandwidth
 of `add_` on arrays of 128 MB, timed in the same rounds. The small model fits into the cache and can be faster than
@@ -21,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 import momentum_distill as md
 from common import Case, Contender, Options, Run, import_part, parse_options, run_cases, write_results
+from momentum_distill.schedules import Cosine, HalfLife, PowerFunction, Scaled, Schedule, WarmUp
 
 DECAY = 0.995
 TRIAD_ELEMENTS = 2**25  # float32: 128 MB per array
@@ -212,6 +216,33 @@ SEVERAL = (
 )
 
 
+# ---------------------------------------------------------------------------------------------------- schedules
+
+SCHEDULES = {
+    "PowerFunction": PowerFunction(0.1),
+    "Cosine": Cosine(10**6, start=DECAY),
+    "WarmUp": WarmUp(DECAY),
+    "HalfLife": HalfLife(138),
+    "Scaled": Scaled(DECAY, kappa=2),
+}
+
+
+def build_scheduled(decay: float | Schedule, model: str, device: str) -> Run:
+    online = online_model(model, device)
+    ema = md.EMAWrapper(online, decay=decay)
+    return lambda: ema.update(online)
+
+
+SCHEDULED = (
+    UPDATE[0],
+    *(
+        Contender(f"momentum-distill, {name}", functools.partial(build_scheduled, decay), role="ours")
+        for name, decay in SCHEDULES.items()
+    ),
+    Contender("momentum-distill, a number as decay", functools.partial(build_scheduled, DECAY), role="reference"),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- swap
 
 
@@ -287,7 +318,7 @@ def make_cases(options: Options) -> list[Case]:
     models = list(MODELS)[:1] if options.size == "quick" else list(MODELS)
     cases = [
         Case(f"{what}, {model}, {count(model) / 1e6:.2f} M parameters", contenders, parameters)
-        for what, contenders in (("update", UPDATE), ("swap", SWAP))
+        for what, contenders in (("update", UPDATE), ("swap", SWAP), ("update by a schedule", SCHEDULED))
         for model in models
         for parameters in [{"model": model, "device": options.device}]
     ]
@@ -300,7 +331,11 @@ def make_cases(options: Options) -> list[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(__doc__ or "", arguments)
-    write_results("ema", *run_cases(make_cases(options), options), options)
+    cases = [case for case in make_cases(options) if options.cases.search(case.name)]
+    for block, parts in (("ema", (UPDATE, SWAP)), ("averages", (SEVERAL, SCHEDULED))):
+        of_block = [case for case in cases if case.contenders in parts]
+        if of_block:
+            write_results(block, *run_cases(of_block, options), options)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Write what was measured into docs/performance.md, its picture, and docs/performance_figures.md.
+"""Write what was measured into docs/performance.md, docs/performance_figures.md and its picture.
 
     python benchmarks/report.py
 
@@ -19,7 +19,7 @@ from common import RESULTS, ROOT, peak_rate, show_seconds
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
-BLOCKS = ("supcon", "supcon_bfloat16", "supcon_float16", "ema", "queue", "step", "step_encoder")
+BLOCKS = ("supcon", "supcon_bfloat16", "supcon_float16", "ema", "averages", "queue", "step", "step_encoder")
 SIZES = ("quick", "small", "full")
 FIGURES = "performance_figures.md"  # the page of all figures, beside that of few
 
@@ -71,7 +71,7 @@ def renew_bound(run: Run) -> None:
 
 
 class Promise(NamedTuple):
-    """A row of the short table: of one contender of ours in one case, the time or the memory."""
+    """Of one contender of ours in one case, the time or the memory."""
 
     what: str
     block: str
@@ -79,56 +79,128 @@ class Promise(NamedTuple):
     case: str
     ours: str = OURS.name
     field: str = "median_s"
+    line: str = ""  # of the short table
 
 
 HALF = "supcon_bfloat16"
 QUEUE, UNIT = "step of 5 streams, N=64, Q=65536", "momentum-distill, normalize=False"
 STEP = "training step, text features, batch 64, 50 steps, Q=1024"
 LARGE, HUGE = "loss, N=256, Q=65536, 1 direction", "loss, N=512, Q=262144, 1 direction, bfloat16"
+SMALL_MODEL, LARGE_MODEL = "LSTM+Transformer pair, 0.44 M parameters", "BERT-base shape, 109.48 M parameters"
+TOGETHER, SCHEDULED = "momentum-distill EMADict", "momentum-distill, PowerFunction"
+MEDIUM_LOSS = "contrastive loss, N=64, Q=1,024"
+LARGE_LOSS = "a large one, N=256, Q=65,536; GPU: N=512, Q=262,144"
 PROMISES = (
     Promise("loss, N=16, Q=64", "supcon", "cpu", "loss, N=16, Q=64, 1 direction"),
-    Promise("loss, N=64, Q=1024", "supcon", "cpu", "loss, N=64, Q=1024, 1 direction"),
+    Promise("loss, N=64, Q=1024", "supcon", "cpu", "loss, N=64, Q=1024, 1 direction", line=MEDIUM_LOSS),
     Promise("the same, raw keys, learned temperature", "supcon", "cpu", "module, raw keys, N=64, Q=1024"),
     Promise("the same, under torch.compile", "supcon", "cpu", "module, raw keys, N=64, Q=1024", OURS_COMPILED.name),
     Promise("loss, N=128, Q=8192", "supcon", "cpu", "loss, N=128, Q=8192, 1 direction"),
-    Promise("loss, N=256, Q=65536", "supcon", "cpu", LARGE),
+    Promise("loss, N=256, Q=65536", "supcon", "cpu", LARGE, line=LARGE_LOSS),
     Promise("the same, under torch.compile", "supcon", "cpu", LARGE, OURS_COMPILED.name),
-    Promise("its memory", "supcon", "cpu", LARGE, field="peak_extra_mib"),
+    Promise("its memory", "supcon", "cpu", LARGE, field="peak_extra_mib", line=LARGE_LOSS),
     Promise("its memory, under torch.compile", "supcon", "cpu", LARGE, OURS_COMPILED.name, "peak_extra_mib"),
-    Promise("loss, N=64, Q=1024, bfloat16", HALF, "cuda", "loss, N=64, Q=1024, 1 direction, bfloat16"),
-    Promise("loss, N=512, Q=262144, bfloat16", HALF, "cuda", HUGE),
-    Promise("the same, ours in a CUDA graph", HALF, "cuda", HUGE, OURS_CAPTURED.name),
-    Promise("its memory", HALF, "cuda", HUGE, field="peak_extra_mib"),
-    Promise("average, 0.44 M parameters", "ema", "cpu", "update, LSTM+Transformer pair, 0.44 M parameters"),
-    Promise("average, 109 M parameters", "ema", "cpu", "update, BERT-base shape, 109.48 M parameters"),
-    Promise("average, 0.44 M parameters", "ema", "cuda", "update, LSTM+Transformer pair, 0.44 M parameters"),
-    Promise("average, 109 M parameters", "ema", "cuda", "update, BERT-base shape, 109.48 M parameters"),
-    Promise("queue, 5 streams, N=64, Q=65536", "queue", "cpu", QUEUE, UNIT),
-    Promise("queue, 5 streams, N=64, Q=65536", "queue", "cuda", QUEUE, UNIT),
-    Promise("step of MTMD, text features", "step", "cpu", STEP, "with distillation"),
+    Promise(
+        "loss, N=64, Q=1024, bfloat16", HALF, "cuda", "loss, N=64, Q=1024, 1 direction, bfloat16", line=MEDIUM_LOSS
+    ),
+    Promise("loss, N=512, Q=262144, bfloat16", HALF, "cuda", HUGE, line=LARGE_LOSS),
+    Promise(
+        "the same, ours in a CUDA graph", HALF, "cuda", HUGE, OURS_CAPTURED.name, line="the large one in a CUDA graph"
+    ),
+    Promise("its memory", HALF, "cuda", HUGE, field="peak_extra_mib", line=LARGE_LOSS),
+    Promise(
+        "average, 0.44 M parameters", "ema", "cpu", f"update, {SMALL_MODEL}", line="`EMAWrapper`, 0.44 M parameters"
+    ),
+    Promise("average, 109 M parameters", "ema", "cpu", f"update, {LARGE_MODEL}", line="`EMAWrapper`, 109 M parameters"),
+    Promise(
+        "average, 0.44 M parameters", "ema", "cuda", f"update, {SMALL_MODEL}", line="`EMAWrapper`, 0.44 M parameters"
+    ),
+    Promise(
+        "average, 109 M parameters", "ema", "cuda", f"update, {LARGE_MODEL}", line="`EMAWrapper`, 109 M parameters"
+    ),
+    Promise(
+        "three averages, 109 M parameters",
+        "averages",
+        "cpu",
+        f"three averages, {LARGE_MODEL.replace(', ', ', float32, ')}",
+        TOGETHER,
+        line="`EMADict`, three averages of 109 M",
+    ),
+    Promise(
+        "average by a schedule, 0.44 M parameters",
+        "averages",
+        "cpu",
+        f"update by a schedule, {SMALL_MODEL}",
+        SCHEDULED,
+        line="decay by a schedule, 0.44 M",
+    ),
+    Promise(
+        "queue, 5 streams, N=64, Q=65536", "queue", "cpu", QUEUE, UNIT, line="`ClassQueue`, 5 streams, N=64, Q=65,536"
+    ),
+    Promise(
+        "queue, 5 streams, N=64, Q=65536", "queue", "cuda", QUEUE, UNIT, line="`ClassQueue`, 5 streams, N=64, Q=65,536"
+    ),
+    Promise("step of MTMD, text features", "step", "cpu", STEP, "with distillation", line="training step of MTMD"),
 )
 
 
-def promise_table(runs: Iterable[Run]) -> list[str]:
-    """The short table: ours, the best of the others that do the same, and the share of the bound in our time."""
+class Measured(NamedTuple):
+    """A promise, ours and the best of the others that do the same; without others, the bound."""
+
+    promise: Promise
+    ours: Row
+    best: Row | None
+    bound: Row | None
+
+    def comparison(self) -> str:
+        """With the best, or with the bound."""
+        other = self.best or self.bound
+        field = self.promise.field
+        return "" if other is None else show_comparison(self.ours[field], other[field], field)
+
+
+def kept(runs: Iterable[Run]) -> list[Measured]:
+    """The promises of which there are figures."""
     by_block = {(run["metadata"]["block"], kind_of_device(run).lower()): by_case(run) for run in runs}
+    found = []
+    for promise in PROMISES:
+        rows = by_block.get((promise.block, promise.device), {}).get(promise.case, [])
+        rows = [row for row in rows if row[promise.field] is not None]
+        ours = next((row for row in rows if row["contender"] == promise.ours and row["role"] == "ours"), None)
+        others = [row for row in rows if row["role"] in ("rival", "reference") and not row["computes"]]
+        best = min(others, key=lambda row: row[promise.field], default=None)
+        bound = next((row for row in rows if row["role"] == "bound"), None)
+        if ours is not None:
+            found.append(Measured(promise, ours, best, bound))
+    return found
+
+
+def short_table(measured: Sequence[Measured]) -> list[str]:
+    """Ratios alone, CPU and GPU side by side."""
+    lines = ["| | beside | CPU | GPU |", "|---|---|---|---|"]
+    for line in dict.fromkeys(one.promise.line for one in measured if one.promise.line):
+        of_line = [one for one in measured if one.promise.line == line]
+        other = of_line[0].best or of_line[0].bound
+        cells = [
+            ", ".join(one.comparison() for one in of_line if one.promise.device == device) or NONE[device]
+            for device in ("cpu", "cuda")
+        ]
+        lines.append(f"| {line} | {full_name(other) if other else ''} | {' | '.join(cells)} |")
+    return lines
+
+
+NONE = {"cpu": "", "cuda": "not measured on a GPU"}
+
+
+def promise_table(measured: Iterable[Measured]) -> list[str]:
+    """Ours, the best of the others, and the share of the bound in our time."""
     lines = [
         "| | | ours | the best other of the same work | ours is | share of the bound |",
         "|---|---|---|---|---|---|",
     ]
-    for promise in PROMISES:
-        rows = by_block.get((promise.block, promise.device), {}).get(promise.case, [])
-        ours = next((row for row in rows if row["contender"] == promise.ours and row["role"] == "ours"), None)
-        if ours is None or ours[promise.field] is None:
-            continue
-        mine = ours[promise.field]
-        others = [
-            row
-            for row in rows
-            if row["role"] in ("rival", "reference") and not row["computes"] and row[promise.field] is not None
-        ]
+    for promise, ours, best, _ in measured:
         show = show_seconds if promise.field == "median_s" else show_mib
-        best = min(others, key=lambda row: row[promise.field], default=None)
+        mine = ours[promise.field]
         other = "" if best is None else f"{full_name(best)}: {show(best[promise.field])}"
         ratio = "" if best is None else show_comparison(mine, best[promise.field], promise.field)
         share = "" if promise.field != "median_s" else show_share(1 / ours["ratio_to_bound"])
@@ -141,7 +213,7 @@ def show_mib(mib: float) -> str:
 
 
 def show_comparison(mine: float, theirs: float, field: str) -> str:
-    less, more = ("faster", "slower") if field == "median_s" else ("less", "more")
+    less, more = ("faster", "slower") if field == "median_s" else ("less memory", "more memory")
     factor = max(mine, theirs) / min(mine, theirs)
     times = f"{factor:.2f}x" if factor < 10 else f"{factor:.0f}x"
     return f"**{times} {less}**" if mine <= theirs else f"{times} {more}"
@@ -356,16 +428,18 @@ def write_report(folder: Path, page: Path) -> None:
     runs = read_runs(folder)
     if not runs:
         raise SystemExit(f"{folder}: expected results, got none; run benchmarks/run_all.py first")
+    measured = kept(runs)
+    replace(page, [*short_table(measured), "", *short_provenance(runs)])
+    lines = ["## Beside the best other", "", *promise_table(measured), ""]
     with_scaling = [run for run in runs if scaling(run, "Q")]
-    lines = []
     if with_scaling:
         chart = page.parent / "images" / "performance.png"
         chart.parent.mkdir(parents=True, exist_ok=True)
         draw_chart(with_scaling, chart)
+        lines += ["## How time and memory grow", ""]
         lines += ["![Time and memory of the contrastive loss against Q](images/performance.png)", ""]
-    replace(page, [*lines, *promise_table(runs), "", *short_provenance(runs)])
-    lines = ["## How time and memory grow", "", *exponent_table(with_scaling), ""] if with_scaling else []
-    lines += ["## Where others are ahead", "", "Their share of our time:", "", *losses(runs), ""]
+        lines += [*exponent_table(with_scaling), ""]
+    lines += ["## Who is ahead where", "", "Their share of our time:", "", *losses(runs), ""]
     lines += ["## All figures", "", *result_table(runs), ""]
     replace(page.with_name(FIGURES), [*lines, "## Measured when, where, with what", "", *provenance(runs)])
 

@@ -1,7 +1,7 @@
 """Run every benchmark, one after the other, then write the report.
 
     python benchmarks/run_all.py            small sizes, about ten minutes
-    python benchmarks/run_all.py --full     the sizes of docs/performance.md, one to two hours, 16 GiB
+    python benchmarks/run_all.py --full     the sizes of docs/performance_figures.md, one to two hours, 16 GiB
     python benchmarks/run_all.py --quick    tiny sizes: only to see it work; leaves the report alone
 
 Further options go to the scripts: `--device cuda`, `--threads 2`. `--text-encoder DIRECTORY` adds the step with that

@@ -175,63 +175,66 @@ def _axes(height: float, *, frame: bool = True) -> Axes:
 
 # ----------------------------------------------------------------------------------------------- the start page
 
-LANES = {"momentum": 90, "student": 245, "teacher": 400, "fusion": 555}
+LANES = {"momentum": 68, "student": 188, "teacher": 292, "fusion": 396}
+LEFT, RIGHT, TEXT = 20, 756, 458  # of the blocks, and where what they are is said
 
 
 def blocks() -> str:
-    """The six blocks around a student, its teacher and their fusion."""
+    """The six blocks around a student, its teacher and their fusion: what flows goes down, who teaches stands on it."""
     momentum, student, teacher, fusion = LANES.values()
     parts = [
-        _box(momentum - 68, 14, student - momentum + 136, 40, "weak modality"),
-        _box(teacher - 68, 14, 136, 40, "strong modality"),
-        *(_line(lane, 54, lane, 84, "arrow") for lane in (momentum, student, teacher)),
-        *(_line(lane, 136, lane, 500, "lane") for lane in (momentum, teacher)),
-        _line(student, 136, student, 560, "lane"),
-        _line(fusion, 418, fusion, 454, "arrow"),
-        _line(fusion, 506, fusion, 560, "lane"),
-        _box(momentum - 68, 84, 136, 52, "EMAWrapper", "momentum model", kind="ours tight"),
-        _box(student - 68, 84, 136, 52, "student", "model"),
-        _box(teacher - 68, 84, 136, 52, "teacher", "model"),
-        _box(fusion - 68, 454, 136, 52, "fusion", "model"),
-        _line(student - 38, 108, momentum + 70, 108, "arrow dashed"),
-        _block(momentum, 160, "ClassQueue", "the latest samples: further keys"),
-        *(_slot(momentum - 20 + 26.5 * place, 172) for place in range(14)),
-        _block(momentum, 258, "SupConDistillLoss", "features: near those of its class, in every modality"),
-        _line(momentum, 278, student - 8, 278, "arrow"),
-        _line(teacher - 8, 278, student + 8, 278, "arrow both"),
-        _dots(278, teaches=[momentum], learns=[student, teacher]),
-        _block(student, 356, "MomentumFusionFactors", "one weight per modality, before they are joined", top=0),
-        _block(momentum, 442, "ResponseDistillLoss", "scores and logits: near those of its teachers"),
-        _line(momentum, 462, student - 8, 462, "arrow"),
-        _line(teacher, 462, student + 8, 462, "arrow"),
-        _dots(462, teaches=[momentum, teacher], learns=[student]),
-        _block(student, 542, "HardSampleFusionLoss", "scores and logits: near the fused, on hard samples"),
-        _line(fusion, 562, student + 8, 562, "arrow"),
-        _dots(562, teaches=[fusion], learns=[student]),
+        _line(student - 48, 92, momentum + 50, 92, "arrow dashed"),
+        _box(momentum - 48, 12, student - momentum + 96, 34, "weak modality"),
+        _box(teacher - 48, 12, 96, 34, "strong one"),
+        *(_line(lane, 46, lane, 70, "arrow") for lane in (momentum, student, teacher)),
+        _box(momentum - 48, 70, 96, 44, "average", kind="ours"),
+        _box(student - 48, 70, 96, 44, "student"),
+        _box(teacher - 48, 70, 96, 44, "teacher"),
+        _text(TEXT, 88, "EMAWrapper", "name left"),
+        _text(TEXT, 105, "the student's slow average", "left"),
+        _block(130, "ClassQueue", "the latest samples: further keys"),
+        _block(188, "SupConDistillLoss", "features: near those of its class"),
+        _block(246, "ResponseDistillLoss", "outputs: near those of its teachers"),
+        _block(304, "MomentumFusionFactors", "one learned weight per modality"),
+        _block(414, "HardSampleFusionLoss", "outputs: near the fused, where hard"),
+        *(_line(lane, 114, lane, end, "lane") for lane, end in ((momentum, 270), (student, 438), (teacher, 340))),
+        *(_slot(momentum - 22 + 25 * place, 146) for place in range(11)),
+        _line(momentum, 212, student - 8, 212, "arrow"),
+        _line(teacher - 8, 212, student + 8, 212, "arrow both"),
+        _dots(212, teaches=[momentum], learns=[student, teacher]),
+        _line(momentum, 270, student - 8, 270, "arrow"),
+        _line(teacher, 270, student + 8, 270, "arrow"),
+        _dots(270, teaches=[momentum, teacher], learns=[student]),
+        *(_line(lane, y, fusion, y, "lane") for lane, y in ((student, 318), (teacher, 338))),
+        *(_weight(lane, y) for lane, y in ((student, 318), (teacher, 338))),
+        _line(fusion, 318, fusion, 364, "lane arrow"),
+        _box(fusion - 48, 364, 96, 34, "fusion"),
+        _line(fusion, 398, fusion, 438, "lane"),
+        _line(fusion, 438, student + 8, 438, "arrow"),
+        _dots(438, teaches=[fusion], learns=[student]),
         # what the signs mean
-        _box(28, 642, 26, 20),
-        _text(62, 657, "yours", "key left"),
-        _box(128, 642, 26, 20, kind="ours"),
-        _text(162, 657, "the library", "key left"),
-        _dots(652, teaches=[268], learns=[358]),
-        _text(282, 657, "teaches", "key left"),
-        _text(372, 657, "learns", "key left"),
-        _line(446, 652, 480, 652, "arrow dashed"),
-        _text(490, 657, "after each step", "key left"),
+        _box(28, 480, 26, 20),
+        _text(62, 495, "yours", "left"),
+        _box(128, 480, 26, 20, kind="ours"),
+        _text(162, 495, "the library's", "left"),
+        _dots(490, teaches=[290], learns=[388]),
+        _text(304, 495, "teaches", "left"),
+        _text(402, 495, "learns", "left"),
+        _line(480, 490, 516, 490, "arrow dashed"),
+        _text(526, 495, "follows after each step", "left"),
     ]
     return HEAD + "\n".join(parts) + "\n</svg>\n"
 
 
-HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="16 8 614 662" role="img">
+HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" width="640" height="431" viewBox="8 0 760 512" role="img">
 <title>The six blocks around a student, its teacher and their fusion</title>
 <style>
 text {{ font: 15px "DejaVu Sans", Verdana, sans-serif; text-anchor: middle; fill: #1d2128 }}
-.name {{ font: bold 17px "DejaVu Sans", Verdana, sans-serif }}
-.small {{ font-size: 16px }}
-.tight, .key {{ font-size: 13.5px }}
+.name {{ font: bold 16px "DejaVu Sans", Verdana, sans-serif }}
 .left {{ text-anchor: start }}
-.yours {{ fill: #eceef1; stroke: {GREY} }}
-.ours {{ fill: #e3edf9; stroke: {BLUE}; stroke-width: 1.6 }}
+.left:not(.name) {{ font-size: 14.5px }}
+rect.yours {{ fill: #eceef1; stroke: {GREY} }}
+rect.ours {{ fill: #e3edf9; stroke: {BLUE}; stroke-width: 1.4 }}
 .slot {{ fill: #fff; stroke: {BLUE} }}
 .lane {{ stroke: {GREY}; stroke-width: 1.4 }}
 .arrow {{ stroke: #1d2128; stroke-width: 1.8; marker-end: url(#head) }}
@@ -242,31 +245,20 @@ text {{ font: 15px "DejaVu Sans", Verdana, sans-serif; text-anchor: middle; fill
 </style>
 <defs><marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="6.5" markerHeight="6.5" \
 orient="auto-start-reverse"><path d="M0 0 10 5 0 10z" fill="#1d2128"/></marker></defs>
-<rect x="16" y="8" width="614" height="662" rx="8" fill="#fff"/>
+<rect x="8" y="0" width="760" height="512" rx="8" fill="#fff"/>
 """
 
 
-def _block(lane: float, y: float, name: str, note: str, *, top: float = 34) -> str:
-    """A block of the library over three lanes from `lane` on; `top` is left free for arrows."""
-    return _box(lane - 68, y, 446, 62 if top == 0 else 78, name, note, kind="ours", top=top)
+def _block(y: float, name: str, note: str) -> str:
+    """A block of the library across all lanes, with what it does on the right."""
+    box = _box(LEFT, y, RIGHT - LEFT, 48, kind="ours")
+    return box + _text(TEXT, y + 20, name, "name left") + _text(TEXT, y + 38, note, "left")
 
 
-def _box(
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    name: str = "",
-    note: str = "",
-    *,
-    kind: str = "yours",
-    top: float = 0,
-) -> str:
-    """A box with a name and a line below it, both lower by half of `top`."""
-    middle, base = x + width / 2, y + (height + top) / 2 + (-4 if note else 5)
-    texts = _text(middle, base, name, "" if kind == "yours" else "name") if name else ""
-    texts += _text(middle, base + 18, note, "tight" if "tight" in kind else "small") if note else ""
-    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6"/>{texts}'
+def _box(x: float, y: float, width: float, height: float, name: str = "", *, kind: str = "yours") -> str:
+    middle, base = x + width / 2, y + height / 2 + 5
+    text = _text(middle, base, name, kind) if name else ""
+    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6"/>{text}'
 
 
 def _text(x: float, y: float, text: str, kind: str) -> str:
@@ -284,7 +276,11 @@ def _dots(y: float, *, teaches: list[float], learns: list[float]) -> str:
 
 
 def _slot(x: float, y: float) -> str:
-    return f'<rect class="slot" x="{x:g}" y="{y:g}" width="19" height="15" rx="2"/>'
+    return f'<rect class="slot" x="{x:g}" y="{y:g}" width="18" height="15" rx="2"/>'
+
+
+def _weight(x: float, y: float) -> str:
+    return f'<rect class="slot" x="{x - 9:g}" y="{y - 8:g}" width="18" height="16" rx="2"/>' + _text(x, y + 5, "w", "")
 
 
 PLOTS: list[Callable[[], None]] = [

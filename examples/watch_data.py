@@ -1,8 +1,8 @@
 """Recordings of a smart watch: accelerometer and gyroscope of ten people at seven shoulder exercises.
 
 The data are a file of the package `seglearn` (BSD licence; Burns et al., 2018), which is looked for but not imported:
-`pip install seglearn`, or `pip install momentum-distill[examples]`, brings it. The file is a pickle, so it is read with
-a list of the four names that it may ask for.
+`pip install seglearn`, or `pip install ".[examples]"` in the repository, brings it. The file is a pickle, so it is read
+with a list of the four names that it may ask for.
 """
 
 import pickle

@@ -1,30 +1,29 @@
 // A page that was opened as a file may not start workers. For that of the search an iframe stands in.
 if (location.protocol === "file:") {
-  window.IFrameWorker = window.Worker = class extends EventTarget {
+  window.Worker = class {
     constructor(url) {
-      super()
       const frame = document.body.appendChild(document.createElement("iframe"))
       frame.hidden = true
       this.inside = frame.contentWindow
       this.inside.document.write("<body></body>") // or Firefox would begin the document anew
       this.inside.document.close()
-      this.inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }))
-      this.inside.importScripts = (...urls) => urls.reduce((done, one) => done.then(() => this.load(one)), Promise.resolve())
-      this.ready = this.load(url)
-    }
-
-    load(url) {
+      this.inside.postMessage = (data) => pass(data, (event) => this.onmessage?.(event))
       const script = this.inside.document.createElement("script")
       script.src = url
-      return new Promise((resolve, reject) => {
-        script.onload = resolve
-        script.onerror = reject
-        this.inside.document.body.append(script)
-      })
+      this.ready = new Promise((resolve) => (script.onload = resolve))
+      script.onerror = (event) => this.onerror?.(event)
+      this.inside.document.body.append(script)
     }
 
     postMessage(data) {
-      this.ready.then(() => this.inside.dispatchEvent(new MessageEvent("message", { data })))
+      this.ready.then(() => pass(data, (event) => this.inside.dispatchEvent(event)))
+    }
+
+    terminate() {
+      this.inside.frameElement.remove()
     }
   }
+
+  // As between threads: later, and a copy.
+  const pass = (data, to) => setTimeout(to, 0, new MessageEvent("message", { data: structuredClone(data) }))
 }

@@ -1,6 +1,6 @@
 """Hugging Face Accelerate: the plain loop, prepared, with the state saved and loaded by Accelerate.
 
-    pip install momentum-distill[integrations]
+    pip install ".[integrations]"
     python examples/recipes/accelerate_loop.py
     python examples/recipes/accelerate_loop.py --steps 90 --resume runs/recipe_accelerate/step_60
 

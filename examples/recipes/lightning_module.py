@@ -1,6 +1,6 @@
 """Lightning: the task is a part of the LightningModule, and the blocks need no callback.
 
-    pip install momentum-distill[integrations]
+    pip install ".[integrations]"
     python examples/recipes/lightning_module.py
     python examples/recipes/lightning_module.py --steps 90 --resume "runs/recipe_lightning/step=60.ckpt"
 

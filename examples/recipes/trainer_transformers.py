@@ -1,6 +1,6 @@
 """The Trainer of transformers: it takes the task as it is, for the call returns a dictionary with the loss.
 
-    pip install momentum-distill[integrations]
+    pip install ".[integrations]"
     python examples/recipes/trainer_transformers.py
     python examples/recipes/trainer_transformers.py --steps 90 --resume runs/recipe_trainer/checkpoint-60
 

@@ -7,7 +7,6 @@ too (``features['a']``, ``keys[1]``). What each says stands word for word in ``e
 """
 
 import inspect
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from torch.nn.parameter import is_lazy
 import momentum_distill as md
 from loss_cases import numbers_alone
 from momentum_distill import diagnostics, functional, schedules
+from pinned import read
 
 pytestmark = numbers_alone
 
@@ -1110,7 +1110,7 @@ def messages():
 
 @pytest.fixture(scope="module")
 def pinned():
-    return json.loads(MESSAGES.read_text(encoding="utf-8"))
+    return read(MESSAGES)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -1131,7 +1131,7 @@ def check_refusal(case, pinned):
     message = str(caught.value)
     pattern = rf"(?s)({case.named})(\[[^\]]+\])*: expected .+, got .+"
     assert re.fullmatch(pattern, message), message
-    assert message == pinned[case.id]
+    assert message == pinned.get(case.id), "if that is meant: `python tests/pin.py`, and read the difference"
     assert type(caught.value) in (ValueError, TypeError)
     after = [t for t in tensors_of([*call.watched, arguments]) if t.device.type != "meta"]
     for old, new in zip(before, after, strict=True):
@@ -1150,8 +1150,8 @@ def test_there_are_at_least_200_distinct_bad_calls():
 def test_every_public_block_has_bad_calls():
     covered = {re.split(r"[.(]", case.call)[0] for case in CASES}
     blocks = {name for name in md.__all__ if name[0].isupper()}
-    assert blocks <= covered
-    assert CALLS.keys() == {case.call for case in CASES}
+    assert blocks - covered == set(), "give each its calls that work, in CALLS, and its wrong values, by `bad(...)`"
+    assert CALLS.keys() == {case.call for case in CASES}, "each call of CALLS has a `bad(...)`"
 
 
 def test_every_argument_has_a_bad_case():
@@ -1170,8 +1170,9 @@ def test_every_argument_has_a_bad_case():
         arguments[callee(name)] = {key for key, value in parameters.items() if value.kind != value.VAR_KEYWORD}
     for case in CASES:
         tried[callee(case.call)] |= case.changes.keys()
-    assert {name: names - tried[name] for name, names in arguments.items() if names - tried[name]} == {}
+    untried = {name: names - tried[name] for name, names in arguments.items() if names - tried[name]}
+    assert untried == {}, "give each a `bad(...)`"
 
 
 def test_every_message_that_is_pinned_is_said(pinned):
-    assert pinned.keys() == {case.id for case in CASES}
+    assert pinned.keys() == {case.id for case in CASES}, "`python tests/pin.py`, and read the difference"

@@ -1,6 +1,5 @@
 """Each block on several ranks is that of one process, takes a fixed number of collectives, and fails on all or none."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 import rank_blocks
+from pinned import read
 from rank_blocks import FED, LossCase, QueueCase
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -249,8 +249,8 @@ def messages(ranks):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all_and_none_is_lost(ranks, world):
-    pinned = json.loads(MESSAGES.read_text(encoding="utf-8"))
-    assert pinned.keys() == rank_blocks.WRONG.keys()
+    pinned = read(MESSAGES)
+    assert pinned.keys() == rank_blocks.WRONG.keys(), "`python tests/pin.py`, and read the difference"
     answers = ranks.run(world, "rank_blocks:errors")
     mean = sum(rank * (rank + 1) for rank in range(world)) / sum(range(1, world + 1))
     for name, (_, _, kind, pattern) in rank_blocks.WRONG.items():

@@ -198,9 +198,10 @@ def test_the_equation_stands_there_with_its_source(name, thing):
     short = name.rpartition(".")[2]
     if short in WITHOUT_EQUATION:
         return
-    assert "$$" in documentation(thing), name
+    assert "$$" in documentation(thing), f"{name}: its equation between $$ and $$"
     if short not in OWN:
-        assert re.search(r"\bEq\. \d|\b20\d\d\b", documentation(thing)), name
+        source = re.search(r"\bEq\. \d|\b20\d\d\b", documentation(thing))
+        assert source, f"{name}: its source under References, `Eq. 7` of the paper or authors and year of another"
 
 
 def test_the_fields_of_the_terms_are_explained_with_shapes():

@@ -2,7 +2,7 @@
 
 Of each kernel that goes through the keys `kernel_budget.json` holds what it may take: registers, bytes of spilled ones,
 KiB of shared memory, and lane instructions for each score in its loops over whole tiles. After a change for the
-better, `python tests/contrast/test_lean.py` writes it anew; read the difference.
+better, `python tests/pin.py --kernels` writes it anew; read the difference.
 """
 
 import collections
@@ -12,11 +12,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import pinned
 from conftest import ROOT
 from momentum_distill._contrast import kernel as present
 from momentum_distill._contrast import lean, lean_kernels
@@ -176,7 +178,7 @@ def measured(variant, folder):
 )
 def test_kernels_stay_within_their_budget(variant, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found, budget = measured(variant, tmp_path), json.loads(BUDGET.read_text(encoding="utf-8"))[name_of(variant)]
+    found, budget = measured(variant, tmp_path), pinned.read(BUDGET)[name_of(variant)]
     assert found.keys() == budget.keys()
     assert found["shared KiB"] <= SHARED[variant[3]]
     for name, value in found.items():
@@ -188,7 +190,7 @@ def test_kernels_stay_within_their_budget(variant, tmp_path, monkeypatch):
 
 def test_what_keys_in_16_bits_may_take():
     """The budget itself: nothing spilled on a Hopper, and what makes a score in at most 11 instructions."""
-    budget = json.loads(BUDGET.read_text(encoding="utf-8"))
+    budget = pinned.read(BUDGET)
     assert set(budget) == set(map(name_of, VARIANTS))
     for variant in VARIANTS:
         entry = budget[name_of(variant)]
@@ -229,13 +231,7 @@ def test_the_kernels_around_compile_and_spill_nothing(capability, tmp_path, monk
 
 def write() -> None:
     """All budgets, as they are now."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         budget = {name_of(variant): measured(variant, Path(folder)) for variant in VARIANTS}
-    BUDGET.write_text(json.dumps(budget, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()
+    pinned.write(BUDGET, budget, command="python tests/pin.py --kernels", indent=1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import momentum_distill as md
+from pinned import read_lines
 from public_names import PINNED, found
 
 pytestmark = [
@@ -461,7 +462,7 @@ def modules() -> list[ModuleType]:
 def test_names_and_arguments_are_those_that_were_promised():
     pytest.importorskip("lightning")
     pytest.importorskip("transformers")
-    pinned = [line for line in PINNED.read_text().splitlines() if ".integrations." in line]
+    pinned = [line for line in read_lines(PINNED) if ".integrations." in line]
     assert found(modules()) == pinned
     for module in modules():
         examples = sum(len(each.examples) for each in doctest.DocTestFinder().find(module))

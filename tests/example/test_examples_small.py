@@ -24,6 +24,19 @@ def test_quickstart_has_a_loss_that_falls_and_a_line_for_each_block(capsys):
     assert all(f"\n{block}" in printed for block in [*blocks, "MomentumFusionFactors"])
 
 
+def test_quickstart_goes_on_from_its_file_with_the_numbers_of_one_training(tmp_path):
+    whole, _, parts = (
+        quickstart.main([f"--epochs={epochs}", f"--state={tmp_path / name}"])
+        for epochs, name in ((4, "one"), (2, "two"), (4, "two"))
+    )
+    assert parts == whole
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys() == {"model", "momentum", "queue", "contrast", "optimizer", "history", "rng"}
+    for name in ("model", "momentum", "queue", "contrast"):
+        for key, value in one[name].items():
+            torch.testing.assert_close(two[name][key], value, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("keys", ["momentum", "online"])
 def test_recall_rises_in_every_direction(keys, capsys):
     recalls = image_text_streams.main(["--epochs=2", f"--keys={keys}"])

@@ -55,7 +55,7 @@ def test_a_script_runs_on_cuda(block, tmp_path):
     assert json.loads((tmp_path / f"{block}-cuda-quick.json").read_text(encoding="utf-8"))["results"]
 
 
-@pytest.mark.parametrize("block", SCRIPTS)
+@pytest.mark.parametrize("block", [*SCRIPTS, "averages"])
 def test_a_script_writes_metadata_and_results(results, block):
     content = json.loads((results / f"{block}-cpu-quick.json").read_text(encoding="utf-8"))
     assert set(content) == {"metadata", "results"}
@@ -135,7 +135,7 @@ def test_an_older_run_gets_the_bound_of_today(device, rate):
 
 def test_every_row_of_the_short_table_is_measured():
     scripts = {"supcon": bench_supcon, "supcon_bfloat16": bench_supcon, "ema": bench_ema, "queue": bench_queue}
-    scripts["step"] = bench_step
+    scripts |= {"averages": bench_ema, "step": bench_step}
     for block, promises in itertools.groupby(report.PROMISES, key=lambda promise: promise.block):
         device = "cuda" if block == "supcon_bfloat16" else "cpu"  # the other blocks have the same cases on both
         rest = argparse.Namespace(dtype="bfloat16" if device == "cuda" else "float32", text_encoder="features")
@@ -157,6 +157,7 @@ def test_the_report_writes_tables_and_chart_between_the_marks(results, tmp_path,
     for page in pages:
         page.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nend\n", encoding="utf-8")
     ours = report.Promise("loss", "supcon", "cpu", "loss, N=4, Q=32, 1 direction")
+    ours = ours._replace(line="contrastive loss")
     memory = ours._replace(what="memory", field="peak_extra_mib")
     absent = ours._replace(what="absent", case="no such case")
     monkeypatch.setattr(report, "PROMISES", (ours, memory, absent))
@@ -169,12 +170,16 @@ def test_the_report_writes_tables_and_chart_between_the_marks(results, tmp_path,
         assert "old" not in text
     assert re.search(
         r"^\| loss \| CPU \| [\d.]+ ms \| dense formula \(ALBEF\), eager: [\d.]+ ms \| .*(faster|slower).* \| .* % \|$",
-        few,
+        all_figures,
         flags=re.MULTILINE,
     )
-    assert "| memory | CPU | 1.0 MiB | dense formula (ALBEF), eager: 1.0 MiB | **1.00x less** |  |" in few
-    assert "absent" not in few
+    less = "**1.00x less memory** |"
+    assert f"| memory | CPU | 1.0 MiB | dense formula (ALBEF), eager: 1.0 MiB | {less}  |" in all_figures
+    line = rf"^\| contrastive loss \| dense .* \| .*x (faster|slower).*, {re.escape(less)} not measured on a GPU \|$"
+    assert re.search(line, few, flags=re.MULTILINE)
+    assert "absent" not in few + all_figures
     assert all_figures.count("## All figures") == 1
+    assert "images/performance.png" in all_figures
     for contender in ("momentum-distill", "dense formula (ALBEF), eager", "MoCo / ALBEF pattern", "queue *"):
         assert f"| {contender}" in all_figures or f"**{contender}**" in all_figures
     assert (tmp_path / "images" / "performance.png").stat().st_size > 10_000
@@ -187,6 +192,10 @@ def test_the_report_of_the_results_that_are_kept_is_what_the_pages_say(tmp_path)
     assert report.main(["--page", str(tmp_path / report.PAGE.name)]) == 0
     for page in pages:
         assert (tmp_path / page.name).read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+
+
+def test_the_page_on_performance_fits_one_screen():
+    assert len(report.PAGE.read_text(encoding="utf-8").splitlines()) <= 50
 
 
 def test_the_report_wants_marks_and_results(results, tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import json
 import re
 
 import numpy as np
@@ -12,9 +13,10 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import momentum_distill as md
+import watch
 from conftest import ROOT
 from mtmd.settings.cli import COMMANDS
-from study_tools import paired_interval, read_results
+from study_tools import paired_interval, read_results, summary
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGE_IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -81,11 +83,54 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
             example.evaluate()
 
 
-def test_the_quickstart_holds_every_block():
+def test_the_first_example_prints_what_is_said_of_it_and_starts_the_site_too(capsys):
+    told, code = [], []
+    for page in ("README.md", "docs/index.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        told += [re.search(r"this prints (\d+)% for the weak one alone, (\d+)% for it taught:\n", text).groups()]
+        code += [re.search(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)[1]]
+    assert code[0] == code[1]
+    assert told[0] == told[1]
+    with torch.random.fork_rng():
+        exec(compile(code[0], "README.md", "exec"), {})  # nosec B102 - a page of this repository
+    printed = dict(re.findall(r"^weak sensor (\w+): (\d+)%$", capsys.readouterr().out, flags=re.MULTILINE))
+    assert [int(printed[name]) for name in ("alone", "taught")] == pytest.approx([int(x) for x in told[0]], abs=2)
+
+
+def test_the_figures_of_the_readme_are_those_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    arms = read_json("docs/results/mosi_mpnet.json")["arms"]
+    error = {name: [run["test"]["mae"] for run in arm["runs"]] for name, arm in arms.items()}
+    mae = {name: f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for name, x in error.items()}
+    assert {len(x) for x in error.values()} == {5}
+    assert f"five seeds: test error (MAE) | **{mae['full']}** | text alone {mae['text_only']};" in text
+
+    results = watch.load_results(ROOT / "docs" / "results" / "watch.json")
+    labels, plain, *_, blocks = (summary(watch.scores(results, "5", arm.name, "weak", "seed")) for arm in watch.ARMS)
+    assert (
+        f"five labels a class: accuracy, % | **{blocks}** | labels alone {labels}; plain distillation {plain}" in text
+    )
+
+    rows = read_json("benchmarks/results/supcon-cpu-full.json")["results"]
+    rows = {row["contender"]: row for row in rows if row["case"] == "loss, N=256, Q=65536, 1 direction"}
+    ours, dense = (
+        (rows[name]["median_s"], rows[name]["peak_extra_mib"])
+        for name in ("momentum-distill", "dense formula (ALBEF), torch.compile")
+    )
+    assert f"{1000 * ours[0]:.0f} ms, {ours[1]:.1f} MiB" in text
+    assert f"dense formula, compiled: {1000 * dense[0]:.0f} ms, {dense[1]:.1f} MiB" in text
+
+
+def read_json(path):
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_the_quickstart_holds_the_blocks_of_a_first_training():
     text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"^```python$(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL))
-    beside = ("functional", "schedules", "EMADict", "SigmoidDistillLoss")  # what a first training does without
-    assert [name for name in md.__all__ if f"md.{name}" not in code and name not in beside] == []
+    blocks = "EMAWrapper ClassQueue SupConDistillLoss ResponseDistillLoss HardSampleFusionLoss MomentumFusionFactors"
+    first = [*blocks.split(), "param_groups", "gather_rows", "diagnostics"]  # what a first training has
+    assert [name for name in first if f"md.{name}" not in code] == []
 
 
 @every_page
@@ -116,7 +161,7 @@ def test_paper_map_has_a_row_for_every_equation(paper_map, equation):
     ],
 )
 def test_paper_map_mentions_every_public_name(paper_map, name):
-    assert re.search(rf"\b{re.escape(name)}\b", paper_map)
+    assert re.search(rf"\b{re.escape(name)}\b", paper_map), f"docs/paper_map.md: a row for {name}"
 
 
 TORCHRUN = ("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint")

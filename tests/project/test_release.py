@@ -1,6 +1,7 @@
 """The wheel and the sdist: the same bytes whenever and wherever they are built, only what belongs there, and enough."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import venv
 import zipfile
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -79,9 +81,11 @@ def test_the_sdist_holds_what_building_and_testing_need(builds):
         "README.md",
         "LICENSE",
         "SECURITY.md",
+        "CITATION.cff",
         "CODE_OF_CONDUCT.md",
         "Makefile",
         "constraints.txt",
+        "hatch_build.py",
     } <= names
     assert {f"src/momentum_distill/{name}" for name in ("__init__.py", "py.typed")} <= names
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")} <= names
@@ -96,6 +100,55 @@ def test_every_file_has_the_version():
     headings = re.findall(r"^## \[(\S+)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert [name for name, _ in headings[:2]] == ["Unreleased", VERSION]
     assert tag is None or headings[1][1]
+
+
+def test_the_classifiers_name_the_pythons_that_the_workflows_run():
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    if not workflows:
+        pytest.skip("no .github: an sdist")
+    run = {found for path in workflows for found in re.findall(r'python-version: "?([\d.]+)', path.read_text())}
+    named = re.findall(r"Programming Language :: Python :: (3\.\d+)\b", "\n".join(PROJECT["project"]["classifiers"]))
+    assert run == set(named)
+    assert PROJECT["project"]["requires-python"] == f">={min(named, key=lambda name: int(name.partition('.')[2]))}"
+
+
+def about(tree: Path, addresses: str) -> tuple[dict[str, Any], list[str]]:
+    """With these lines in CITATION.cff: the metadata, and the addresses that the Makefile tells the site.
+
+    What the site makes of them: test_docs_site.py.
+    """
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "Makefile"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "src").symlink_to(ROOT / "src")
+    others = re.sub(r"^(repository-code|url):.*\n", "", (ROOT / "CITATION.cff").read_text("utf-8"), flags=re.MULTILINE)
+    (tree / "CITATION.cff").write_text(others + addresses, encoding="utf-8")
+    said = run(sys.executable, "-m", "hatchling", "metadata", folder=tree).stdout
+    words = run("make", "--silent", "--eval=show:; @echo [$$REPOSITORY_URL] [$$SITE_URL]", "show", folder=tree).stdout
+    return json.loads(said), [word.strip("[]") for word in words.split()]
+
+
+def test_without_an_address_nothing_names_one(tmp_path):
+    metadata, site = about(tmp_path, "")
+    assert not metadata.get("urls")
+    assert metadata["readme"]["text"] == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert site == ["", ""]
+
+
+@pytest.mark.parametrize("written", ["{}", "{}/", '"{}"'])
+def test_an_address_stands_once_and_metadata_readme_and_site_have_it(written, tmp_path):
+    addresses = [repository, _] = ["https://host.example/owner/name", "https://pages.example/name"]
+    metadata, site = about(tmp_path, f"repository-code: {written}\nurl: {written}\n".format(*addresses))
+    assert site == addresses
+    assert [metadata["urls"][name] for name in ("Repository", "Documentation")] == addresses
+    assert all(metadata["urls"][name].startswith(f"{repository}/") for name in ("Issues", "Changelog"))
+
+    links = r"\]\((?!https?:)([^)]+)\)"
+    here = re.findall(links, (ROOT / "README.md").read_text(encoding="utf-8"))
+    kinds = ["raw" if target.endswith(".svg") else "blob" for target in here]
+    there = [f"{repository}/{kind}/v{VERSION}/{target}" for kind, target in zip(kinds, here, strict=True)]
+    assert "raw" in kinds
+    assert all(f"]({target})" in metadata["readme"]["text"] for target in there)
+    assert re.findall(links, metadata["readme"]["text"]) == []
 
 
 def closure(name: str) -> list[Distribution]:

@@ -39,8 +39,9 @@ ALLOWED = {
     "watch_data.py": {"pickle", "pickle.Unpickler"},
     # It reads what it has written the moment before.
     "export.py": {"torch.export.load"},
-    # The loop that everybody knows, with weights_only=True: see SAFE.
+    # The loops that everybody knows, with weights_only=True: see SAFE.
     "plain_loop.py": {"torch.load"},
+    "quickstart.py": {"torch.load"},
     # Snapshots of averages, file by file, with weights_only=True as well.
     "schedules.py": {"torch.load"},
 }

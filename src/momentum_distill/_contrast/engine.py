@@ -14,7 +14,7 @@ from momentum_distill._rows import row_lengths, shortest
 
 DENSE_SCORES, DENSE_KEYS = 2**18, 2**20
 """Up to so many scores, N times Q, and so many numbers in the keys, Q times d, the loss takes the plain matrices: less
-work stands around them than around tiles. Above, they cost memory, and soon time. Measured: `docs/performance.md`."""
+work stands around them than around tiles. Above, they cost memory, and soon time. See `docs/performance_figures.md`."""
 
 
 FUSED_SCORES = 2**14
