@@ -11,24 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtmd.data.fold import (
-    FOLDS,
-    FORMS,
-    KEYS,
-    MODALITIES,
-    DataError,
-    Fold,
-    class_labels,
-)
+from mtmd.data.fold import FOLDS, FORMS, KEYS, MODALITIES, DataError, Fold, class_labels
 from mtmd.data.mmsa import examine_mmsa, load_mmsa
 from mtmd.data.needs import TextReader, advice, as_read, check_encoder, keys_of, lack, text_reader
-from mtmd.data.own_format import (
-    _contradictions,
-    _read_about,
-    _read_arrays,
-    check_new,
-    save_dataset,
-)
+from mtmd.data.own_format import check_new, contradictions, read_about, read_arrays, save_dataset
 from mtmd.files import safe_pickle
 from mtmd.files.writing import check_writable
 from mtmd.model import used_modalities
@@ -37,9 +23,6 @@ from mtmd.settings.config import Config
 from mtmd.settings.options import a_number, a_path, add_config_arguments, config_from
 
 SETTINGS = ("modalities", "text_encoder", "max_tokens", "without")  # on which it depends what a model needs
-
-
-# The commands
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,12 +115,12 @@ def examine(
     content: Any = {}
     if path.is_dir():
         try:
-            about = _read_about(path)
+            about = read_about(path)
         except DataError as error:
             errors.append(str(error))
         for fold in FOLDS:
             try:
-                content[fold] = _read_arrays(path / f"{fold}.npz")
+                content[fold] = read_arrays(path / f"{fold}.npz")
             except (DataError, OSError) as error:
                 errors.append(f"{fold}: {error}")
     else:
@@ -150,7 +133,7 @@ def examine(
     folds, found, notes = examine_mmsa(content, source=str(path), name=name, score_range=score_range, expected=expected)
     errors += found
     if about is not None:
-        errors += _contradictions(about, content, folds)
+        errors += contradictions(about, content, folds)
     if config is not None and "train" in folds:
         there = {key: True for key in KEYS if key in content["train"]}  # where some of it could not be read
         try:

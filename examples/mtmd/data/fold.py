@@ -69,9 +69,6 @@ class Dataset:
         return {name: array.shape[2] for name, array in self.folds["train"].features.items()}
 
 
-# What models take
-
-
 def class_labels(scores: np.ndarray) -> np.ndarray:
     """0 negative, 1 neutral, 2 positive: the sign of each score, as int64 of the same shape."""
     return np.sign(scores).astype(np.int64) + 1

@@ -49,8 +49,6 @@ from mtmd.data.values import (
 from mtmd.files import safe_pickle
 from mtmd.files.checks import shown
 
-# Reading
-
 
 def load_mmsa(path: str | os.PathLike[str], *, name: str, score_range: tuple[float, float] | None = None) -> Dataset:
     """Read a pickle in MMSA's layout, aligned or unaligned, without running anything in it.

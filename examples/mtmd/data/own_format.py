@@ -95,8 +95,8 @@ def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
         OSError: If a file cannot be read.
     """
     folder = Path(folder)
-    about = _read_about(folder)
-    content = {fold: _read_arrays(folder / f"{fold}.npz") for fold in FOLDS}
+    about = read_about(folder)
+    content = {fold: read_arrays(folder / f"{fold}.npz") for fold in FOLDS}
     dataset = from_mmsa(
         content,
         name=about["name"],
@@ -105,7 +105,7 @@ def load_dataset(folder: str | os.PathLike[str]) -> Dataset:
         score_range=about["score_range"],
         classes=about["classes"],
     )
-    for error in _contradictions(about, content, dataset.folds):
+    for error in contradictions(about, content, dataset.folds):
         raise DataError(f"{folder}: {error}")
     return dataset
 
@@ -125,9 +125,9 @@ def load_fold(path: str | os.PathLike[str], fold: str = "test") -> Fold:
     """
     path = Path(path)
     if path.is_dir():
-        _read_about(path)
+        read_about(path)
         path = path / f"{fold}.npz"
-    content = _read_arrays(path) if path.suffix.lower() == ".npz" else safe_pickle.load(path)
+    content = read_arrays(path) if path.suffix.lower() == ".npz" else safe_pickle.load(path)
     if not isinstance(content, Mapping) or not set(content) & set(FOLDS):
         return read_fold(content, source=str(path))
     if fold not in content:
@@ -135,7 +135,7 @@ def load_fold(path: str | os.PathLike[str], fold: str = "test") -> Fold:
     return read_fold(content[fold], source=f"{path}: {fold}")
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
+def read_about(folder: Path) -> dict[str, Any]:
     """dataset.json, checked."""
     path = folder / ABOUT
     if not path.is_file():
@@ -158,7 +158,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return {**about, "score_range": (float(low), float(high)), "classes": tuple(about["classes"])}
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file."""
     try:
         return read_npz(path)
@@ -166,7 +166,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise DataError(str(error)) from None
 
 
-def _contradictions(about: dict[str, Any], content: Mapping[str, Any], folds: Mapping[str, Fold]) -> list[str]:
+def contradictions(about: dict[str, Any], content: Mapping[str, Any], folds: Mapping[str, Fold]) -> list[str]:
     """What dataset.json says otherwise than the arrays. What could not be read of these is told elsewhere."""
     errors = []
     for name, fold in folds.items():

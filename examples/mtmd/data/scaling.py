@@ -10,9 +10,6 @@ from mtmd.data.fold import DataError, Fold
 CHUNK = 256  # samples that are held in float64 at a time
 
 
-# Standardising
-
-
 @dataclass(frozen=True)
 class Standardizer:
     """Shifts and scales each feature by its mean and standard deviation over the training fold.

@@ -18,10 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mtmd.files.checks import (
-    reason,
-    shown,
-)
+from mtmd.files.checks import reason, shown
 
 DEEPEST = 50  # levels of nesting: more than any file of ours has, and far from what Python's stack bears
 LARGEST_UNFOLDING = 100  # times its size that an archive may hold; CMU-MOSI in the own format: 20
@@ -40,10 +37,7 @@ OTHER_FILES = {
     "bzip2": (rb"BZh[1-9]1AY&SY", "a bzip2 file; unpack it first"),
     "xz": (rb"\xfd7zXZ\x00", "an xz file; unpack it first"),
     "7z": (rb"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-    "zip": (
-        rb"PK(\x03\x04|\x05\x06)",
-        "a zip archive, as .npz, .xlsx and .pt files are too; unpack what is packed",
-    ),
+    "zip": (rb"PK(\x03\x04|\x05\x06)", "a zip archive, as .npz, .xlsx and .pt files are too; unpack what is packed"),
     "hdf5": (rb"\x89HDF", "an HDF5 file"),
     "numpy": (rb"\x93NUMPY", "an array of numpy.save"),
     "pickle": (rb"\x80[\x02-\x05]", "a pickle"),

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     pass
 
 
-# Writing
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, to be written to inside the context; it becomes `path` at the end, or never.

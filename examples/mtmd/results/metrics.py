@@ -124,9 +124,7 @@ def columns_of(metrics: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return SIMS_COLUMNS if "acc3" in metrics else COLUMNS
 
 
-def mean_and_std(
-    found: Sequence[Mapping[str, float | None]],
-) -> tuple[dict[str, float], dict[str, float | None]]:
+def mean_and_std(found: Sequence[Mapping[str, float | None]]) -> tuple[dict[str, float], dict[str, float | None]]:
     """Of each metric over several runs or draws, NaN where one has none; sample deviation, None for a single one."""
     values = {name: np.array([metrics[name] for metrics in found], np.float64) for name in found[0]}
     mean = {name: float(of.mean()) for name, of in values.items()}

@@ -72,12 +72,7 @@ def plot_factors(steps: Steps | Sequence[Steps], path: Path, *, chosen: Sequence
 
 
 def draw(
-    axes: plt.Axes,
-    steps: Steps | Sequence[Steps],
-    labels: Mapping[str, str],
-    *,
-    title: str = "",
-    smooth: int = SMOOTH,
+    axes: plt.Axes, steps: Steps | Sequence[Steps], labels: Mapping[str, str], *, title: str = "", smooth: int = SMOOTH
 ) -> dict[str, np.ndarray]:
     """One line per term that there is; each point is the mean of `smooth` steps. Returns what was drawn."""
     runs = [steps] if steps and isinstance(steps[0], Mapping) else list(steps)

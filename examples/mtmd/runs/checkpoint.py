@@ -35,9 +35,6 @@ DESCRIPTION = {  # what is read of the JSON beside a model
 }
 
 
-# Models
-
-
 def save_checkpoint(path: Path, run: "Run", config: Config, standardizer: Standardizer, dataset: Dataset) -> None:
     """The model and its feature scaling as safetensors, what is needed to read them as JSON beside.
 

@@ -33,9 +33,6 @@ RATES = tuple(round(0.1 * step, 1) for step in range(11))
 DRAWS = 5
 
 
-# evaluate
-
-
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(parser)
     data = parser.add_argument_group("data")
@@ -55,11 +52,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--robustness", action="store_true", help="drop each modality, and all, at --rates: a table and a figure"
     )
     data.add_argument(
-        "--rates",
-        type=a_share,
-        nargs="+",
-        metavar="RATE",
-        help="shares for --robustness (default: 0 to 1 in tenths)",
+        "--rates", type=a_share, nargs="+", metavar="RATE", help="shares for --robustness (default: 0 to 1 in tenths)"
     )
     data.add_argument(
         "--draws",

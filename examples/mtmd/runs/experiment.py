@@ -1,4 +1,4 @@
-"""`train`: all seeds of a configuration into a folder, and what others read from such a folder.
+"""`train`: all seeds of a configuration into a folder; results/records.py reads what is there.
 
     results.json                    settings, data, metrics of each seed, mean and standard deviation
     metrics.jsonl                   a record per epoch
@@ -224,9 +224,6 @@ def load_data(config: Config) -> Dataset:
 def describe(dataset: Dataset) -> str:
     """What was trained on what, for titles: synthetic numbers are called so."""
     return "MTMD on synthetic data (not CMU-MOSI)" if dataset.synthetic else f"MTMD on {dataset.name.upper()}"
-
-
-# Files
 
 
 # What is shown

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 
 from mtmd.data.batches import Batch
 from mtmd.files.writing import check_writable, replacing
-from mtmd.runs.trained import (
-    CHECKPOINT,
-    Trained,
-    load_trained,
-)
+from mtmd.runs.trained import CHECKPOINT, Trained, load_trained
 from mtmd.settings.cli import say
 from mtmd.settings.options import a_path
 
@@ -24,9 +20,6 @@ try:
     from torch.export._patches import register_lstm_while_loop_decomposition
 except ImportError:  # torch 2.13 has it, 2.9 does not
     register_lstm_while_loop_decomposition = None
-
-
-# export
 
 
 class Deployed(nn.Module):

@@ -19,18 +19,9 @@ from mtmd.files.checks import is_plain, shown
 from mtmd.files.reading import read_npy, read_table
 from mtmd.files.writing import check_writable, write_rows
 from mtmd.results.scores import Said
-from mtmd.runs.trained import (
-    Trained,
-    add_checkpoint_arguments,
-    add_fold_argument,
-    ask,
-    load_trained,
-    prepare_fold,
-)
+from mtmd.runs.trained import Trained, add_checkpoint_arguments, add_fold_argument, ask, load_trained, prepare_fold
 from mtmd.settings.cli import note, say
 from mtmd.settings.options import a_path
-
-# predict
 
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,9 +26,6 @@ class OtherFormatError(ValueError):
     """A state that is whole, but written by another version of this code."""
 
 
-# States of a training
-
-
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Store a state beside the one before it, and drop those that are older.
 

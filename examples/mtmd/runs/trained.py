@@ -26,9 +26,6 @@ BATCH_SIZE = 64
 CHECKPOINT = "checkpoint_seed*.safetensors of an experiment"
 
 
-# A trained model and what it says
-
-
 @dataclass(frozen=True)
 class Trained:
     """A checkpoint: the model in eval mode and what is needed to feed it."""

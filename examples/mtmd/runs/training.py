@@ -18,17 +18,7 @@ from mtmd.runs.processes import from_leader, in_parallel, leads, place
 from mtmd.runs.resume import restore_training, save_training
 from mtmd.runs.states import remove_states
 from mtmd.settings.config import Config
-from mtmd.train import (
-    Run,
-    Training,
-    begin,
-    derived_seed,
-    end_epoch,
-    finish,
-    groups,
-    train_step,
-    validate,
-)
+from mtmd.train import Run, Training, begin, derived_seed, end_epoch, finish, groups, train_step, validate
 
 
 def train_and_save(

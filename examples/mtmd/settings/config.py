@@ -37,11 +37,7 @@ SYNTHETIC = ("signal_text", "signal_audio", "signal_vision", "wrong_text")  # sh
 
 # Numbers that are no counts, with what they have to be. NaN is in no range.
 RANGES = (
-    (
-        (*SYNTHETIC, *(f"drop_{name}" for name in MODALITIES)),
-        "a share in [0, 1]",
-        lambda value: 0 <= value <= 1,
-    ),
+    ((*SYNTHETIC, *(f"drop_{name}" for name in MODALITIES)), "a share in [0, 1]", lambda value: 0 <= value <= 1),
     (("alpha", "decay"), "a finite number in [0, 1]", lambda value: 0 <= value <= 1),
     (("layer_decay",), "a finite number above 0, at most 1", lambda value: 0 < value <= 1),
     (("dropout", "average"), "a share in [0, 1)", lambda value: 0 <= value < 1),

@@ -14,11 +14,7 @@ from mtmd.settings.config import FORMATS, MODALITIES, SYNTHETIC, Config
 # Options that say nothing beside others are refused on the command line, where somebody meant them, if they are not at
 # their default. A file may have them: one serves for all arms of the study.
 IDLE: tuple[tuple[tuple[str, ...], str, Callable[["Config"], bool]], ...] = (
-    (
-        ("synthetic_seed", *SYNTHETIC),
-        "the synthetic set",
-        lambda config: config.data is None,
-    ),
+    (("synthetic_seed", *SYNTHETIC), "the synthetic set", lambda config: config.data is None),
     (
         ("max_tokens", "pooling", "bert_lr", "layer_decay", "context"),
         "a --text-encoder",

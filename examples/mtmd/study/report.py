@@ -31,10 +31,7 @@ from mtmd.settings.config import MODALITIES
 from mtmd.settings.options import a_path, add_format, at_least
 
 # What the paper reports for MTMD (Table I): Acc7, Acc2 and F1 (negative/non-negative, negative/positive), MAE, Corr.
-PAPER = {
-    "mosi": (47.5, 84.0, 86.0, 83.9, 86.0, 0.705, 0.799),
-    "mosei": (53.7, 84.8, 86.1, 84.9, 85.9, 0.531, 0.767),
-}
+PAPER = {"mosi": (47.5, 84.0, 86.0, 83.9, 86.0, 0.705, 0.799), "mosei": (53.7, 84.8, 86.1, 84.9, 85.9, 0.531, 0.767)}
 SEVEN = ("-3", "-2", "-1", "0", "+1", "+2", "+3")
 SIMS_FIVE = ("≤ -0.7", "≤ -0.1", "≤ 0.1", "≤ 0.7", "> 0.7")
 ERRORS = (

@@ -338,10 +338,7 @@ def trial_of(place: int, point: Mapping[str, Any], outcome: Mapping[str, Any]) -
     kept = ("seed", "valid", "best_epoch", "epochs", "seconds", "precision")
     trial["runs"] = [{key: entry[key] for key in kept if key in entry} for entry in outcome["runs"]]
     maes = [entry["valid"]["mae"] for entry in trial["runs"]]
-    return trial | {
-        "mae": None if None in maes else float(np.mean(maes)),
-        "sha256": outcome["dataset"]["sha256"],
-    }
+    return trial | {"mae": None if None in maes else float(np.mean(maes)), "sha256": outcome["dataset"]["sha256"]}
 
 
 def rank(trials: Sequence[dict[str, Any]], points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
