@@ -29,10 +29,14 @@ from momentum_distill import _group
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from mtmd import cli, training  # noqa: E402
-from mtmd.config import Config, config_from  # noqa: E402
-from mtmd.processes import place  # noqa: E402
-from mtmd.synthetic import synthetic_dataset  # noqa: E402
+from mtmd.data.batches import batches  # noqa: E402
+from mtmd.data.synthetic import synthetic_dataset  # noqa: E402
+from mtmd.runs.processes import place  # noqa: E402
+from mtmd.runs.training import shared  # noqa: E402
+from mtmd.settings import cli  # noqa: E402
+from mtmd.settings.config import Config  # noqa: E402
+from mtmd.settings.options import config_from  # noqa: E402
+from mtmd.train import begin, prepare, train_step  # noqa: E402
 
 STEPS, WARM_UP = 12, 2
 
@@ -76,8 +80,8 @@ def work(rank: int, world: int, config: Config, folder: str) -> None:
     counter = Counter()
     counter.watch()
     dataset = synthetic_dataset(seed=0)
-    folds, _ = training.prepare(dataset, config)
-    state = training.begin(config, folds, dataset.widths, 1, torch.device("cpu"))
+    folds, _ = prepare(dataset, config)
+    state = shared(begin(config, folds, dataset.widths, 1, torch.device("cpu")))
     if isinstance(state.step_module, DistributedDataParallel):
 
         def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -86,12 +90,12 @@ def work(rank: int, world: int, config: Config, folder: str) -> None:
             return done.then(lambda future: future.value()[0])
 
         state.step_module.register_comm_hook(None, hook)
-    stream = training.batches(folds["train"], config.batch_size, place=place())
+    stream = batches(folds["train"], config.batch_size, place=place())
     seconds, waiting, calls, sizes = [], [], {}, {}
     for number, batch in zip(range(WARM_UP + STEPS), stream, strict=False):
         counter.reset()
         started = time.perf_counter()
-        training.train_step(state, [batch], config, torch.device("cpu"))
+        train_step(state, [batch])
         if number == 1:  # a whole batch, with the queue in use; the last one of the fold has fewer rows
             calls, sizes = dict(counter.calls), dict(counter.bytes)
         if number >= WARM_UP:

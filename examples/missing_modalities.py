@@ -3,11 +3,11 @@
     python examples/missing_modalities.py                       # six minutes on one CPU core; goes on where it was
     python examples/missing_modalities.py --seeds 2 --steps 2   # in seconds, to see it run
 
-The synthetic set has text, audio and vision, whose signal is set (`mtmd/synthetic.py`); what counts is the error of the
-score, by the share of samples that miss one of the three. With "dropping" each sample of a step keeps all of them or
-loses one, as likely. The momentum teacher, an average of the student itself, is asked about the same samples with all
-of them, those without a score too. Expect, MAE, mean ± deviation of ten seeds, each a set of its own; the difference
-from dropping alone is paired, with its 95 % interval:
+The synthetic set has text, audio and vision, whose signal is set (`mtmd/data/synthetic.py`); what counts is the error
+of the score, by the share of samples that miss one of the three. With "dropping" each sample of a step keeps all of
+them or loses one, as likely. The momentum teacher, an average of the student itself, is asked about the same samples
+with all of them, those without a score too. Expect, MAE, mean ± deviation of ten seeds, each a set of its own; the
+difference from dropping alone is paired, with its 95 % interval:
 
 | scores | trained with | 0 % | 50 % | 100 % | at 50 %, vs dropping | won back |
 |---|---|---|---|---|---|---|
@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import momentum_distill as md
-from mtmd.synthetic import WIDTHS, make_synthetic
+from mtmd.data.synthetic import WIDTHS, make_synthetic
 from study_tools import RunLog, paired_interval, read_results, write_results
 
 MODALITIES = tuple(WIDTHS)

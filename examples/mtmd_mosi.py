@@ -12,7 +12,8 @@
         several processes, on CPUs or GPUs; batches, losses and queue are those of one
 
 Training writes results.json, metrics.jsonl, predictions.csv, figures and a checkpoint per seed to --out. The model and
-what it minimises stand in mtmd/model.py and mtmd/objective.py; how the paper is read, in docs/paper_map.md.
+what it minimises stand in mtmd/model.py and mtmd/objective.py, a run of training in mtmd/train.py; how the paper is
+read, in docs/paper_map.md.
 """
 
 import sys
@@ -23,9 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from rich.console import Console  # here: what is not installed is told as all else is
 
-        from mtmd import cli, processes
+        from mtmd.settings import cli
 
         command, parsed, run = cli.parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+        from mtmd.runs import processes  # brings torch, which warns where numpy is not installed
+
         with processes.started(command):
             return run(parsed, Console(quiet=not processes.leads())) or 0
     except ModuleNotFoundError as error:

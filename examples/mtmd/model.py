@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import momentum_distill as md
-from mtmd.config import Config
-from mtmd.data import Batch
+from mtmd.data.batches import Batch
+from mtmd.files.checks import unknown
+from mtmd.settings.config import MODALITIES, Config
 
 CLASSES = 3  # negative, neutral, positive
-MODALITIES = ("text", "audio", "vision")
 TEACHER = "text"
-STUDENTS = ("audio", "vision")
+STUDENTS = tuple(name for name in MODALITIES if name != TEACHER)
 ROWS_AT_A_TIME = 8  # texts that the encoder reads together on a CPU
 
 
@@ -142,6 +142,18 @@ def text_positions(bert: nn.Module) -> int | None:
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
+# Encoders of the text's features, (N, T, width) and lengths (N,) to (N, hidden), by what --text-encoder calls them. A
+# name of one more begins with "features:"; names that do not are those of BERT-type models.
+FEATURE_ENCODERS = {"features": SequenceEncoder}
+
+
+def text_encoder(name: str) -> type[nn.Module]:
+    """The class of an encoder of text features."""
+    if name not in FEATURE_ENCODERS:
+        raise ValueError(f"--text-encoder: {unknown(name, FEATURE_ENCODERS)}")
+    return FEATURE_ENCODERS[name]
+
+
 class Heads(nn.Module):
     """A regression and a three-class head (Eq. 4)."""
 
@@ -219,26 +231,18 @@ class MTMD(nn.Module):
 
     def __init__(self, config: Config, widths: dict[str, int], *, encoder_config: dict[str, Any] | None = None) -> None:
         super().__init__()
-
-        def sequence_encoder(name: str, hidden: int) -> SequenceEncoder:
-            return SequenceEncoder(
-                widths[name], hidden, layers=config.layers, heads=config.heads, dropout=config.dropout
-            )
-
         self.modalities = used_modalities(config)
-        self.reads_tokens = config.text_encoder != "features"
+        self.reads_tokens = config.reads_tokens
         self.branches = nn.ModuleDict()
-        for name, hidden in zip(
-            MODALITIES, (config.text_hidden, config.audio_hidden, config.vision_hidden), strict=True
-        ):
-            if name not in self.modalities:
-                continue
+        for name in self.modalities:
             if name == TEACHER and self.reads_tokens:
                 encoder = PretrainedTextEncoder(
                     config.text_encoder, encoder_config, pooling=config.pooling, max_tokens=config.max_tokens
                 )
             else:
-                encoder = sequence_encoder(name, hidden)
+                kind = text_encoder(config.text_encoder) if name == TEACHER else SequenceEncoder
+                hidden = getattr(config, f"{name}_hidden")
+                encoder = kind(widths[name], hidden, layers=config.layers, heads=config.heads, dropout=config.dropout)
             self.branches[name] = Branch(encoder, config)
         # A single modality is its own prediction.
         self.fusion = Fusion(config, self.modalities) if len(self.modalities) > 1 else None

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import momentum_distill as md
-from mtmd.config import Config
-from mtmd.data import ABSENT, Batch
+from mtmd.data.batches import Batch
+from mtmd.data.fold import ABSENT
 from mtmd.model import CLASSES, MTMD, STUDENTS, TEACHER, Outputs, Prediction
+from mtmd.settings.config import Config
 
 
 class Objective(nn.Module):
@@ -141,10 +142,7 @@ class Objective(nn.Module):
             text_targets, student_targets = {}, {}
             if name in momentum:
                 student_momentum = momentum[name].features
-                text_targets = {
-                    "momentum_query": text,
-                    "momentum_keys": keys(f"{name}_momentum"),
-                }
+                text_targets = {"momentum_query": text, "momentum_keys": keys(f"{name}_momentum")}
                 student_targets = {"momentum_query": student_momentum, "momentum_keys": keys(TEACHER)}
             # Pairs: a query counts where the sample has both modalities, a key where it has its own.
             both = torch.where(batch.present[TEACHER], labels[name], ABSENT)

@@ -6,11 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtmd import cli, training
-from mtmd.config import Config, config_from
-from mtmd.data import drop_modalities
-from mtmd.processes import place
-from mtmd.synthetic import synthetic_dataset
+from mtmd.data.batches import batches
+from mtmd.data.fold import data_sha256, drop_modalities
+from mtmd.data.synthetic import synthetic_dataset
+from mtmd.runs import devices, resume
+from mtmd.runs.processes import place
+from mtmd.runs.training import shared
+from mtmd.settings import cli
+from mtmd.settings.config import Config
+from mtmd.settings.options import config_from
+from mtmd.train import begin, groups, prepare, train_step
 
 
 def gradients(options: list[str], steps: int) -> tuple[dict[str, Tensor], list[dict[str, float]], list[int]]:
@@ -18,12 +23,12 @@ def gradients(options: list[str], steps: int) -> tuple[dict[str, Tensor], list[d
     _, parsed, _ = cli.parse(["train", *options], "")
     config = config_from(parsed)
     dataset = synthetic_dataset(seed=0)
-    folds, _ = training.prepare(dataset, config)
+    folds, _ = prepare(dataset, config)
     fold = drop_modalities(folds["train"], {"audio": 0.3, "text": 0.2}, seed=7)
-    state = training.begin(config, folds, dataset.widths, 1, torch.device("cpu"))
+    state = shared(begin(config, folds, dataset.widths, 1, torch.device("cpu")))
     state.run.model.train()
     seen, rows = [], []
-    stream = training.batches(fold, config.batch_size, place=place())
+    stream = batches(fold, config.batch_size, place=place())
     for _, batch in zip(range(steps), stream, strict=False):
         loss, terms = state.step_module(batch)
         loss.backward()
@@ -36,41 +41,40 @@ def gradients(options: list[str], steps: int) -> tuple[dict[str, Tensor], list[d
 
 def train_three_steps(options: list[str], folder: str) -> int:
     """Train, save, and say after how many steps."""
-    config, folds, state, identity = _begin(options)
-    steps = training.epoch_steps(state, config, folds["train"], torch.device("cpu"))
-    for _ in range(3):
-        next(steps)
-    training.save_training(Path(folder), state, identity, torch.device("cpu"))
+    state, identity = _begin(options)
+    for _, group in zip(range(3), groups(state, place()), strict=False):
+        train_step(state, group)
+    resume.save_training(Path(folder), state, identity)
     return len(state.run.steps)
 
 
 def go_on(options: list[str], folder: str) -> list[object]:
     """Where a restored run goes on, digests of what it holds, and the loss of its next step."""
-    config, folds, state, identity = _begin(options)
-    assert training.restore_training(Path(folder), state, identity, torch.device("cpu"), print)
+    state, identity = _begin(options)
+    assert resume.restore_training(Path(folder), state, identity, print)
     state.objective.queue.check_in_sync()
     held = [digest(module) for module in (state.run.model, state.objective)]
-    record = next(training.epoch_steps(state, config, folds["train"], torch.device("cpu")))
+    record = train_step(state, next(groups(state, place())))
     return [state.epoch, state.step, *held, record["total"]]
 
 
 def precision(last_can: bool) -> str:
     """What is trained in where rank 1 may have no bfloat16."""
-    has = training.no_bfloat16
-    training.no_bfloat16 = lambda _: "" if last_can or place()[0] == 0 else "none here"
+    has = devices.no_bfloat16
+    devices.no_bfloat16 = lambda _: "" if last_can or place()[0] == 0 else "none here"
     try:
-        return training.precision_of(Config(amp=True), torch.device("cpu"))
+        return devices.precision_of(Config(amp=True), torch.device("cpu"))
     finally:
-        training.no_bfloat16 = has
+        devices.no_bfloat16 = has
 
 
 def _begin(options: list[str]):
     _, parsed, _ = cli.parse(["train", *options], "")
     config = config_from(parsed)
     dataset = synthetic_dataset(seed=0)
-    folds, _ = training.prepare(dataset, config)
-    identity = {"config": config.identity(), "seed": 1, "data": training.fingerprint(folds)}
-    return config, folds, training.begin(config, folds, dataset.widths, 1, torch.device("cpu")), identity
+    folds, _ = prepare(dataset, config)
+    identity = {"config": config.identity(), "seed": 1, "data": data_sha256(folds)}
+    return shared(begin(config, folds, dataset.widths, 1, torch.device("cpu"))), identity
 
 
 def digest(module: torch.nn.Module) -> str:

@@ -7,10 +7,10 @@ import statistics
 import numpy as np
 import pytest
 
-from mtmd import bootstrap
-from mtmd.bootstrap import METRICS, paired_bootstrap
-from mtmd.compare import compare_experiments, read_scores
-from mtmd.metrics import msa_metrics
+from mtmd.results import bootstrap
+from mtmd.results.bootstrap import METRICS, paired_bootstrap
+from mtmd.results.compare import compare_experiments, read_scores
+from mtmd.results.metrics import msa_metrics
 
 
 @pytest.fixture(scope="module")

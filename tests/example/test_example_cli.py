@@ -14,13 +14,17 @@ import pytest
 import torch
 
 import mtmd_mosi
-from mtmd import cli, experiment, inference, own_format, report
-from mtmd.checkpoint import check_writable
-from mtmd.config import Config
-from mtmd.synthetic import synthetic_dataset
+from mtmd.data import check, own_format
+from mtmd.data.synthetic import synthetic_dataset
+from mtmd.files.writing import check_writable
+from mtmd.runs import evaluate, experiment, export, trained
+from mtmd.settings import cli
+from mtmd.settings.config import Config
+from mtmd.study import report
 from study_cases import TINY, fake_checkpoint, fake_experiment
 
-GROUPS = {"data", "model", "distillation", "training", "output", "ablation", "search"}
+SETTING_GROUPS = ["data", "synthetic", "model", "distillation", "training", "learning", "speed", "output"]
+GROUPS = {*SETTING_GROUPS, "ablation", "search"}
 
 
 def parser_of(name):
@@ -75,7 +79,7 @@ def test_every_command_explains_itself_in_groups(name, capsys):
 def test_help_explains_every_setting_with_its_default(capsys):
     text = " ".join(shown(capsys, "train", "--help").split())
     groups = [entry.metadata["group"] for entry in dataclasses.fields(Config) if entry.metadata["group"]]
-    assert [name.partition(" ")[0] for name in groups] == ["data", "model", "distillation", "training", "output"]
+    assert [name.partition(" ")[0] for name in dict.fromkeys(groups)] == SETTING_GROUPS
     for entry in dataclasses.fields(Config):
         assert "--" + entry.name.replace("_", "-") in text
         assert len(entry.metadata["help"]) > 15
@@ -214,8 +218,10 @@ def nothing_is_read(monkeypatch, tmp_path):
 
     for module, names in {
         experiment: ["load_data"],
-        own_format: ["load_mmsa", "load_dataset", "examine"],
-        inference: ["load_checkpoint", "open_dataset"],
+        check: ["load_mmsa", "examine"],
+        own_format: ["load_mmsa", "load_dataset"],
+        trained: ["load_checkpoint"],
+        evaluate: ["open_dataset"],
         report: ["load_experiment"],
     }.items():
         for name in names:
@@ -352,7 +358,7 @@ def test_a_program_that_says_something_else_replaces_none(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     fake_checkpoint(Path("c"), synthetic_dataset(sizes=(20, 10, 10)))
     Path("model.pt2").write_text("the old one")
-    monkeypatch.setattr(inference, "export_program", lambda _: None)
+    monkeypatch.setattr(export, "export_program", lambda _: None)
     monkeypatch.setattr(torch.export, "save", lambda _program, file, **_: file.write(b"half"))
 
     class Other:

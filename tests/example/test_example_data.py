@@ -9,23 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mtmd.data import (
-    FOLDS,
-    Batch,
-    DataError,
-    Fold,
-    Standardizer,
-    batches,
-    class_labels,
-    drop_modalities,
-    examine_mmsa,
-    from_mmsa,
-    load_mmsa,
-    presence,
-    tokenize,
-)
-from mtmd.needs import texts_before
-from mtmd.safe_pickle import UnsafePickleError
+from mtmd.data.batches import Batch, batches
+from mtmd.data.fold import FOLDS, DataError, Fold, class_labels, drop_modalities, presence
+from mtmd.data.mmsa import examine_mmsa, from_mmsa, load_mmsa
+from mtmd.data.scaling import Standardizer
+from mtmd.data.text import texts_before, tokenize
+from mtmd.files.safe_pickle import UnsafePickleError
 
 SIZES = {"train": 7, "valid": 3, "test": 4}
 LENGTHS = {"audio": [5, 1, 3, 0, 2, 4, 5], "vision": [4, 4, 0, 1, 2, 3, 4]}
@@ -465,7 +454,7 @@ def valid_steps(fold, modality):
 
 @pytest.mark.parametrize("chunk", [2, 256], ids=["many chunks", "one chunk"])
 def test_training_fold_gets_mean_0_and_deviation_1_over_valid_steps(content, monkeypatch, chunk):
-    monkeypatch.setattr("mtmd.data.CHUNK", chunk)
+    monkeypatch.setattr("mtmd.data.scaling.CHUNK", chunk)
     train = read(content).folds["train"]
     standardizer = Standardizer.fit(train)
     scaled = standardizer.apply(train)

@@ -29,16 +29,23 @@ import torch
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import report, safe_pickle, search
-from mtmd.checkpoint import file_sha256, load_state, save_checkpoint, save_state
-from mtmd.config import Config, add_config_arguments, config_from
-from mtmd.data import Dataset, Fold, Standardizer, from_mmsa, load_mmsa
-from mtmd.experiment import read_epochs
-from mtmd.files import read_json, read_npy, read_npz, read_table, read_toml
-from mtmd.inference import Trained, build_fold, load_trained, read_csv, read_sequence
+from mtmd.data.fold import Dataset, Fold
+from mtmd.data.mmsa import from_mmsa, load_mmsa
+from mtmd.data.own_format import load_dataset, load_fold, save_dataset
+from mtmd.data.scaling import Standardizer
+from mtmd.data.synthetic import make_synthetic, synthetic_dataset
+from mtmd.files import safe_pickle
+from mtmd.files.reading import read_json, read_npy, read_npz, read_table, read_toml
+from mtmd.files.writing import file_sha256
 from mtmd.model import MTMD
-from mtmd.own_format import load_dataset, load_fold, save_dataset
-from mtmd.synthetic import make_synthetic, synthetic_dataset
+from mtmd.results.records import read_epochs
+from mtmd.runs.checkpoint import save_checkpoint
+from mtmd.runs.predict import build_fold, read_csv, read_sequence
+from mtmd.runs.states import load_state, save_state
+from mtmd.runs.trained import Trained, load_trained
+from mtmd.settings.config import Config
+from mtmd.settings.options import add_config_arguments, config_from
+from mtmd.study import report, search
 from mutations import bomb, itself, many_times, one_long_text, spoiled
 from study_cases import fake_experiment
 from tiers import times

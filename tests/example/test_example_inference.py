@@ -12,13 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from mtmd import cli, inference
-from mtmd.config import Config
-from mtmd.data import drop_modalities, from_mmsa, presence
-from mtmd.inference import ask, load_trained, prepare_fold, without_modalities
-from mtmd.metrics import msa_metrics, sims_metrics
-from mtmd.own_format import save_dataset
-from mtmd.synthetic import make_synthetic, synthetic_dataset
+from mtmd.data.batches import batches
+from mtmd.data.fold import drop_modalities, presence
+from mtmd.data.mmsa import from_mmsa
+from mtmd.data.own_format import save_dataset
+from mtmd.data.synthetic import make_synthetic, synthetic_dataset
+from mtmd.results.metrics import msa_metrics, sims_metrics
+from mtmd.runs import evaluate, export
+from mtmd.runs.trained import ask, load_trained, prepare_fold, without_modalities
+from mtmd.settings import cli
+from mtmd.settings.config import Config
 from study_cases import fake_checkpoint
 
 MODALITIES = ("text", "audio", "vision")
@@ -77,7 +80,7 @@ def test_evaluate_gives_the_metrics_of_the_predictions(checkpoint, data, trained
     report = json.loads((tmp_path / "evaluation.json").read_text())
     fold = trained.standardizer.apply(dataset.folds["test"])
     with torch.no_grad():
-        scores = trained.model.predict(next(inference.batches(fold, 50))).scores.numpy()
+        scores = trained.model.predict(next(batches(fold, 50))).scores.numpy()
     assert report["metrics"]["fused"] == msa_metrics(scores, fold.scores)
     assert report["samples"] == 50
     assert report["fold"] == "test"
@@ -89,7 +92,7 @@ def test_evaluate_gives_the_metrics_of_the_predictions(checkpoint, data, trained
 def test_branches_are_scored_where_their_modality_is_there(trained, dataset):
     fold = prepare_fold(dataset.folds["test"], trained)
     said = ask(trained, fold)
-    metrics = inference.metrics_by_branch(said, fold, msa_metrics)
+    metrics = evaluate.metrics_by_branch(said, fold, msa_metrics)
     assert list(metrics) == ["fused", *MODALITIES]
     for name in MODALITIES:
         there = presence(fold)[name]
@@ -214,7 +217,7 @@ def test_a_row_counts_the_samples_that_it_measures(trained, dataset):
     fold = prepare_fold(dataclasses.replace(fold, unimodal_scores={"vision": own}), trained)
     said = ask(trained, fold)
     there = presence(fold)["vision"]
-    counts = {row: inference.said_of(row, said, fold) for row in inference.metrics_by_branch(said, fold, msa_metrics)}
+    counts = {row: evaluate.said_of(row, said, fold) for row in evaluate.metrics_by_branch(said, fold, msa_metrics)}
     assert counts["fused"] == 50
     assert counts["vision"] == there.sum()
     assert counts["vision, own labels"] == there[:10].sum() < there.sum()
@@ -369,7 +372,7 @@ def test_the_mean_of_the_tokens_survives_a_checkpoint(with_encoder, dataset, tmp
     trained, other = load_trained(tmp_path / "checkpoint"), load_trained(path)
     fold = prepare_fold(dataset.folds["test"], trained)
     with torch.no_grad():
-        expected = model(next(inference.batches(fold, 50)))
+        expected = model(next(batches(fold, 50)))
     assert np.array_equal(ask(trained, fold).scores, expected.fused.scores.numpy())
     # of the same weights, the first token alone says something else
     assert not np.allclose(ask(other, fold).branch_scores["text"], expected.unimodal["text"].scores.numpy())
@@ -396,16 +399,16 @@ def test_a_folder_is_no_checkpoint(checkpoint):
 # export
 
 can_export = pytest.mark.skipif(
-    inference.register_lstm_while_loop_decomposition is None, reason="this torch cannot export an LSTM of any length"
+    export.register_lstm_while_loop_decomposition is None, reason="this torch cannot export an LSTM of any length"
 )
 
 
 def test_a_torch_that_cannot_export_is_named(trained, monkeypatch):
-    monkeypatch.setattr(inference, "register_lstm_while_loop_decomposition", None)
+    monkeypatch.setattr(export, "register_lstm_while_loop_decomposition", None)
     with pytest.raises(
         ValueError, match=r"^export: expected a torch that .*, got torch " + re.escape(torch.__version__)
     ):
-        inference.export_program(trained)
+        export.export_program(trained)
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +439,7 @@ def test_the_exported_program_says_what_the_model_says(exported, trained, datase
 @can_export
 def test_the_exported_program_scales_and_cuts_its_inputs_itself(exported, trained):
     program = torch.export.load(exported).module()
-    inputs = inference.example_inputs(trained, samples=4, steps=6)
+    inputs = export.example_inputs(trained, samples=4, steps=6)
     inputs["audio"][0, 0, 0] = torch.nan  # the training mean takes its place
     said = program(inputs)["scores"]
     assert torch.isfinite(said).all()
@@ -455,9 +458,9 @@ def test_a_text_encoder_is_exported(with_encoder, tmp_path, dataset):
     command("export", tmp_path / "checkpoint", tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
     trained = load_trained(tmp_path / "checkpoint")
-    inputs = inference.example_inputs(trained, samples=5, steps=9)
+    inputs = export.example_inputs(trained, samples=5, steps=9)
     inputs["tokens"][1] = 0  # a text that is missing
-    batch = inference.Deployed(trained).eval()(inputs)
+    batch = export.Deployed(trained).eval()(inputs)
     said = program(inputs)
     for name, values in batch.items():
         assert torch.isfinite(values).all()

@@ -24,21 +24,16 @@ import safetensors.torch
 import torch
 
 import mtmd_mosi
-from mtmd import checkpoint
-from mtmd.checkpoint import (
-    load_checkpoint,
-    load_state,
-    remove_states,
-    replacing,
-    save_checkpoint,
-    save_state,
-    write_tensors,
-    write_text,
-)
-from mtmd.config import Config
-from mtmd.data import Standardizer
+from mtmd.data.scaling import Standardizer
+from mtmd.files import writing
+from mtmd.files.tensors import DTYPES, write_tensors
+from mtmd.files.writing import replacing, write_text
 from mtmd.model import MTMD
-from mtmd.training import Run
+from mtmd.runs import checkpoint, states
+from mtmd.runs.checkpoint import load_checkpoint, save_checkpoint
+from mtmd.runs.states import load_state, remove_states, save_state
+from mtmd.settings.config import Config
+from mtmd.train import Run
 from study_cases import TINY
 from test_example_resume import SMALL, processes, small_dataset  # noqa: F401  the fixture is used by its name
 from tiers import times
@@ -142,7 +137,7 @@ def save_forever(kind, folder, size, first, board_path):
 
         return wrapped
 
-    checkpoint.write_tensors = watched(write_tensors, *PHASES[1:3])
+    checkpoint.write_tensors = states.write_tensors = watched(write_tensors, *PHASES[1:3])
     Path.write_text = watched(Path.write_text, *PHASES[4:6])
     os.replace = watched(os.replace, None, {".safetensors": PHASES[3], ".json": PHASES[6]})
     saver = kind(folder, size=size)
@@ -223,6 +218,7 @@ class FailingDisk:
         (Path, "open"),
         (Path, "unlink"),
         (checkpoint, "write_tensors"),
+        (states, "write_tensors"),
     )
 
     def __init__(self, patch, first, last, error_number):
@@ -546,12 +542,12 @@ def test_files_may_be_read_by_whom_the_umask_lets(umask, mode, tmp_path):
 
 
 def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
-    tensors = {f'{name} "é': torch.arange(5).to(dtype) for dtype, name in checkpoint.DTYPES.items()}
+    tensors = {f'{name} "é': torch.arange(5).to(dtype) for dtype, name in DTYPES.items()}
     tensors |= {"turned": torch.rand(2, 3).T, "scalar": torch.tensor(0.5), "empty": torch.zeros(0, 4)}
     digest = write_tensors(tmp_path / "file", tensors)
     plain = {name: value.contiguous() for name, value in tensors.items()}
     assert (tmp_path / "file").read_bytes() == safetensors.torch.save(plain)
-    assert digest == checkpoint.file_sha256(tmp_path / "file")
+    assert digest == writing.file_sha256(tmp_path / "file")
 
 
 def test_an_error_without_a_number_names_the_file_too(tmp_path):

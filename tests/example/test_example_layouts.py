@@ -54,7 +54,7 @@ def run(capsys, monkeypatch):
     """A command in this process, without its figures."""
     monkeypatch.setenv("COLUMNS", "1000")
     for figure in ("plot_losses", "plot_factors"):
-        monkeypatch.setattr(f"mtmd.experiment.{figure}", lambda *_, **__: None)
+        monkeypatch.setattr(f"mtmd.runs.experiment.{figure}", lambda *_, **__: None)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         code = mtmd_mosi.main([str(argument) for argument in arguments])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mtmd.metrics import msa_metrics
+from mtmd.results.metrics import msa_metrics
 
 KEYS = ["acc7", "acc5", "acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "mae", "corr"]
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mtmd import data, own_format
-from mtmd.config import Config
-from mtmd.data import FOLDS, DataError, drop_modalities, examine_mmsa, from_mmsa, load_mmsa, presence
-from mtmd.experiment import load_data
-from mtmd.metrics import metrics_for, msa_metrics, sims_metrics
-from mtmd.own_format import load_dataset, load_fold, open_dataset, save_dataset
-from mtmd.synthetic import make_synthetic
-from mtmd.training import prepare
+from mtmd.data import check
+from mtmd.data.fold import AXES, FOLDS, DataError, drop_modalities, presence
+from mtmd.data.mmsa import examine_mmsa, from_mmsa, load_mmsa
+from mtmd.data.own_format import load_dataset, load_fold, open_dataset, save_dataset
+from mtmd.data.synthetic import make_synthetic
+from mtmd.results.metrics import metrics_for, msa_metrics, sims_metrics
+from mtmd.runs.experiment import load_data
+from mtmd.settings.config import Config
+from mtmd.train import prepare
 
 
 @pytest.fixture
@@ -50,10 +51,10 @@ def read(content, name="toy", **options):
 def command(name, *arguments):
     """Run a command as the command line does; its exit code and what it printed."""
     parser = argparse.ArgumentParser()
-    getattr(own_format, f"add_{name}_arguments")(parser)
+    getattr(check, f"add_{name}_arguments")(parser)
     printed = io.StringIO()
     parsed = parser.parse_args([str(one) for one in arguments])
-    code = getattr(own_format, f"run_{name}")(parsed, Console(file=printed, width=200))
+    code = getattr(check, f"run_{name}")(parsed, Console(file=printed, width=200))
     return code, printed.getvalue()
 
 
@@ -236,7 +237,7 @@ def test_a_wrong_description_is_no_fault_of_the_folds(content, tmp_path, change)
     path = tmp_path / "toy" / "dataset.json"
     about = json.loads(path.read_text())
     path.unlink() if change is None else path.write_text(json.dumps(about | change))
-    folds, errors, _ = own_format.examine(tmp_path / "toy")
+    folds, errors, _ = check.examine(tmp_path / "toy")
     assert list(folds) == list(FOLDS)
     assert len(errors) == 1
     assert "dataset.json" in errors[0]
@@ -301,7 +302,7 @@ def test_every_fault_of_every_array_is_told_with_key_and_what_stands_there(sims,
     path = tmp_path / "toy" / "valid.npz"
     with np.load(path) as archive:
         whole = dict(archive)
-    assert set(whole) == set(data.AXES)
+    assert set(whole) == set(AXES)
     for key, value in whole.items():
         faults = {"got 4": value[:4], "got shape": value.reshape(1, *value.shape)}
         if value.dtype.kind == "U":
@@ -323,7 +324,7 @@ def test_every_fault_of_every_array_is_told_with_key_and_what_stands_there(sims,
             named = f"'{key}.npy': an array of {got}" if "Python" in got else f"valid: {key}: expected .*, {got}"
             with pytest.raises(DataError, match=named):
                 load_dataset(tmp_path / "toy")
-            *_, errors, _ = own_format.examine(tmp_path / "toy")
+            *_, errors, _ = check.examine(tmp_path / "toy")
             assert len(errors) == 1, (key, got, errors)
             if not key.startswith("regression_labels"):
                 with pytest.raises(DataError, match=key):

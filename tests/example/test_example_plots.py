@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from mtmd import plots
+from mtmd.results import plots
 
 
 @pytest.fixture

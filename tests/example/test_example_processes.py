@@ -11,9 +11,9 @@ import pytest
 
 import example_rank_cases
 from conftest import ROOT
-from mtmd.checkpoint import load_checkpoint
-from mtmd.experiment import load_predictions
-from mtmd.processes import started
+from mtmd.results.records import load_predictions
+from mtmd.runs.checkpoint import load_checkpoint
+from mtmd.runs.processes import started
 from study_cases import TINY
 
 pytestmark = pytest.mark.xdist_group("ranks")

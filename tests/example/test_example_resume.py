@@ -24,12 +24,17 @@ import torch._dynamo  # the optimiser imports it at its first step; the processe
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import checkpoint, experiment, training
-from mtmd.checkpoint import load_state, replacing, save_state
-from mtmd.config import Config
-from mtmd.experiment import load_predictions, run_experiment
-from mtmd.synthetic import synthetic_dataset
-from mtmd.training import pack_random, prepare, train, unpack_random
+from mtmd.data.synthetic import synthetic_dataset
+from mtmd.files import tensors
+from mtmd.files.writing import replacing
+from mtmd.results.records import load_predictions
+from mtmd.runs import checkpoint, devices, experiment, resume, states, training
+from mtmd.runs.experiment import run_experiment
+from mtmd.runs.resume import pack_random, unpack_random
+from mtmd.runs.states import load_state, save_state
+from mtmd.runs.training import train_and_save
+from mtmd.settings.config import Config
+from mtmd.train import prepare, train
 from tiers import times
 
 CPU = torch.device("cpu")
@@ -69,7 +74,7 @@ def train_until(config, folds, widths, out, *, stop=None):
         if steps == stop:
             raise Stop
 
-    return train(config, folds, widths, 7, CPU, on_step, state_dir=out, on_note=notes.append), notes
+    return train_and_save(config, folds, widths, 7, CPU, on_step, state_dir=out, on_note=notes.append), notes
 
 
 def same_weights(first, second):
@@ -162,14 +167,16 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
     dataset = small_dataset()
     folds, _ = prepare(dataset, config)
     trainings, saved = [], []
-    begin, train_step, save = training.begin, training.train_step, training.save_state
+    begin, train_step, save = training.begin, training.train_step, resume.save_state
 
     def remembering(*arguments):
         trainings.append(begin(*arguments))
         return trainings[-1]
 
     def drawing(*arguments):  # the example draws from torch alone; with this, from all generators
-        return train_step(*arguments) | {"drawn": random.gauss(0, 1) + np.random.standard_normal()}  # noqa: NPY002
+        record = train_step(*arguments)
+        record["drawn"] = random.gauss(0, 1) + np.random.standard_normal()  # noqa: NPY002
+        return record
 
     def copying(folder, *arguments):
         save(folder, *arguments)
@@ -183,13 +190,15 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
             if len(told) == 30:  # afterwards the model gets the weights of the best epoch
                 ends.append(all_of(trainings[-1]))
 
-        run = train(config, folds, dataset.widths, 7, CPU, on_step, state_dir=state_dir, on_note=lambda _note: None)
+        run = train_and_save(
+            config, folds, dataset.widths, 7, CPU, on_step, state_dir=state_dir, on_note=lambda _note: None
+        )
         return run, [*ends, all_of(trainings[-1])]
 
     monkeypatch.setattr(training, "begin", remembering)
     monkeypatch.setattr(training, "train_step", drawing)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", copying)
+        patch.setattr(resume, "save_state", copying)
         whole, ends = run_all(tmp_path / "whole")
     assert len(saved) == 30 + 3  # at each step, and again at the end of each epoch
     config.resume, config.save_every = True, 0
@@ -204,6 +213,15 @@ def test_a_run_resumed_from_any_of_thirty_steps_ends_with_the_same_bits(tmp_path
     assert {"momentum", "queue", "contrast", "fusion"} <= {name.partition(".")[0] for name in names}
 
 
+def test_a_run_that_is_saved_has_the_numbers_of_one_that_is_not(tmp_path):
+    config = Config(**{**SMALL, "patience": 1, "epochs": 4}, drop_audio=0.3, accumulate=2, average=0.9)
+    dataset = small_dataset()
+    folds, _ = prepare(dataset, config)
+    plain = train(config, folds, dataset.widths, 7, CPU)
+    saved, _ = train_until(config, folds, dataset.widths, tmp_path)
+    assert_same_run(plain, saved)
+
+
 def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
     config = Config(**SMALL, save_every=1, resume=True)
     dataset = small_dataset()
@@ -211,7 +229,7 @@ def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
     with pytest.raises(Stop):
         train_until(config, folds, dataset.widths, tmp_path, stop=5)
     steps, epochs, notes = [], [], []
-    run = train(
+    run = train_and_save(
         config, folds, dataset.widths, 7, CPU, steps.append, epochs.append, state_dir=tmp_path, on_note=notes.append
     )
     assert steps == run.steps
@@ -221,10 +239,10 @@ def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
 
 @pytest.mark.parametrize("first", ["bfloat16", "float32"])
 def test_a_run_may_go_on_where_there_is_another_precision_and_says_so(first, tmp_path, monkeypatch):
-    if training.no_bfloat16(CPU):  # what counts here is what is written down
+    if devices.no_bfloat16(CPU):  # what counts here is what is written down
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     second = {"bfloat16": "float32", "float32": "bfloat16"}[first]
-    monkeypatch.setattr(training, "no_bfloat16", lambda _: "" if now == "bfloat16" else "none here")
+    monkeypatch.setattr(devices, "no_bfloat16", lambda _: "" if now == "bfloat16" else "none here")
     config = Config(**SMALL, save_every=1, amp=True, resume=True)
     dataset = small_dataset()
     folds, _ = prepare(dataset, config)
@@ -323,19 +341,19 @@ def test_a_state_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch):
         raise PermissionError("not now")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "file_sha256", refuse)
+        patch.setattr(tensors, "file_sha256", refuse)
         with pytest.raises(PermissionError, match="not now"):
             load_state(tmp_path, print)
     assert sorted(tmp_path.iterdir()) == before
     assert load_state(tmp_path, print)[1] == {"step": 2}
 
 
-@pytest.mark.parametrize("other", [checkpoint.STATE_FORMAT - 1, checkpoint.STATE_FORMAT + 1], ids=["older", "newer"])
+@pytest.mark.parametrize("other", [states.STATE_FORMAT - 1, states.STATE_FORMAT + 1], ids=["older", "newer"])
 def test_a_state_of_another_format_is_kept_and_named(other, tmp_path):
     save_state(tmp_path, 1, {"weight": torch.ones(3)}, {"step": 1})
     (path,) = tmp_path.glob("*.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": other}))
-    expected = rf"state_000000001\.json: expected a training state of format {checkpoint.STATE_FORMAT}, got {other}"
+    expected = rf"state_000000001\.json: expected a training state of format {states.STATE_FORMAT}, got {other}"
     with pytest.raises(ValueError, match=expected):
         load_state(tmp_path, print)
     assert len(list(tmp_path.iterdir())) == 2
@@ -424,7 +442,8 @@ def experiment_process(out, resume, die_at, log):
 
         return wrapped
 
-    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (checkpoint, "write_tensors")):
+    saves = (checkpoint, "write_tensors"), (states, "write_tensors")
+    for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), *saves):
         setattr(owner, name, deadly(getattr(owner, name)))
     # Figures take longer than all the rest, and are written like nothing else is.
     experiment.plot_losses = experiment.plot_factors = lambda *_arguments, **_options: None
@@ -554,9 +573,9 @@ def trained_seeds(monkeypatch):
 
     def counting(config, folds, widths, seed, *arguments, **options):
         seeds.append(seed)
-        return train(config, folds, widths, seed, *arguments, **options)
+        return train_and_save(config, folds, widths, seed, *arguments, **options)
 
-    monkeypatch.setattr(experiment, "train", counting)
+    monkeypatch.setattr(experiment, "train_and_save", counting)
     for name in ("plot_losses", "plot_factors"):
         monkeypatch.setattr(experiment, name, lambda *_arguments, **_options: None)
     return seeds
@@ -579,7 +598,7 @@ def test_finished_seeds_are_kept_and_new_ones_added(tmp_path, trained_seeds):
 
 
 def test_seeds_of_another_precision_are_kept_and_named(tmp_path, trained_seeds, monkeypatch):
-    monkeypatch.setattr(training, "no_bfloat16", lambda _: "none here")
+    monkeypatch.setattr(devices, "no_bfloat16", lambda _: "none here")
     config = Config(**{**SMALL, "seeds": [1]}, amp=True, out=tmp_path)
     run_experiment(config, quiet(), dataset=small_dataset())
     path = tmp_path / "results.json"

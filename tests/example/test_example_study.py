@@ -14,13 +14,16 @@ from rich.console import Console
 
 import mtmd_mosi
 from conftest import ROOT
-from mtmd import cli, jobs, report, search
-from mtmd.ablation import ARMS, arm_config
-from mtmd.bootstrap import Comparison
-from mtmd.compare import compare_experiments
-from mtmd.config import NOT_IDENTITY, PARTS, Config, add_config_arguments, config_from, read_toml
-from mtmd.experiment import run_experiment
-from mtmd.tables import Row, difference_cell, own_cell, p_cell, row_of, write_table
+from mtmd.files.reading import read_toml
+from mtmd.results.bootstrap import Comparison
+from mtmd.results.compare import compare_experiments
+from mtmd.results.tables import Row, difference_cell, own_cell, p_cell, row_of, write_table
+from mtmd.runs.experiment import run_experiment
+from mtmd.settings import cli
+from mtmd.settings.config import NOT_IDENTITY, PARTS, Config
+from mtmd.settings.options import add_config_arguments, config_from
+from mtmd.study import jobs, report, search
+from mtmd.study.ablation import ARMS, arm_config
 from study_cases import TINY, fake_experiment
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import mtmd_mosi
-from mtmd.config import PARTS, Config
-from mtmd.data import Standardizer, batches
+from mtmd.data.batches import batches
+from mtmd.data.scaling import Standardizer
+from mtmd.data.synthetic import synthetic_dataset
 from mtmd.model import MTMD, PretrainedTextEncoder
 from mtmd.objective import Objective
-from mtmd.synthetic import synthetic_dataset
+from mtmd.settings.config import PARTS, Config
 from study_cases import TINY
 
 SMALL = {"width": 16, "fused_width": 12, "audio_hidden": 8, "vision_hidden": 8, "text_hidden": 8, "layers": 1}

@@ -5,8 +5,10 @@ import pickle
 import numpy as np
 import pytest
 
-from mtmd.data import FOLDS, Standardizer, load_mmsa
-from mtmd.synthetic import FILLERS, OPINIONS, STEPS, WIDTHS, make_synthetic, synthetic_dataset
+from mtmd.data.fold import FOLDS
+from mtmd.data.mmsa import load_mmsa
+from mtmd.data.scaling import Standardizer
+from mtmd.data.synthetic import FILLERS, OPINIONS, STEPS, WIDTHS, make_synthetic, synthetic_dataset
 
 NONE_MISSING = {"audio": 0.0, "vision": 0.0}
 

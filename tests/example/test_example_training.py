@@ -21,14 +21,19 @@ import torch
 from rich.console import Console
 
 import mtmd_mosi
-from mtmd import experiment, training
-from mtmd.checkpoint import load_checkpoint
-from mtmd.config import PARTS, Config, add_config_arguments, config_from
-from mtmd.data import Standardizer, batches, presence
-from mtmd.experiment import load_experiment, load_predictions
-from mtmd.metrics import msa_metrics
-from mtmd.synthetic import make_synthetic, synthetic_dataset
-from mtmd.training import prepare, score_fold, train
+from mtmd import train as loop
+from mtmd.data.batches import batches
+from mtmd.data.fold import presence
+from mtmd.data.scaling import Standardizer
+from mtmd.data.synthetic import make_synthetic, synthetic_dataset
+from mtmd.results.metrics import msa_metrics
+from mtmd.results.records import load_experiment, load_predictions
+from mtmd.results.scores import score_fold
+from mtmd.runs import devices, experiment
+from mtmd.runs.checkpoint import load_checkpoint
+from mtmd.settings.config import PARTS, Config
+from mtmd.settings.options import add_config_arguments, config_from
+from mtmd.train import prepare, train
 from study_cases import TINY
 
 TWO_EPOCHS = [*TINY, "--epochs=2"]
@@ -133,9 +138,9 @@ def test_a_checkpoint_predicts_what_was_reported(finished):
     scores = score_fold(model, fold, 64, torch.device("cpu"))
     with (finished / "predictions.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["seed"] == "1" and row["split"] == "test"]
-    assert [float(row["score"]) for row in rows] == scores.fused.tolist()
+    assert [float(row["score"]) for row in rows] == scores.scores.tolist()
     assert [float(row["audio"] or "nan") for row in rows] == pytest.approx(
-        scores.unimodal["audio"].tolist(), nan_ok=True
+        scores.branch_scores["audio"].tolist(), nan_ok=True
     )
 
 
@@ -275,7 +280,7 @@ def small_run(dataset=None, **settings):
 
 
 def test_what_is_kept_is_the_moving_average_where_one_is_asked_for(monkeypatch):
-    step, average = training.train_step, {}
+    step, average = loop.train_step, {}
 
     def recording(now, *arguments):
         if not average:
@@ -285,7 +290,7 @@ def test_what_is_kept_is_the_moving_average_where_one_is_asked_for(monkeypatch):
             average[name] = 0.7 * average[name] + 0.3 * value.detach().double()
         return record
 
-    monkeypatch.setattr(training, "train_step", recording)
+    monkeypatch.setattr(loop, "train_step", recording)
     run = small_run(epochs=1, batch_size=16, average=0.7)
     assert len(run.steps) > 1
     for name, value in run.model.named_parameters():
@@ -309,12 +314,12 @@ def test_accumulated_batches_are_one_large_batch():
 def test_averages_and_queue_move_once_for_each_optimiser_step(monkeypatch):
     objectives = []
 
-    class Kept(training.Objective):
+    class Kept(loop.Objective):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             objectives.append(self)
 
-    monkeypatch.setattr(training, "Objective", Kept)
+    monkeypatch.setattr(loop, "Objective", Kept)
     run = small_run(batch_size=8, accumulate=3)
     assert len(run.steps) == 3  # of 8 batches
     assert {ema.step for ema in objectives[0].momentum.values()} == {3}
@@ -329,7 +334,7 @@ def test_dropped_modalities_are_drawn_anew_each_epoch_and_again_with_the_same_se
             missing.append(presence(fold))
         return batches(fold, batch_size, generator=generator, device=device, place=place)
 
-    monkeypatch.setattr(training, "batches", spying)
+    monkeypatch.setattr(loop, "batches", spying)
     dataset = synthetic_dataset(seed=5, sizes=(400, 8, 8), missing={"audio": 0, "vision": 0})
     for _ in range(2):
         small_run(dataset, epochs=2, batch_size=200, drop_audio=0.3, drop_text=0.1, without=["distillation"])
@@ -349,10 +354,10 @@ def test_a_width_that_no_branch_has_may_be_any():
 def test_a_branch_that_predicts_nan_ends_the_run_though_the_fusion_does_not(monkeypatch):
     def spoiled(model, fold, *arguments):
         scores = score_fold(model, fold, *arguments)
-        scores.unimodal["audio"][presence(fold)["audio"].argmax()] = np.nan
+        scores.branch_scores["audio"][presence(fold)["audio"].argmax()] = np.nan
         return scores
 
-    monkeypatch.setattr(training, "score_fold", spoiled)
+    monkeypatch.setattr(loop, "score_fold", spoiled)
     with pytest.raises(FloatingPointError, match="seed 1, epoch 1: a prediction of the audio branch is NaN"):
         small_run()
 
@@ -361,7 +366,7 @@ def test_bfloat16_is_for_training_alone():
     run, plain = small_run(amp=True), small_run()
     assert run.steps[0]["total"] == pytest.approx(plain.steps[0]["total"], rel=0.05)
     assert plain.precisions == ["float32"]
-    if training.no_bfloat16(torch.device("cpu")):
+    if devices.no_bfloat16(torch.device("cpu")):
         assert (run.steps, run.precisions) == (plain.steps, ["float32"])
     else:
         assert run.steps[0]["total"] != plain.steps[0]["total"]
@@ -372,14 +377,14 @@ def test_bfloat16_is_for_training_alone():
 
 def test_bfloat16_is_tried_with_what_the_model_is_made_of_and_costs_no_random_number(monkeypatch):
     before = torch.get_rng_state()
-    training.no_bfloat16.__wrapped__(torch.device("cpu"))
+    devices.no_bfloat16.__wrapped__(torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
 
     def refuse(*_):
         raise RuntimeError("could not create a descriptor. Run it again")
 
     monkeypatch.setattr(torch.nn.LSTM, "forward", refuse)
-    assert training.no_bfloat16.__wrapped__(torch.device("cpu")) == "could not create a descriptor"
+    assert devices.no_bfloat16.__wrapped__(torch.device("cpu")) == "could not create a descriptor"
 
 
 OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # what an x86 CPU without AVX-512 has
@@ -408,7 +413,7 @@ def test_deterministic_mode_is_left_as_it_was_found():
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
 
     def fail_inside():
-        with training.deterministic_mode(True):
+        with devices.deterministic_mode(True):
             assert torch.are_deterministic_algorithms_enabled()
             assert torch.backends.cudnn.deterministic
             raise ZeroDivisionError
@@ -555,7 +560,7 @@ def test_text_that_an_encoder_cannot_read_is_named():
 
 def test_a_short_real_training_with_a_pretrained_encoder(mosi_path, tmp_path):
     """Real CMU-MOSI and a real BERT-type encoder, cut to two steps."""
-    from mtmd.data import load_mmsa
+    from mtmd.data.mmsa import load_mmsa
 
     config = Config(data=mosi_path, text_encoder=str(minilm()), epochs=1, out=tmp_path)
     dataset = load_mmsa(mosi_path, name="mosi")

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import pytest
 
-from mtmd.safe_pickle import DamagedPickleError, UnsafePickleError, load
+from mtmd.files.safe_pickle import DamagedPickleError, UnsafePickleError, load
 
 # A small assembler of pickle streams.
 
@@ -108,7 +108,7 @@ ATTACKS = {
     "nested reduce": call(name("collections", "OrderedDict"), call(name("builtins", "open"), text("ran"), text("w"))),
     "reduce inside an array": BLANK + group(number(1), call(name("builtins", "open"), text("ran"), text("w"))),
     "the same module, another name": name("numpy.core.multiarray", "fromfile"),
-    "this reader's own names": name("mtmd.safe_pickle", "load"),
+    "this reader's own names": name("mtmd.files.safe_pickle", "load"),
     "INST": b"(" + text("touch ran") + b"ios\nsystem\n",
     "OBJ": b"(" + name("os", "system") + text("touch ran") + b"o",
     "NEWOBJ": name("builtins", "object") + b")\x81",
@@ -281,7 +281,7 @@ OTHERS = """
     zipfile: ZipFile
     tarfile: open
     venv: create
-    mtmd.safe_pickle: load _Reader
+    mtmd.files.safe_pickle: load _Reader
     __main__: anything
 """
 

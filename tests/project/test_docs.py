@@ -15,7 +15,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 import momentum_distill as md
 import watch
 from conftest import ROOT
-from mtmd.cli import COMMANDS
+from mtmd.settings.cli import COMMANDS
 from study_tools import paired_interval, read_results, summary
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

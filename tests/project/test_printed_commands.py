@@ -23,9 +23,10 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import conftest
 from conftest import ROOT
-from mtmd import cli, safe_pickle
-from mtmd.config import Config
-from mtmd.synthetic import make_synthetic
+from mtmd.data.synthetic import make_synthetic
+from mtmd.files import safe_pickle
+from mtmd.settings import cli
+from mtmd.settings.config import Config
 from study_cases import fake_experiment
 
 RUNNERS = ("python", ".venv/bin/python", "torchrun", "pip", "make", "accelerate")
@@ -270,7 +271,7 @@ def before_report(folder):
         fake_experiment(Config(out=folder / "runs" / name, seeds=[1, 2]), noise=noise)
 
 
-BEFORE = {"docs/your_data.md": before_your_data, "examples/mtmd/report.py": before_report}
+BEFORE = {"docs/your_data.md": before_your_data, "examples/mtmd/study/report.py": before_report}
 
 
 def run_page(page, folder, run, monkeypatch, *, long):
@@ -319,7 +320,7 @@ def test_nothing_that_is_printed_is_overlooked():
     """The pages that have commands, and of each kind of place one that is known."""
     assert f"python {SCRIPT} convert mosi.pkl FOLDER" in PRINTED["docs/your_data.md"]  # in prose
     assert "make example" in PRINTED["README.md"]  # in a block, with a comment
-    assert f"python {SCRIPT} report runs/full" in PRINTED["examples/mtmd/report.py"]  # in a docstring
+    assert f"python {SCRIPT} report runs/full" in PRINTED["examples/mtmd/study/report.py"]  # in a docstring
     search = f"python {SCRIPT} search --config examples/configs/mosi.toml --data mosi.pkl --seeds 1111 --final-seeds"
     assert PRINTED["examples/configs/mosi.toml"][-1].startswith(search)  # in a comment of two lines
     for page in ROOT.glob("docs/**/*.md"):

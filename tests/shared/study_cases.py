@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mtmd.checkpoint import save_checkpoint
-from mtmd.config import Config
-from mtmd.data import Dataset, Standardizer
-from mtmd.metrics import msa_metrics, sims_metrics
+from mtmd.data.fold import Dataset
+from mtmd.data.scaling import Standardizer
 from mtmd.model import MTMD
+from mtmd.results.metrics import msa_metrics, sims_metrics
+from mtmd.runs.checkpoint import save_checkpoint
+from mtmd.settings.config import Config
 
 MODALITIES = ("text", "audio", "vision")
 

@@ -1,0 +1,1 @@
+"""What a model is trained on: reading, checking, scaling, batching, and a made-up set."""

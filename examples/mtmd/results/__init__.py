@@ -1,0 +1,1 @@
+"""What comes out of runs: metrics, tables, figures, and the files that hold them."""
