@@ -134,9 +134,9 @@ class Pairing:
             mine, theirs = self.average.find(name), self.online.find(name)
             old, new = mine and mine.tensor, theirs and theirs.tensor
             if mine is None or old is None:
-                _name_mismatch(blame, name, in_average=False)
+                self._name_mismatch(blame, name, in_average=False)
             if theirs is None or new is None:
-                _name_mismatch(blame, name, in_average=True)
+                self._name_mismatch(blame, name, in_average=True)
             if old.shape != new.shape:
                 shapes = (tuple(old.shape), tuple(new.shape))
                 expected, got = shapes if blame == "model" else shapes[::-1]
@@ -156,6 +156,17 @@ class Pairing:
             else:
                 self.shared[name] = Shared(old, new, [(mine, theirs)])
                 self.lent.append(name)
+
+    def _name_mismatch(self, blame: str, name: str, *, in_average: bool) -> NoReturn:
+        """Say which of the two has the tensor `name` and which has not; `blame` is the argument that came."""
+        other = _other(blame)
+        average, online = (type(tree.root).__name__ for tree in (self.average, self.online))
+        kinds = (
+            "" if average == online else f"; the average is of {average}, the model is {online}: pass what was wrapped"
+        )
+        if in_average == (blame == "model"):
+            wrong_value(blame, f"a tensor {name!r} as in the {other}", f"none{kinds}")
+        wrong_value(blame, f"no tensor {name!r}, which the {other} does not have", f"one{kinds}")
 
     def _pair_buffers(self, blame: str) -> None:
         for tree, argument in ((self.average, blame), (self.online, "model")):
@@ -425,11 +436,3 @@ def reshard(modules: list[Any]) -> None:
 def _other(blame: str) -> str:
     """The side of a comparison that is not the argument `blame`."""
     return "average" if blame == "model" else "model"
-
-
-def _name_mismatch(blame: str, name: str, *, in_average: bool) -> NoReturn:
-    """Say which of the two has the tensor `name` and which has not; `blame` is the argument that came."""
-    other = _other(blame)
-    if in_average == (blame == "model"):
-        wrong_value(blame, f"a tensor {name!r} as in the {other}", "none")
-    wrong_value(blame, f"no tensor {name!r}, which the {other} does not have", "one")

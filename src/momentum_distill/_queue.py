@@ -468,6 +468,10 @@ def _load_keys(
     extra = state_dict.get(f"{prefix}_extra_state")
     if extra is not None and set(saved := _saved_streams(extra)) != set(queue.streams):
         wrong_value("state_dict", f"streams {list(queue.streams)}", f"{saved}")
+    slots = state_dict.get(f"{prefix}labels")
+    if isinstance(slots, Tensor) and slots.ndim == 2 and slots.shape[1] != queue.size + 1:
+        got = f"{slots.shape[1] - 1}; leave the queue's state out, and it fills again"
+        wrong_value("state_dict", f"size {queue.size}", got)
     own = {f"keys_{stream}": queue._keys(stream, queue.size + 1) for stream in queue.dims}
     for name, buffer in {"count": queue.count, "labels": queue.labels, **own}.items():
         tensor = state_dict.get(prefix + name)

@@ -908,3 +908,11 @@ def test_the_type_of_the_model_can_be_named_and_changes_nothing():
             again.update(Scalar(0.0))
             assert torch.equal(again.module.weight, torch.full((3,), 0.5))
     assert isinstance(typed_average.named, md.EMAWrapper)
+
+
+def test_the_wrong_module_is_called_by_its_class():
+    model = nn.Sequential(nn.Linear(2, 2))
+    average = md.EMAWrapper(model)
+    for call in (average.update, average.copy_to):
+        with pytest.raises(ValueError, match="^model: expected .*; the average is of Sequential, the model is Linear: "):
+            call(model[0])
