@@ -20,7 +20,8 @@ class HardSampleFusionLoss(nn.Module):
     $$w_{reg}^i = \tanh|y^i - \hat y_f^i|, \qquad w_{cls} = \tfrac1N\sum_i |p^i - \arg\max \hat p_f^i|$$
 
     Args:
-        hard_attention: False sets all weights to 1 (Table II, "w/o HardAtt").
+        hard_attention: False sets all weights to 1 (Table II, "w/o HardAtt"). Better so where few rows have labels:
+            once the fusion is right on these, the weights, and the loss of all others, are 0.
         class_weight: `"distance"` (as printed: class indices taken as numbers), `"error_rate"` (share of mistakes, for
             classes without an order) or `"per_sample"` ($|p^i - \arg\max \hat p_f^i|$ for each sample by itself).
         reduction: `"mean"`, `"sum"` or `"none"`.

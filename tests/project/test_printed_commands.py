@@ -64,7 +64,7 @@ LONG = {
     "python examples/watch.py": "test_example_watch.py",
     "python examples/recipes/": "test_example_recipes.py",
     "python -m momentum_distill": "test_release.py",
-    ".venv/bin/python -m pytest": "they are tests themselves, and only looked up",
+    "python -m pytest": "they are tests themselves, and only looked up",
     "MOMENTUM_DISTILL_DEVICE=cuda python -m pytest": "the same",
     "torchrun": "test_example_processes.py",
     f"python {SCRIPT} ablate --arms all": "sixteen trainings",
