@@ -4,8 +4,9 @@
     python docs/build.py --out FOLDER
 
 The tool that makes HTML works on a copy, in which whatever a page links to is a page itself. Some files of the
-repository are pages as they stand, the changelog for one. Any other that is linked to, say `../examples/mtmd_mosi.py`,
-gets a page that shows it. So every link leads somewhere both in the repository and on the site.
+repository are pages as they stand, the changelog for one, or the notebook with what it printed and drew. Any other that
+is linked to, say `../examples/mtmd_mosi.py`, gets a page that shows it. So every link leads somewhere both in the
+repository and on the site.
 """
 
 import argparse
@@ -22,7 +23,13 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "site"
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+PAGES = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "examples/tour.ipynb": "tour.md",
+}
+SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/<])[^)#\s]+")  # to a file: neither another site nor a place in the page
 LANGUAGES = {".py": "py", ".toml": "toml", ".sh": "sh", ".yml": "yaml"}
 
@@ -37,7 +44,8 @@ def gather(work: Path) -> None:
     for folder in ("src", "docs"):
         shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for source, page in PAGES.items():
-        shutil.copy(ROOT / source, docs / page)
+        content = (ROOT / source).read_text(encoding="utf-8")
+        (docs / page).write_text(_cells(content) if source.endswith(".ipynb") else content, encoding="utf-8")
     texts = {path.relative_to(docs).as_posix(): path.read_text(encoding="utf-8") for path in docs.rglob("*.md")}
     shown = {target for page, text in texts.items() for target in _targets(page, text)}
     texts |= {_page_of(target): _show(target) for target in shown if _page_of(target).startswith("files/")}
@@ -69,7 +77,7 @@ def _lead_to_pages(page: str, text: str, docs: Path, pages: set[str]) -> str:
 
 def _resolve(page: str, link: str) -> str:
     """The file, from the root of the repository, that a link of a page leads to."""
-    home = "" if page in PAGES.values() else posixpath.join("docs", posixpath.dirname(page))
+    home = posixpath.dirname(SOURCES.get(page, posixpath.join("docs", page)))
     return posixpath.normpath(posixpath.join(home, link))
 
 
@@ -86,6 +94,21 @@ def _show(file: str) -> str:
     language = LANGUAGES.get(Path(file).suffix, "text")
     head = f"---\nsearch:\n  exclude: true\nhide: [toc]\n---\n\n# {Path(file).name}\n\n`{file}`\n\n"
     return f"{head}````{language}\n{content}````\n"
+
+
+def _cells(notebook: str) -> str:
+    """A notebook as a page, its stored outputs included."""
+    parts = []
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(f"````py\n{source}\n````" if cell["cell_type"] == "code" else source)
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                parts.append(f"````text\n{''.join(output['text'])}````")
+            else:
+                picture = "".join(output["data"]["image/png"]).replace("\n", "")
+                parts.append(f'<img alt="what the cell above draws" src="data:image/png;base64,{picture}">')
+    return "\n\n".join(parts) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------- after: search

@@ -208,6 +208,15 @@ def test_the_search_shows_neither_tex_nor_source_code(search):
     assert "\n".join(search.values()).count("…") < 200  # formulas that no line of text can show
 
 
+def test_the_notebook_is_a_page_with_what_it_printed_and_drew(pages):
+    cells = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert pages["tour.html"].source.count("data:image/png;base64,") == sum("data" in output for output in outputs) > 0
+    shown = html.unescape(pages["tour.html"].source)
+    for output in outputs:
+        assert "".join(output.get("text", ["a picture"])).splitlines()[0] in shown or "data" in output
+
+
 def test_other_sites_can_link_to_every_name(site):
     head, body = (site / "objects.inv").read_bytes().split(b"zlib.\n")
     assert head.startswith(b"# Sphinx inventory version 2\n# Project: momentum-distill\n")
