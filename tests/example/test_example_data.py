@@ -186,6 +186,24 @@ def test_ids_in_two_folds_and_twice_in_one_are_told(content):
     assert "valid/id: 1 samples share their id with another" in notes
 
 
+def test_samples_that_hold_nothing_but_nan_are_asked_about_unless_they_are_said_to_be_missing(content):
+    length, width = content["train"]["audio_lengths"][1], content["train"]["audio"].shape[2]
+    content["train"]["audio"][0] = content["train"]["audio"][1, :length] = np.nan
+    content["train"]["audio_lengths"][0] = 0
+    found = [note for note in read(content).notes if note.startswith("train/audio")]
+    assert [note.partition(";")[0] for note in found] == [
+        f"train/audio: {length * width} nan in 1 samples",
+        "train/audio: missing (length 0) in 2 of 7 samples",  # another is missing anyway
+        "train/audio: nothing but NaN or infinite in 1 samples",
+    ]
+
+
+def test_classes_in_place_of_scores_are_asked_about(content):
+    assert not any("one of the three classes is empty" in note for note in read(content).notes)
+    content["train"]["regression_labels"] = np.abs(content["train"]["regression_labels"])
+    assert any(note.startswith("train/regression_labels: none below 0") for note in read(content).notes)
+
+
 def test_contradictions_between_zeros_and_lengths_are_told(content):
     content["train"]["audio"][1, 3] = 1  # behind the end
     content["train"]["vision"][0] = 0  # within the length

@@ -284,18 +284,24 @@ def _score_notes(where: str, scores: np.ndarray, score_range: tuple[float, float
         )
     if len(finite) < len(scores):
         notes.append(f"{where}: {len(scores) - len(finite)} NaN or infinite")
+    if where == "train/regression_labels" and len(finite) and (finite.min() >= 0 or finite.max() <= 0):
+        side = "below" if finite.min() >= 0 else "above"
+        notes.append(
+            f"{where}: none {side} 0, so that one of the three classes is empty; numbers of classes are no scores"
+        )
     return notes
 
 
 def _feature_notes(where: str, original: Any, array: np.ndarray, length: np.ndarray) -> list[str]:
     notes = []
-    finite = np.isfinite(array)
+    there = length > 0
+    finite = np.isfinite(array) | ~there[:, None, None]
     if not finite.all():
         overflown = int((np.isfinite(np.asarray(original)) & ~finite).sum())
         kinds = {
-            "-inf": int((array == -np.inf).sum()),
-            "inf": int((array == np.inf).sum()),
-            "nan": int(np.isnan(array).sum()),
+            "-inf": int((array[there] == -np.inf).sum()),
+            "inf": int((array[there] == np.inf).sum()),
+            "nan": int(np.isnan(array[there]).sum()),
         }
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
         samples = int((~finite).any(axis=(1, 2)).sum())
@@ -309,10 +315,13 @@ def _feature_notes(where: str, original: Any, array: np.ndarray, length: np.ndar
     missing = int((length == 0).sum())
     if missing:
         notes.append(f"{where}: missing (length 0) in {missing} of {len(length)} samples")
-    behind = int((used & ~inside).any(axis=1).sum())
+    hollow = int((there & ~(finite.any(axis=2) & inside).any(axis=1)).sum())
+    if hollow:
+        notes.append(f"{where}: nothing but NaN or infinite in {hollow} samples; missing? say so with length 0")
+    behind = int((there & (used & ~inside).any(axis=1)).sum())
     if behind:
         notes.append(f"{where}: not zero behind the end in {behind} samples; cut off there when standardised")
-    blank = int(((length > 0) & ~(used & inside).any(axis=1)).sum())
+    blank = int((there & ~(used & inside).any(axis=1)).sum())
     if blank:
         notes.append(f"{where}: nothing but zeros in {blank} samples of length > 0; not missing")
     late = int(((length > 1) & used.any(axis=1) & ~used[:, 0]).sum())
