@@ -1,4 +1,7 @@
-"""The MTMD model: one branch per modality, and their fusion (Section III-C and III-F; Eq. 1-4, 12, 13)."""
+"""The MTMD model: one branch per modality, and their fusion (Section III-C and III-F; Eq. 1-4, 12, 13).
+
+The method begins at `Heads`; before it stand the encoders of text and of sequences.
+"""
 
 import importlib
 import re

@@ -118,6 +118,7 @@ class Objective(nn.Module):
         if self.detach_text:
             text = text.detach()
         targets = self.contrast_labels(batch)
+        # Losses and queue leave out what is labelled ABSENT.
         labels = {name: torch.where(batch.present[name], targets, ABSENT) for name in self.modalities}
 
         # Keys are the samples of all processes; the queries of each are its own.
@@ -128,28 +129,29 @@ class Objective(nn.Module):
 
         def keys(stream: str) -> tuple[Tensor, ...]:
             """The batch followed by the queue, as it stood before this batch."""
-            batch = (here[stream],)
-            return batch if self.queue is None else (*batch, self.queue.read(stream, padded=True)[0])
+            now = (here[stream],)
+            return now if self.queue is None else (*now, self.queue.read(stream, padded=True)[0])
 
         def key_labels(name: str) -> tuple[Tensor, ...]:
-            batch = (here[f"{name}_labels"],)
-            return batch if self.queue is None else (*batch, self.queue.read(name, padded=True)[1])
+            now = (here[f"{name}_labels"],)
+            return now if self.queue is None else (*now, self.queue.read(name, padded=True)[1])
 
+        # For `--sampling distance` alone, which the paper does not have.
         scores = {"query_targets": batch.scores[:, None], "key_targets": keys("scores")} if self.by_distance else {}
-        sums = {"feat": 0.0, "feat_shared": 0.0, "feat_specific": 0.0}
+        parts = {"feat": "total", "feat_shared": "supervised", "feat_specific": "distill"}
+        sums = dict.fromkeys(parts, 0.0)
         for name in self.students:
             student = outputs.unimodal[name].features
-            text_targets, student_targets = {}, {}
+            from_text, from_student = dict(scores), dict(scores)
             if name in momentum:
-                student_momentum = momentum[name].features
-                text_targets = {"momentum_query": text, "momentum_keys": keys(f"{name}_momentum")}
-                student_targets = {"momentum_query": student_momentum, "momentum_keys": keys(TEACHER)}
+                # The text has no momentum model: on its side of each pair its own features stand for those.
+                from_text |= {"momentum_query": text, "momentum_keys": keys(f"{name}_momentum")}
+                from_student |= {"momentum_query": momentum[name].features, "momentum_keys": keys(TEACHER)}
             # Pairs: a query counts where the sample has both modalities, a key where it has its own.
             both = torch.where(batch.present[TEACHER], labels[name], ABSENT)
-            text_targets, student_targets = text_targets | scores, student_targets | scores
-            text_to_student = self.contrast.terms(text, keys(name), both, key_labels(name), **text_targets)
-            student_to_text = self.contrast.terms(student, keys(TEACHER), both, key_labels(TEACHER), **student_targets)
-            for term, part in zip(sums, ("total", "supervised", "distill"), strict=True):
+            text_to_student = self.contrast.terms(text, keys(name), both, key_labels(name), **from_text)
+            student_to_text = self.contrast.terms(student, keys(TEACHER), both, key_labels(TEACHER), **from_student)
+            for term, part in parts.items():
                 sums[term] = sums[term] + (getattr(text_to_student, part) + getattr(student_to_text, part)) / 2
         return sums
 

@@ -1,5 +1,7 @@
 """MTMD trained from a seed: the epoch chosen on validation MAE, the test fold scored once.
 
+    config = Config(data=Path("mosi.pkl"), text_encoder=DIR)  # of mtmd.settings.config
+    dataset = open_dataset(config.data, name="mosi")  # of mtmd.data.own_format
     folds, standardizer = prepare(dataset, config)
     run = train(config, folds, dataset.widths, seed=1, device=torch.device("cpu"))
     print(run.metrics["test"])
@@ -178,7 +180,7 @@ def begin(
 
 
 class Step(nn.Module):
-    """The loss of a batch in one forward pass."""
+    """The loss of a batch in one forward pass, for several processes to wrap (DDP)."""
 
     def __init__(self, model: MTMD, objective: Objective) -> None:
         super().__init__()
@@ -189,7 +191,7 @@ class Step(nn.Module):
 
 
 def groups(training: Training, place: tuple[int, int] = (0, 1)) -> Iterator[list[Batch]]:
-    """The batches of each optimiser step that is left in this epoch; `place` as in `batches`.
+    """The batches of each optimiser step that is left in this epoch; `place` is rank and number of processes.
 
     Order and dropped modalities follow from seed and epoch, so that an epoch can be taken up in its middle.
     """

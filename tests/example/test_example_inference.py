@@ -364,6 +364,13 @@ def test_words_are_tokenised_as_the_checkpoint_says(with_encoder, tmp_path):
     command("predict", path, "--text", "a good movie", "--out", tmp_path / "one.csv")
     (one,) = read_csv(tmp_path / "one.csv")
     assert float(one["score"]) == pytest.approx(float(rows[0]["score"]), abs=1e-6)
+    command("predict", path, "--text", "a good movie", "--text", "a bad movie", "--out", tmp_path / "two.csv")
+    assert [row["id"] for row in read_csv(tmp_path / "two.csv")] == ["0", "1"]
+    for row, other in zip(read_csv(tmp_path / "two.csv"), rows, strict=False):
+        assert float(row["score"]) == pytest.approx(float(other["score"]), abs=1e-6)
+    np.save(tmp_path / "a.npy", np.ones((3, 12)))
+    with pytest.raises(ValueError, match="^--text: expected one beside other parts of an utterance, got 2$"):
+        command("predict", path, "--text", "good", "--text", "bad", "--audio", tmp_path / "a.npy")
 
 
 def test_the_mean_of_the_tokens_survives_a_checkpoint(with_encoder, dataset, tmp_path):

@@ -36,7 +36,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
         help="utterances: a CSV with any of the columns id, text, text_features, audio, vision (the last three are "
         "paths of .npy files), an .npz with the keys of a fold, an MMSA pickle, or a folder of the own format",
     )
-    data.add_argument("--text", default=None, help="one utterance: its words")
+    data.add_argument("--text", action="append", default=None, help="one utterance: its words; again for the next")
     data.add_argument(
         "--text-features", type=a_path, default=None, metavar="FILE.npy", help="one utterance: its text as features"
     )
@@ -66,8 +66,10 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
         check_writable(arguments.out)
     trained = load_trained(arguments.checkpoint, text_encoder=arguments.text_encoder, device=arguments.device)
     if single:
-        text = arguments.text if arguments.text and arguments.text.strip() else None  # as an empty cell of a CSV
-        fold = build_fold([{"id": "0", "text": text, **given}])
+        texts = [text if text.strip() else None for text in arguments.text or [""]]  # as an empty cell of a CSV
+        if len(texts) > 1 and any(path is not None for path in given.values()):
+            raise ValueError(f"--text: expected one beside other parts of an utterance, got {len(texts)}")
+        fold = build_fold([{"id": str(row), "text": text, **given} for row, text in enumerate(texts)])
     else:
         fold = read_utterances(arguments.source, arguments.fold or "test")
     for text in unread(fold, trained):

@@ -120,11 +120,16 @@ class Config:
     )
 
     gamma_reg: float = setting(
-        0.8, "weight of L_reg in Eq. 18; paper: searched in 0.6, 0.8, 1.0", group="distillation (Eq. 6 to 18)"
+        0.8,
+        "weight of L_reg in Eq. 18, by which scores follow those of the text; paper: searched in 0.6, 0.8, 1.0",
+        group="distillation (Eq. 6 to 18)",
     )
-    gamma_cls: float = setting(0.8, "weight of L_cls in Eq. 18; paper: searched in 0.6, 0.8, 1.0")
-    gamma_feat: float = setting(0.8, "weight of L_feat in Eq. 18; paper: searched in 0.6, 0.8, 1.0")
-    gamma_fusion: float = setting(0.8, "weight of L_fusion in Eq. 18; paper: searched in 0.6, 0.8, 1.0")
+    gamma_cls: float = setting(0.8, "weight of L_cls, by which classes follow those of the text; paper: as gamma_reg")
+    gamma_feat: float = setting(0.8, "weight of L_feat, the contrastive loss; paper: as gamma_reg")
+    gamma_fusion: float = setting(
+        0.8,
+        "weight of L_fusion, by which branches follow the fused prediction, most on hard samples; paper: as gamma_reg",
+    )
     alpha: float = setting(0.4, "weight of the momentum targets, 0 to 1; paper: searched in 0.2 to 0.6")
     temperature: float = setting(0.5, "first value of the learned temperature; paper: searched in 0.1 to 0.9")
     decay: float = setting(0.995, "share the momentum models and fusion factors keep at a step (paper)")
