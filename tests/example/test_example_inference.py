@@ -369,7 +369,7 @@ def test_words_are_tokenised_as_the_checkpoint_says(with_encoder, tmp_path):
     for row, other in zip(read_csv(tmp_path / "two.csv"), rows, strict=False):
         assert float(row["score"]) == pytest.approx(float(other["score"]), abs=1e-6)
     np.save(tmp_path / "a.npy", np.ones((3, 12)))
-    with pytest.raises(ValueError, match="^--text: expected one beside other parts of an utterance, got 2$"):
+    with pytest.raises(ValueError, match=r"^--text: expected one beside other parts of an utterance, got 2$"):
         command("predict", path, "--text", "good", "--text", "bad", "--audio", tmp_path / "a.npy")
 
 

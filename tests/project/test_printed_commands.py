@@ -72,6 +72,7 @@ LONG = {
     f"python {SCRIPT} ablate --config examples/configs/mosi_minilm.toml": "that of mosi_mpnet.toml is run",
     f"python {SCRIPT} train --signal-text": "test_example_synthetic.py",
     f"python {SCRIPT} report runs/plain/full": "needs what is LONG",
+    **{f"python {SCRIPT} {name} runs/small": "the same" for name in ("evaluate", "predict", "report")},
     f"python {SCRIPT} report runs/full runs/no_distillation": "two others are run",
     f"python {SCRIPT} search --trials 50": "`search --grid` is run; test_example_study.py has --final-seeds",
     f"python {SCRIPT} search --config": "the same, and `ablate --config`",
