@@ -47,7 +47,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	grep -v -i -E '^(torch|triton|sympy|numpy|cuda-.*|nvidia-.*)==' constraints.txt > $(OLDEST)/constraints.txt
 	printf 'torch==%s\nnumpy==2.2.6\n' $(OLDEST_TORCH) >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt "pip>=25.3"
-	$(OLDEST)/bin/python -m pip install --quiet --resume-retries 50 --constraint $(OLDEST)/constraints.txt \
+	$(OLDEST)/bin/python -m pip install --quiet --resume-retries 20 --constraint $(OLDEST)/constraints.txt \
 		--editable ".[examples]" --group test
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps --group peers
 	touch $@
