@@ -7,10 +7,6 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist l
 NOT_COMPUTING := bad_inputs|benchmarks|cuda|distributed|docs|example_(bootstrap|data|garbage|killed|own_format|plots)|$\
 	example_processes|public_api|release|safe_pickle|supply_chain|triton
 COMPUTING = $(shell ls tests/*/test_*.py | grep -v -E "/test_($(NOT_COMPUTING))")
-# Where the project lives, if anywhere: for the site.
-address = $(shell sed -n 's,^$(1): *"*\(https://[^"]*[^"/]\)/*"*$$,\1,p' CITATION.cff)
-export REPOSITORY_URL := $(call address,repository-code)
-export SITE_URL := $(call address,url)
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 
 .PHONY: example tour results test test-long test-cpus test-oldest stress mutants check bandit audit docs dist bench format setup clean

@@ -26,17 +26,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from momentum_distill import _group
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from mtmd.data.batches import batches  # noqa: E402
-from mtmd.data.synthetic import synthetic_dataset  # noqa: E402
-from mtmd.runs.processes import place  # noqa: E402
-from mtmd.runs.training import shared  # noqa: E402
-from mtmd.settings import cli  # noqa: E402
-from mtmd.settings.config import Config  # noqa: E402
-from mtmd.settings.options import config_from  # noqa: E402
-from mtmd.train import begin, prepare, train_step  # noqa: E402
+from mtmd.data.batches import batches
+from mtmd.data.synthetic import synthetic_dataset
+from mtmd.runs.processes import place
+from mtmd.runs.training import shared
+from mtmd.settings import cli
+from mtmd.settings.config import Config
+from mtmd.settings.options import config_from
+from mtmd.train import begin, prepare, train_step
 
 STEPS, WARM_UP = 12, 2
 

@@ -11,6 +11,7 @@ repository and on the site.
 
 import argparse
 import json
+import os
 import posixpath
 import re
 import shutil
@@ -20,6 +21,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "site"
@@ -145,11 +148,19 @@ def _symbol(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- build
 
 
+def addresses() -> dict[str, str]:
+    """Where the project lives, if anywhere, as mkdocs.yml asks for it."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    keys = {"REPOSITORY_URL": "repository-code", "SITE_URL": "url"}
+    return {name: cited.get(key, "").rstrip("/") for name, key in keys.items()}
+
+
 def build(out: Path) -> None:
     """Pages, HTML, search."""
     with TemporaryDirectory() as work:
         gather(Path(work))
-        subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=work, check=True)
+        command = [sys.executable, "-m", "zensical", "build", "--strict"]
+        subprocess.run(command, cwd=work, env=addresses() | os.environ, check=True)
         clean_search(Path(work, "site"))
         if out == SITE:
             shutil.rmtree(out, ignore_errors=True)

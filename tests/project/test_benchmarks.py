@@ -4,7 +4,10 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import bench_step
 import bench_supcon
 import common
 import report
+from conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings("default")  # other libraries may warn
 
@@ -53,6 +57,27 @@ def test_a_script_runs_on_cuda(block, tmp_path):
     script, arguments = SCRIPTS[block]
     assert script.main(["--quick", "--device", "cuda", "--out", str(tmp_path), *arguments]) == 0
     assert json.loads((tmp_path / f"{block}-cuda-quick.json").read_text(encoding="utf-8"))["results"]
+
+
+def run_alone(script, *options):
+    """A benchmark as a process."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+@pytest.mark.long
+def test_all_scripts_run_one_after_the_other(tmp_path):
+    run_alone("run_all.py", "--quick", "--out", str(tmp_path), "--only", "momentum-distill")
+    assert {f"{block}-cpu-quick.json" for block in (*SCRIPTS, "averages")} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.long
+def test_ranks_are_counted_and_timed(tmp_path):
+    run_alone("bench_ranks.py", "--processes", "1", "2", "--rows", "4", "--out", str(tmp_path))
+    one, two = json.loads((tmp_path / "ranks-cpu.json").read_text(encoding="utf-8"))["results"]
+    assert (one["processes"], one["collectives"]) == (1, {})
+    assert two["processes"] == 2
+    assert two["collectives"].keys() == two["bytes_sent"].keys() >= {"sum", "rows", "gradients (DDP)"}
 
 
 @pytest.mark.parametrize("block", [*SCRIPTS, "averages"])

@@ -46,7 +46,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node=2": "no whole command; docs/distributed.md has it whole",
     "python tests/pin.py": "writes the pinned files; the tests that read them call its functions",
     "python benchmarks/run_all.py --full": "one to two hours; test_benchmarks.py runs --quick",
-    "python benchmarks/bench_ranks.py": "minutes; test_benchmarks.py runs it with --quick",
+    "python benchmarks/bench_ranks.py": "minutes; test_benchmarks.py runs it with fewer processes",
     "python benchmarks/report.py": "writes docs/performance*.md; test_benchmarks.py calls it",
 }
 

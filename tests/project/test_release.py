@@ -113,18 +113,20 @@ def test_the_classifiers_name_the_pythons_that_the_workflows_run():
 
 
 def about(tree: Path, addresses: str) -> tuple[dict[str, Any], list[str]]:
-    """With these lines in CITATION.cff: the metadata, and the addresses that the Makefile tells the site.
+    """With these lines in CITATION.cff: the metadata, and the addresses that the site is built with.
 
     What the site makes of them: test_docs_site.py.
     """
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "Makefile"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     (tree / "src").symlink_to(ROOT / "src")
     others = re.sub(r"^(repository-code|url):.*\n", "", (ROOT / "CITATION.cff").read_text("utf-8"), flags=re.MULTILINE)
     (tree / "CITATION.cff").write_text(others + addresses, encoding="utf-8")
     said = run(sys.executable, "-m", "hatchling", "metadata", folder=tree).stdout
-    words = run("make", "--silent", "--eval=show:; @echo [$$REPOSITORY_URL] [$$SITE_URL]", "show", folder=tree).stdout
-    return json.loads(said), [word.strip("[]") for word in words.split()]
+    (tree / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "build.py", tree / "docs")
+    show = "import build, json; print(json.dumps([*build.addresses().values()]))"
+    return json.loads(said), json.loads(run(sys.executable, "-c", show, folder=tree / "docs").stdout)
 
 
 def test_without_an_address_nothing_names_one(tmp_path):
