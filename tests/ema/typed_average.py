@@ -1,4 +1,4 @@
-"""What a type checker is to know of an `EMAWrapper`: tests/test_release.py gives this file to two of them."""
+"""What a type checker is to know of an `EMAWrapper`: tests/project/test_release.py gives this file to two of them."""
 
 from typing import Any, NamedTuple, assert_type
 

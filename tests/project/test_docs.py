@@ -231,3 +231,20 @@ def test_what_the_page_says_of_scores_and_of_hard_negatives_is_what_was_measured
         mean, half = paired_interval(after, before)
         assert f"| {output} | {' | '.join(cells)} | {mean:+.3f} ± {half:.3f} |" in page
         assert (abs(mean) < half) is ((hardness, output) != (5.0, "vision"))  # as the page says
+
+
+def test_files_that_texts_name_are_there():
+    """History may name what is gone."""
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    texts += [path for folder in ("src", "examples", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    named = {
+        (path.relative_to(ROOT).as_posix(), file)
+        for path in texts
+        if path.name != "CHANGELOG.md"
+        for file in re.findall(
+            r"(?<![\w./])(?:src|examples|tests|docs|benchmarks)/[\w/]+\.(?:py|md|toml|json|txt|ipynb)\b",
+            path.read_text(encoding="utf-8"),
+        )
+    }
+    assert [pair for pair in sorted(named) if not (ROOT / pair[1]).is_file()] == []
+    assert len(named) > 100
