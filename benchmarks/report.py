@@ -19,7 +19,7 @@ from common import RESULTS, ROOT, peak_rate, show_seconds
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
-BLOCKS = ("supcon", "supcon_bfloat16", "supcon_float16", "ema", "averages", "queue", "step", "step_encoder")
+BLOCKS = ("supcon", "supcon_bfloat16", "supcon_float16", "sigmoid", "ema", "averages", "queue", "step", "step_encoder")
 SIZES = ("quick", "small", "full")
 FIGURES = "performance_figures.md"  # the page of all figures, beside that of few
 
@@ -89,6 +89,7 @@ LARGE, HUGE = "loss, N=256, Q=65536, 1 direction", "loss, N=512, Q=262144, 1 dir
 SMALL_MODEL, LARGE_MODEL = "LSTM+Transformer pair, 0.44 M parameters", "BERT-base shape, 109.48 M parameters"
 TOGETHER, SCHEDULED = "momentum-distill EMADict", "momentum-distill, PowerFunction"
 MEDIUM_LOSS = "contrastive loss, N=64, Q=1,024"
+LARGE_SIGMOID, SIGMOID_LINE = "sigmoid loss, N=256, Q=65536", "sigmoid loss, N=256, Q=65,536"
 LARGE_LOSS = "a large one, N=256, Q=65,536; GPU: N=512, Q=262,144"
 PROMISES = (
     Promise("loss, N=16, Q=64", "supcon", "cpu", "loss, N=16, Q=64, 1 direction"),
@@ -108,6 +109,9 @@ PROMISES = (
         "the same, ours in a CUDA graph", HALF, "cuda", HUGE, OURS_CAPTURED.name, line="the large one in a CUDA graph"
     ),
     Promise("its memory", HALF, "cuda", HUGE, field="peak_extra_mib", line=LARGE_LOSS),
+    Promise("sigmoid loss, N=64, Q=1024", "sigmoid", "cpu", "sigmoid loss, N=64, Q=1024"),
+    Promise("sigmoid loss, N=256, Q=65536", "sigmoid", "cpu", LARGE_SIGMOID, line=SIGMOID_LINE),
+    Promise("its memory", "sigmoid", "cpu", LARGE_SIGMOID, field="peak_extra_mib", line=SIGMOID_LINE),
     Promise(
         "average, 0.44 M parameters", "ema", "cpu", f"update, {SMALL_MODEL}", line="`EMAWrapper`, 0.44 M parameters"
     ),

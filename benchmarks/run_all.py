@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import bench_ema
 import bench_queue
+import bench_sigmoid
 import bench_step
 import bench_supcon
 import report
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared += [f"--{options.size}"] if options.size != "small" else []
     shared += ["--only", *options.only] if options.only else []
     shared += ["--cases", options.cases.pattern, "--seconds", str(options.seconds)]
-    for script in (bench_queue, bench_ema, bench_step):
+    for script in (bench_queue, bench_ema, bench_sigmoid, bench_step):
         script.main(shared)
     if options.rest.text_encoder is not None:
         bench_step.main([*shared, "--text-encoder", options.rest.text_encoder])

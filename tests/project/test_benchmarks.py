@@ -15,6 +15,7 @@ import torch
 
 import bench_ema
 import bench_queue
+import bench_sigmoid
 import bench_step
 import bench_supcon
 import common
@@ -29,6 +30,7 @@ FIELDS |= {"ratio_to_bound", "peak_extra_mib"}
 
 SCRIPTS = {
     "supcon": (bench_supcon, ["--only", "momentum-distill", "eager"]),
+    "sigmoid": (bench_sigmoid, ["--only", "momentum-distill", "eager"]),
     "ema": (bench_ema, ["--only", "momentum-distill", "foreach"]),
     "queue": (bench_queue, ["--only", "momentum-distill", "MoCo"]),
     "step": (bench_step, []),
@@ -160,7 +162,7 @@ def test_an_older_run_gets_the_bound_of_today(device, rate):
 
 def test_every_row_of_the_short_table_is_measured():
     scripts = {"supcon": bench_supcon, "supcon_bfloat16": bench_supcon, "ema": bench_ema, "queue": bench_queue}
-    scripts |= {"averages": bench_ema, "step": bench_step}
+    scripts |= {"averages": bench_ema, "step": bench_step, "sigmoid": bench_sigmoid}
     for block, promises in itertools.groupby(report.PROMISES, key=lambda promise: promise.block):
         device = "cuda" if block == "supcon_bfloat16" else "cpu"  # the other blocks have the same cases on both
         rest = argparse.Namespace(dtype="bfloat16" if device == "cuda" else "float32", text_encoder="features")
