@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -57,6 +58,18 @@ def test_a_log_has_a_line_for_each_epoch(tmp_path):
     assert len(lines) == config.epochs * len(config.seeds)
     assert re.fullmatch(r"seed \d+, epoch 1 of \d+: loss \d+\.\d{3}, validation MAE \d\.\d{3}", lines[0])
     assert {"momentum-distill", "torch"} <= results["versions"].keys()
+
+
+def test_a_log_of_a_long_run_tells_from_its_first_steps_how_long_a_seed_takes(tmp_path, monkeypatch):
+    clock = itertools.count(0.0, 30.0)  # seconds: half a minute a step
+    monkeypatch.setattr(experiment.time, "monotonic", clock.__next__)
+    config = Config(**{**SMALL, "epochs": 2, "batch_size": 8, "seeds": [1]}, out=tmp_path)
+    printed = Console(file=io.StringIO(), width=200)
+    experiment.run_experiment(config, printed, dataset=synthetic_dataset(seed=5, sizes=(64, 20, 20)))
+    lines = printed.file.getvalue().splitlines()
+    steps = config.epochs * math.ceil(64 / config.batch_size)
+    told = lines.index(f"seed 1: {config.epochs} epochs will take about {steps / 2:.0f} minutes")
+    assert told < next(number for number, line in enumerate(lines) if "validation MAE" in line)
 
 
 def test_results_json_has_every_run_with_mean_and_deviation(finished):

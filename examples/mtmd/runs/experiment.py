@@ -14,6 +14,7 @@ A seed is finished when results.json has it; that is written after all its other
 
 import argparse
 import functools
+import time
 from typing import Any
 
 import torch
@@ -123,14 +124,20 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
                 progress.update(bar, completed=steps, description=f"seed {seed} was finished before")
                 continue
             epochs = finished.epochs[seed] = []
+            clock: list[float] = []
 
-            def on_step(record: dict[str, float], bar: Any = bar, seed: int = seed) -> None:
+            def on_step(record: dict[str, float], bar: Any = bar, seed: int = seed, clock: list[float] = clock) -> None:
                 progress.update(bar, advance=1, description=f"seed {seed} loss {record['total']:.3f}")
+                if not console.is_terminal and len(clock) < FIRST_STEPS:  # a log, in which bars do not move
+                    clock.append(time.monotonic())
+                    minutes = (clock[-1] - clock[0]) / (FIRST_STEPS - 1) * steps / 60
+                    if len(clock) == FIRST_STEPS and minutes > 1:
+                        say(console, f"seed {seed}: {config.epochs} epochs will take about {minutes:.0f} minutes")
 
             def on_epoch(record: dict[str, Any], epochs: list[dict[str, Any]] = epochs, seed: int = seed) -> None:
                 epochs.append(finite_or_none(record))
                 write_epochs(config.out, finished)
-                if not console.is_terminal:  # a log, in which bars do not move
+                if not console.is_terminal:
                     where = f"seed {seed}, epoch {record['epoch']} of {config.epochs}"
                     mae = f"validation MAE {record['valid']['mae']:.3f}"
                     console.print(f"{where}: loss {record['total']:.3f}, {mae}", highlight=False)
@@ -174,6 +181,9 @@ def run_experiment(config: Config, console: Console, *, dataset: Dataset | None 
     )
     return results
 
+
+FIRST_STEPS = 4
+"""From so many steps a log tells how long a seed will take."""
 
 NO_MORE = -1
 """What the leader says in place of a seed when all are done."""

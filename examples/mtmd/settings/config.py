@@ -13,20 +13,20 @@ from mtmd.files.checks import did_you_mean, is_number, is_text, shown, unknown
 # Each has its settings below, NAME_hidden and drop_NAME; a fold of data has its features at the key NAME.
 MODALITIES = ("text", "audio", "vision")
 
-# What `without` can switch off: the rows of the paper's Table II, and all of them at once.
-PARTS = (
-    "reg",
-    "cls",
-    "feat",
-    "queue",
-    "momentum_dmd",
-    "fusion_factors",
-    "hard_attention",
-    "fusion",
-    "momentum_mfd",
-    *(f"{name}_task" for name in MODALITIES),
-    "distillation",
-)
+# What `without` can switch off, the rows of the paper's Table II, and all of them at once.
+PARTS = {
+    "reg": "scores that follow the text's",
+    "cls": "classes that follow the text's",
+    "feat": "the contrastive loss",
+    "queue": "its queue",
+    "momentum_dmd": "momentum models of audio and vision",
+    "fusion_factors": "weights of the modalities in the fusion",
+    "hard_attention": "more weight for hard samples in L_fusion",
+    "fusion": "L_fusion, by which branches follow the fused prediction",
+    "momentum_mfd": "the moving average of the fusion's weights",
+    **{f"{name}_task": f"the {name} branch" for name in MODALITIES},
+    "distillation": "everything but the ground truth",
+}
 
 # Settings that say where and how far, not what: runs that differ in them alone are the same experiment.
 NOT_IDENTITY = ("out", "format", "seeds", "resume", "device", "save_every")
@@ -154,7 +154,10 @@ class Config:
     )
     hardness: float = setting(0.0, "how much more the negatives of the contrast weigh that are similar; 0: no more")
     without: list[str] = setting(
-        (), "parts to switch off, the rows of Table II; distillation: all of it", choices=PARTS, many=True
+        (),
+        f"parts to switch off: {', '.join(f'{name} ({what})' for name, what in PARTS.items())}",
+        choices=tuple(PARTS),
+        many=True,
     )
 
     seeds: list[int] = setting(

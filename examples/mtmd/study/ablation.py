@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["all"],
         type=one_of("all", *ARMS),
         metavar="ARM",
-        help=f"all, or of {', '.join(ARMS)}",
+        help=f"all, or of {', '.join(ARMS)}; no_PART is --without PART, instance_sampling --sampling instance",
     )
     group.add_argument(
         "--jobs", type=at_least(1), default=1, metavar="N", help="arms that train at the same time (default: 1)"
