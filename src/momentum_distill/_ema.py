@@ -144,6 +144,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
         super().__init__()
         check_python("model", model)
         if not callable(decay):
+            if decay is None or isinstance(decay, str):
+                wrong_type("decay", "a number, a schedule of momentum_distill.schedules or a function", describe(decay))
             check_number("decay", decay, low=0.0, high=1.0)
         buffers = _checked_buffers(buffers, model)
         check_choice("mode", mode, ("eval", "train"))

@@ -33,9 +33,10 @@ class SigmoidDistillLoss(WideModule):
     Args:
         temperature: $\tau$ at the start, inside `temperature_range`. SigLIP: 0.1, its `t` = 10.
         learnable_temperature: Learn $\tau$, or keep it fixed.
-        temperature_range: Smallest and largest $\tau$; a learned one is brought back as in `SupConDistillLoss`.
-        bias: $b$ at the start, finite. SigLIP: -10, for thousands of keys of which one matches. Where a share $\pi$ of
-            the pairs match, $\log\frac{\pi}{1-\pi}$ starts at that share.
+        temperature_range: Smallest and largest $\tau$; a learned one is brought back as in `SupConDistillLoss`. Models
+            that SigLIP trained for long are below 0.01.
+        bias: $b$ at the start, finite. SigLIP: -10, for thousands of keys of which one matches: set it for fewer. Where
+            a share $\pi$ of the pairs match, $\log\frac{\pi}{1-\pi}$ starts at that share, -4 for one in 64.
         learnable_bias: Learn $b$, or keep it fixed.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1].
         reduction: `"mean"`, `"sum"` or `"none"`, over rows.
@@ -74,7 +75,7 @@ class SigmoidDistillLoss(WideModule):
         *,
         temperature: float = 0.1,
         learnable_temperature: bool = True,
-        temperature_range: tuple[float, float] = (0.01, 10.0),
+        temperature_range: tuple[float, float] = (0.001, 10.0),
         bias: float = -10.0,
         learnable_bias: bool = True,
         alpha: float = 0.4,

@@ -1,11 +1,12 @@
 r"""What one watches while training: how far apart the modalities are, and what the contrastive loss says about them."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import check_floating, check_int, check_number, wrong_value
+from momentum_distill._checks import check_floating, check_int, check_number, describe, wrong_type, wrong_value
 from momentum_distill.functional import l2_normalize
 
 __all__ = ["alignment", "modality_gap", "mutual_information_bound", "uniformity"]
@@ -38,8 +39,9 @@ def mutual_information_bound(loss: float | Tensor, num_keys: int) -> Tensor:
     """
     check_int("num_keys", num_keys, minimum=1)
     if not isinstance(loss, Tensor):
-        check_number("loss", loss, low=-math.inf)
-        loss = torch.tensor(float(loss))
+        if isinstance(loss, bool) or not isinstance(loss, (float, Real)):
+            wrong_type("loss", "a number or a floating tensor", describe(loss))
+        loss = torch.tensor(float(loss))  # NaN as well: a line of a log stops no training
     check_floating("loss", loss, shape=())
     return math.log(num_keys) - loss.detach()
 
@@ -83,7 +85,8 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0) -> Tensor:
         exponent: $a > 0$.
 
     Returns:
-        The alignment, at least 0, shape `()`, detached.
+        The alignment, at least 0, shape `()`, detached. Near 0 with a :func:`uniformity` near 0 the rows have
+        collapsed: all are alike, not only those that match.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -114,7 +117,8 @@ def uniformity(x: Tensor, *, scale: float = 2.0) -> Tensor:
         scale: $t > 0$.
 
     Returns:
-        The uniformity, at most 0, shape `()`, detached.
+        The uniformity, at most 0, shape `()`, detached. Near 0 all rows are alike, which is collapse; random rows of
+        16 to 128 numbers have -3.5 to -3.9.
 
     Raises:
         TypeError: If an argument has the wrong type.

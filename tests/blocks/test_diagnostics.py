@@ -57,6 +57,12 @@ def test_bound_on_the_information_is_log_of_keys_minus_loss(as_tensor):
     assert bound.item() == pytest.approx(expected, rel=1e-12 if as_tensor else 1e-6)
 
 
+def test_a_loss_that_is_no_number_stops_no_log():
+    for loss in (math.nan, math.inf):
+        bounds = [diagnostics.mutual_information_bound(given, 8).item() for given in (loss, torch.tensor(loss))]
+        assert str(bounds[0]) == str(bounds[1]) == str(-loss)
+
+
 def test_a_loss_that_knows_nothing_gives_a_bound_of_zero():
     x = torch.ones(3, 4, dtype=torch.float64)
     labels = torch.arange(3)

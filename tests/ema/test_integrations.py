@@ -70,6 +70,13 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
+def loaded(module: nn.Module, state: dict) -> md.EMAWrapper:
+    """A new average with this state."""
+    ema = md.EMAWrapper(module)
+    ema.load_state_dict(state)
+    return ema
+
+
 def same(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
@@ -231,6 +238,8 @@ def test_lightning_resumes_to_the_same_bits(lightning_callback, tmp_path):
     assert again.ema.step == callback.ema.step == 12
     assert same(weights(again.ema), weights(callback.ema))
     assert same(weights(resumed), weights(module))
+    state = torch.load(tmp_path / "epoch=2.ckpt")["callbacks"]["EMACallback{'name': 'ema'}"]  # docs/api/integrations.md
+    assert same(weights(loaded(Net(), state)), weights(callback.ema))
     other = lightning_module()
     fresh = lightning_callback(other.net, decay=DECAY, swap=True)
     trainer = lightning_trainer([fresh])
@@ -376,6 +385,11 @@ def test_trainer_resumes_to_the_same_bits(make_trainer, trainer_callback, tmp_pa
     assert same(weights(again.ema), weights(whole.ema))
     assert same(weights(last.ema), weights(whole.ema))
     assert same(weights(resumed.model), weights(trainer.model))
+    safetensors = importlib.import_module("safetensors.torch")  # as in docs/api/integrations.md
+    taken = loaded(Net(), safetensors.load_file(tmp_path / "whole/checkpoint-12/ema.safetensors"))
+    assert same(weights(taken), weights(whole.ema))
+    safetensors.save_model(taken.module, tmp_path / "averaged.safetensors")
+    assert same(safetensors.load_file(tmp_path / "averaged.safetensors"), weights(whole.ema.module))
     (tmp_path / "whole/checkpoint-8/ema.safetensors").unlink()
     with pytest.warns(UserWarning, match="checkpoint-8 has no average to go on with: it begins anew"):
         run(tmp_path / "without", 3, str(tmp_path / "whole/checkpoint-8"))
@@ -392,6 +406,18 @@ def test_trainer_ends_with_the_average_of_the_best_checkpoint(make_trainer, trai
 
 
 # ----------------------------------------------------------------------------------------------- Accelerate
+
+
+def test_two_callbacks_of_a_trainer_need_two_names(make_trainer, trainer_callback):
+    trainer = make_trainer(Net(), max_steps=1)
+    first, second = (trainer_callback(trainer, decay=decay) for decay in (0.5, 0.99))
+    trainer.add_callback(first)
+    trainer.add_callback(second)
+    with pytest.raises(ValueError, match="name: expected another one for each EMACallback of a Trainer, got 'ema'"):
+        trainer.train()
+    second.name = "slow"
+    trainer.train()
+    assert first.ema.step == second.ema.step == 1
 
 
 def test_accelerate_moves_saves_and_resumes_the_average(tmp_path):
@@ -422,6 +448,8 @@ def test_accelerate_moves_saves_and_resumes_the_average(tmp_path):
     assert ema.step == net.momentum.step == record.steps == 12
     torch.testing.assert_close(net.momentum.module.weight.double(), record.average, rtol=0, atol=1e-6)
     assert len(list((tmp_path / "3_0").glob("custom_checkpoint_*"))) == 1  # the other is a part of the model
+    taken = loaded(net.body, torch.load(tmp_path / "3_2/custom_checkpoint_0.pkl"))  # docs/api/integrations.md
+    assert same(weights(taken), weights(ema))
     again, resumed, _ = run(3, tmp_path / "3_0")
     assert same(weights(again), weights(ema))
     assert same(weights(resumed), weights(net))
@@ -496,6 +524,7 @@ def test_bad_arguments_are_refused_at_once():
         ((None, None, net.fuse, {}), TypeError, "also: expected a sequence of what has an update"),
         ((None, None, [ema], {}), TypeError, "also: expected a sequence of what has an update"),
         ((None, None, [net], {}), TypeError, "also: expected a sequence of what has an update"),
+        ((None, None, [md.EMADict(net, {"a": 0.9})], {}), TypeError, "also: expected a sequence of what has an update"),
         ((None, ema, [], {"decay": 0.9}), ValueError, "ema: expected None where decay is given for a new one, got"),
         ((None, None, [], {"decay": 1.5}), ValueError, "decay: expected"),
         ((None, None, [], {"momentum": 0.9}), TypeError, "momentum"),
@@ -505,8 +534,15 @@ def test_bad_arguments_are_refused_at_once():
             Following(*arguments)
     with pytest.raises(TypeError, match="swap: expected"):
         Following(None, None, [], {}, swap="yes")
-    for following in (Following(Net(), None, [], {}), Following(None, copy.deepcopy(ema), [], {})):
-        with pytest.raises(ValueError, match="model: expected the Net in training, or a part of it, got"):
+    for following, message in (
+        (Following(Net(), None, [], {}), "model: expected the Net in training, or a part of it, got"),
+        (
+            Following(None, copy.deepcopy(ema), [], {}),
+            "model: expected what `ema` is an average of, which a copied",
+        ),
+        (Following(net, md.EMAWrapper(net.head), [], {}), "the average is of Linear, the model is Net: pass what was"),
+    ):
+        with pytest.raises(ValueError, match=message):
             following.begin(net)
     following = Following(None, None, [], {})
     following.begin(net)

@@ -85,6 +85,7 @@ def test_the_page_compares_with_all_that_it_names():
         "lightly",
         "SupContrast",
         "ALBEF, MoCo, BLIP",
+        "open_clip: SigLipLoss",
         "torch.optim.swa_utils",
         "timm",
         "ema-pytorch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -42,7 +43,7 @@ class Following:
             wrong_type("model", "a torch.nn.Module or None", describe(model))
         if not isinstance(ema, EMAWrapper | None):
             wrong_type("ema", "an EMAWrapper or None", describe(ema))
-        if not isinstance(also, Sequence) or any(isinstance(o, EMAWrapper) or not isinstance(o, Updates) for o in also):
+        if not isinstance(also, Sequence) or not all(map(_is_updated, also)):
             wrong_type("also", "a sequence of what has an update() without arguments", describe(also))
         if ema is not None and options:
             wrong_value("ema", f"None where {', '.join(options)} is given for a new one", describe(ema))
@@ -61,9 +62,12 @@ class Following:
     def begin(self, root: nn.Module) -> EMAWrapper:
         """Find what is averaged in the model that is trained, and make the average where none is there."""
         online = self.model or (root if self.given is None else self.given._online())
+        if online is None:
+            wrong_value("model", "what `ema` is an average of, which a copied or unpickled one does not know", "None")
         if all(module is not online for module in root.modules()):
             wrong_value("model", f"the {type(root).__name__} in training, or a part of it", describe(online))
-        assert online is not None
+        if self.given is not None:
+            self.given._match(online)
         if self.ema is None or (self.given is None and online is not self.online):
             self.ema = EMAWrapper(online, **self.options)
         self.online = online
@@ -146,6 +150,17 @@ class Following:
             self._state = state
         else:
             self.ema.load_state_dict(state)
+
+
+def _is_updated(block: object) -> bool:
+    """Whether it has an `update()` that is called without arguments; an average wants its model."""
+    if not isinstance(block, Updates):
+        return False
+    try:
+        signature(block.update).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def missing(error: ModuleNotFoundError, framework: str, *packages: str) -> NoReturn:

@@ -33,13 +33,15 @@ def add_ema(
 
     It moves after each step that the optimizer really makes: once however many batches are accumulated, and not after a
     step that a gradient scaler skips. Call it after `accelerator.prepare`, when the model is on its device, and before
-    `accelerator.load_state`.
+    `accelerator.load_state`. Accelerate numbers what it saves: averages come back in the order of the calls, and a
+    checkpoint that has none is refused.
 
     Args:
         accelerator: Saves and loads the average with `save_state` and `load_state`.
         model: What is averaged: the prepared model, or a part of it.
         optimizer: The prepared optimizer, or the one of torch within.
-        ema: A ready average in place of a new one. As a part of a prepared model it is saved with it, and once.
+        ema: A ready average of `model` in place of a new one. As a part of a prepared model it is saved with it, and
+            once.
         also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
         **options: `decay` and the others of :class:`~momentum_distill.EMAWrapper`, for the new average.
 
@@ -48,7 +50,8 @@ def add_ema(
 
     Raises:
         TypeError: If an argument has the wrong type or is unknown.
-        ValueError: If a number or choice is wrong, or the optimizer has no parameter of the model.
+        ValueError: If a number or choice is wrong, `ema` is an average of another module, or the optimizer has no
+            parameter of the model.
         ImportError: With the module, if `accelerate` is not installed.
 
     Example:

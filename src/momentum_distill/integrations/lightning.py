@@ -41,7 +41,8 @@ class EMACallback(Callback):
     saved in Lightning's checkpoints, whose `state_dict` stays that of the model.
 
     Args:
-        model: What is averaged: the LightningModule (default) or a part of it.
+        model: What is averaged: the LightningModule (default) or a part of it: a part where the whole holds
+            averages or queues of its own, which would be averaged once more.
         ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
             LightningModule it is saved with it, and once.
         also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.

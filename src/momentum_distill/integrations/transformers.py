@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
+from momentum_distill._checks import wrong_value
 from momentum_distill._ema import EMAWrapper
 from momentum_distill.integrations._following import NO_AVERAGE, Following, Updates, missing
 
@@ -34,7 +35,8 @@ class EMACallback(TrainerCallback):
 
     Args:
         trainer: The Trainer, which has to get the callback: `trainer.add_callback(EMACallback(trainer))`.
-        model: What is averaged: the Trainer's model (default) or a part of it.
+        model: What is averaged: the Trainer's model (default) or a part of it: a part where the whole holds
+            averages or queues of its own, which would be averaged once more.
         ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
             Trainer's model it is saved with it, and once.
         also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
@@ -45,7 +47,8 @@ class EMACallback(TrainerCallback):
 
     Raises:
         TypeError: If an argument has the wrong type or is unknown.
-        ValueError: If a number or choice is wrong; when training starts, if `model` is no part of the Trainer's.
+        ValueError: If a number or choice is wrong; when training starts, if `model` is no part of the Trainer's, or two
+            callbacks have one name.
         RuntimeError: When training starts, if the Trainer did not get the callback.
         ImportError: With the module, if `transformers` is not installed.
 
@@ -108,6 +111,9 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        named = [each for each in self._trainer.callback_handler.callbacks if getattr(each, "name", None) == self.name]
+        if sum(isinstance(each, EMACallback) for each in named) > 1:
+            wrong_value("name", "another one for each EMACallback of a Trainer", f"{self.name!r} twice")
         self._following.begin(self._trainer.model)
         if self._resumed is not None:
             self._load(self._resumed)
