@@ -785,22 +785,34 @@ def test_the_papers_settings_do_not_move_with_the_defaults(name):
 # The page
 
 
-def test_the_table_of_the_encoder_of_base_size_is_that_of_its_results():
-    content = json.loads((ROOT / "docs" / "results" / "mosi_mpnet.json").read_text(encoding="utf-8"))
+OF_BASE_SIZE = {
+    "mosi_mpnet": {"text_only": "text alone", "no_distillation": "all modalities, no distillation", "full": "MTMD"},
+    "mosi_mpnet_float32": {
+        "full": "MTMD, in float32",
+        "instance_sampling": "the same, i ≠ j",
+        "context_1": "the same, `--context 1`",
+    },
+}
+
+
+@pytest.mark.parametrize("file", OF_BASE_SIZE)
+def test_the_tables_of_the_encoder_of_base_size_are_those_of_its_results(file):
+    path, names = ROOT / "docs" / "results" / f"{file}.json", OF_BASE_SIZE[file]
+    content = json.loads(path.read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     section = page.split("## CMU-MOSI with an encoder of BERT-base's size\n")[1].split("\n## ")[0]
     shown = [
         [cell.strip(" *") for cell in line.split("|")] for line in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)
     ]
-    names = {"text_only": "text alone", "no_distillation": "all modalities, no distillation", "full": "MTMD"}
-    assert {"full", "text_only"} <= set(content["arms"])
+    assert content["arms"].keys() == names.keys()
     for name, arm in content["arms"].items():
         label = names[name]
         seeds = [run["seed"] for run in arm["runs"]]
         row = row_of(name, label, [run["test"] for run in arm["runs"]])
         text = row_of(name, label, [run["test_unimodal"].get("text", run["test"]) for run in arm["runs"]])
-        compared = [Comparison(**arm["minus_full"][f"mae_over_{kind}"]) if name != "full" else None
-                    for kind in ("utterances", "seeds")]  # fmt: skip
+        differences = (arm["minus_full"].get(f"mae_over_{kind}") for kind in ("utterances", "seeds"))
+        compared = [None if difference is None else Comparison(**difference) for difference in differences]
+        assert [one is None for one in compared] == [name == "full", name == "full" or len(seeds) == 1]
         assert [
             label,
             str(len(seeds)),
@@ -811,4 +823,14 @@ def test_the_table_of_the_encoder_of_base_size_is_that_of_its_results():
             p_cell(compared[1]),
         ] in shown
         assert seeds == sorted(set(seeds))
-    assert (ROOT / "docs" / "results" / "mosi_mpnet.json").stat().st_size < 200_000
+    assert path.stat().st_size < 200_000
+
+
+def test_the_scores_beside_the_results_are_those_of_all_runs():
+    folder = ROOT / "docs" / "results"
+    arms = json.loads((folder / "mosi_mpnet_float32.json").read_text(encoding="utf-8"))["arms"]
+    head, *rows = (folder / "mosi_mpnet_float32_scores.csv").read_text(encoding="utf-8").splitlines()
+    assert head.split(",") == [f"{name} {run['seed']}" for name, arm in arms.items() for run in arm["runs"]]
+    scores = np.array([row.split(",") for row in rows], dtype=float)
+    assert scores.shape == (686, len(head.split(",")))
+    assert (np.abs(scores) < 4).all()

@@ -70,6 +70,7 @@ LONG = {
     f"python {SCRIPT} ablate --arms all": "sixteen trainings",
     f"python {SCRIPT} ablate --arms full no_": "three and more trainings",
     f"python {SCRIPT} ablate --config examples/configs/mosi_minilm.toml": "that of mosi_mpnet.toml is run",
+    f"python {SCRIPT} ablate --config examples/configs/mosi_mpnet.toml --no-amp": "the same without --no-amp is run",
     f"python {SCRIPT} train --signal-text": "test_example_synthetic.py",
     f"python {SCRIPT} report runs/plain/full": "needs what is LONG",
     **{f"python {SCRIPT} {name} runs/small": "the same" for name in ("evaluate", "predict", "report")},

@@ -391,7 +391,7 @@ def test_first_loss_uses_what_was_given_and_every_option_reaches_the_function():
     assert bits(fixed(*case.args, **case.momentum)) == bits(expected)
     assert not [p for p in fixed.parameters() if p.requires_grad]
     assert "bias=-2 (fixed)" in repr(fixed)
-    assert "temperature=0.3 (learned in [0.01, 10]), bias=-2 (learned)" in repr(loss_fn)
+    assert "temperature=0.3 (learned in [0.001, 10]), bias=-2 (learned)" in repr(loss_fn)
 
 
 def test_defaults_are_those_of_siglip():

@@ -156,7 +156,7 @@ def check_pairs(positives_from: object, width: object, hardness: object, positiv
         wrong_value("positives_from", f"one of {choices} or a function", describe(positives_from))
     if positives_from == "distance":
         if width is None:
-            wrong_value("width", "a number above 0 with positives_from='distance'", "None")
+            wrong_type("width", "a number above 0 with positives_from='distance'", "None")
         check_number("width", width, low=0.0, open_low=True)
     elif width is not None:
         wrong_value("width", "None without positives_from='distance'", describe(width))
