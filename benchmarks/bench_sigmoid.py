@@ -21,20 +21,7 @@ from momentum_distill.functional import sigmoid_distill_loss
 
 TEMPERATURE, BIAS = 0.1, -10.0  # SigLIP's first values
 
-
-def sigmoid_loss(side: Side, *, momentum: bool) -> Tensor:
-    momentum_inputs = {"momentum_query": side.momentum_query, "momentum_keys": side.momentum_keys}
-    return sigmoid_distill_loss(
-        side.query,
-        side.keys,
-        side.labels,
-        side.key_labels,
-        temperature=TEMPERATURE,
-        bias=BIAS,
-        alpha=ALPHA,
-        normalize="query",
-        **(momentum_inputs if momentum else {}),
-    )
+sigmoid_loss = functools.partial(ours_loss, loss=sigmoid_distill_loss, temperature=TEMPERATURE, bias=BIAS)
 
 
 def dense_loss(side: Side, *, momentum: bool) -> Tensor:

@@ -120,18 +120,12 @@ def flops(*, rows: int, keys: int, directions: int, **_: Any) -> int:
     return 4 * 2 * rows * keys * DIM * directions
 
 
-def ours_loss(side: Side, *, momentum: bool = True) -> Tensor:
+def ours_loss(side: Side, *, momentum: bool = True, loss: Any = supcon_distill_loss, **settings: Any) -> Tensor:
+    """The loss of one direction, of this block or of another that takes the same."""
     momentum_inputs = {"momentum_query": side.momentum_query, "momentum_keys": side.momentum_keys}
-    return supcon_distill_loss(
-        side.query,
-        side.keys,
-        side.labels,
-        side.key_labels,
-        temperature=TEMPERATURE,
-        alpha=ALPHA,
-        normalize="query",
-        **(momentum_inputs if momentum else {}),
-    )
+    settings = {"temperature": TEMPERATURE, "alpha": ALPHA, "normalize": "query", **settings}
+    settings |= momentum_inputs if momentum else {}
+    return loss(side.query, side.keys, side.labels, side.key_labels, **settings)
 
 
 def build_ours(*, momentum: bool, **parameters: Any) -> Run:

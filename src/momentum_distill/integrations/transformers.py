@@ -111,8 +111,8 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        named = [each for each in self._trainer.callback_handler.callbacks if getattr(each, "name", None) == self.name]
-        if sum(isinstance(each, EMACallback) for each in named) > 1:
+        names = [each.name for each in self._trainer.callback_handler.callbacks if isinstance(each, EMACallback)]
+        if names.count(self.name) > 1:
             wrong_value("name", "another one for each EMACallback of a Trainer", f"{self.name!r} twice")
         self._following.begin(self._trainer.model)
         if self._resumed is not None:
