@@ -217,7 +217,7 @@ def check_classes(
         return low, high
     label, allowed = int(labels[rows[0]]), "of at least 0" if math.isinf(classes) else f"below {classes:g}"
     others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    hint = f"; torch's ignore_index is {absent} here: labels.masked_fill(labels == -100, {absent})"
+    hint = f"; torch's ignore_index is {absent} here: labels.masked_fill(labels == -100, {absent}), or {UNLABELLED} for a key of no class"
     wrong_value(
         name,
         f"classes {allowed}, {absent} (absent) or {UNLABELLED} (unlabelled)",

@@ -22,6 +22,8 @@ class EMADict(nn.Module):
 
     $$\theta_{ema}^{(k)} \leftarrow \eta^{(k)}\,\theta_{ema}^{(k)} + (1-\eta^{(k)})\,\theta_{online}$$
 
+    All are of the whole module: two encoders need no two averages, but one module that holds both.
+
     What one of them does is asked of `averages["fast"]`: its output, `swap`, `copy_to`, `module`. Its state is part of
     this one's under `averages.fast.`, as `EMAWrapper` has it, and each goes on with its own count and schedule.
 

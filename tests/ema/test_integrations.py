@@ -257,6 +257,56 @@ def test_lightning_says_that_a_checkpoint_has_no_average(lightning_callback, tmp
         again.fit(lightning_module(), loader(), ckpt_path=tmp_path / "without.ckpt", weights_only=True)
 
 
+def test_lightning_warns_of_each_checkpoint_without_an_average(lightning_callback, tmp_path):
+    for callbacks, name in (([], "without"), ([lightning_callback(decay=DECAY)], "with")):
+        trainer = lightning_trainer(callbacks, tmp_path, max_epochs=1)
+        trainer.fit(lightning_module(), loader())
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+    trainer = lightning_trainer([lightning_callback(decay=DECAY)], max_epochs=2)
+    trainer.fit(lightning_module(), loader(), ckpt_path=tmp_path / "with.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match="without.ckpt has no average to go on with"):
+        trainer.fit(lightning_module(), loader(), ckpt_path=tmp_path / "without.ckpt", weights_only=True)
+
+
+def test_lightning_puts_the_averages_of_two_parts_in_their_places_and_saves_neither(lightning_callback, tmp_path):
+    pl = importlib.import_module("lightning.pytorch")
+    module = lightning_module()
+    parts = {"body": module.net.body, "head": module.net.head}
+    callbacks = {name: lightning_callback(part, decay=DECAY, swap=True, name=name) for name, part in parts.items()}
+    found = []
+
+    class Look(pl.Callback):
+        def on_validation_epoch_end(self, trainer, _):
+            found.append(all(same(weights(parts[name]), weights(callbacks[name].ema.module)) for name in parts))
+            trainer.save_checkpoint(tmp_path / "meanwhile.ckpt")
+
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0}
+    trainer = lightning_trainer([*callbacks.values(), Look()], tmp_path, **options)
+    trainer.fit(module, loader(), loader())
+    assert found == [True]
+    saved = torch.load(tmp_path / "meanwhile.ckpt", weights_only=True)["state_dict"]
+    assert same(saved, weights(module))
+    torch.testing.assert_close(callbacks["head"].ema.module.weight.double(), module.record.average, rtol=0, atol=1e-6)
+    assert not torch.equal(callbacks["head"].ema.module.weight, module.net.head.weight)
+
+
+def test_two_averages_do_not_take_the_place_of_the_same_weights(lightning_callback, make_trainer, trainer_callback):
+    error = "swap: expected True for one average of the same weights, which alone can be in their place, got two"
+    module = lightning_module()
+    callbacks = [lightning_callback(swap=True), lightning_callback(module.net.head, swap=True, name="head")]
+    with pytest.raises(ValueError, match=error):
+        lightning_trainer(callbacks, max_epochs=1).fit(module, loader(), loader())
+    callbacks[1] = lightning_callback(module.net.head, name="head")
+    lightning_trainer(callbacks, max_epochs=1).fit(module, loader(), loader())
+    assert callbacks[0].ema.step == callbacks[1].ema.step == 12
+
+    trainer = make_trainer(Net(), max_steps=1)
+    for name in ("one", "two"):
+        trainer.add_callback(trainer_callback(trainer, swap=True, name=name))
+    with pytest.raises(ValueError, match=error):
+        trainer.train()
+
+
 def test_lightning_saves_an_average_inside_the_module_once(lightning_callback):
     module = lightning_module()
     module.momentum = md.EMAWrapper(module.net, decay=DECAY)
@@ -405,7 +455,13 @@ def test_trainer_ends_with_the_average_of_the_best_checkpoint(make_trainer, trai
     assert trainer.evaluate()["eval_one_loss"] == trainer.state.best_metric
 
 
-# ----------------------------------------------------------------------------------------------- Accelerate
+def test_trainer_saves_in_the_folder_of_a_trial(make_trainer, trainer_callback, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.add_callback(trainer_callback(trainer))
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # which knows the trials of optuna and others
+    monkeypatch.setattr(trainer, "_get_output_dir", lambda trial: str(tmp_path / f"run-{trial['number']}"))
+    trainer.train(trial={"number": 7})
+    assert (tmp_path / "run-7/checkpoint-1/ema.safetensors").exists()
 
 
 def test_two_callbacks_of_a_trainer_need_two_names(make_trainer, trainer_callback):
@@ -418,6 +474,9 @@ def test_two_callbacks_of_a_trainer_need_two_names(make_trainer, trainer_callbac
     second.name = "slow"
     trainer.train()
     assert first.ema.step == second.ema.step == 1
+
+
+# ----------------------------------------------------------------------------------------------- Accelerate
 
 
 def test_accelerate_moves_saves_and_resumes_the_average(tmp_path):

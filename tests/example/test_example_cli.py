@@ -99,6 +99,7 @@ WRONG_OPTIONS = {
     "--without reg fusions": "--without: expected one of reg, cls,",
     "--batchsize 3": "train: expected options that it has, got --batchsize 3; did you mean --batch-size?",
     "--bert_lr 1 --no-resum --zzz=1": "got --bert_lr 1 --no-resum --zzz=1; did you mean --bert-lr, --no-resume?",
+    "--lr 1e-4": "got --lr 1e-4; did you mean --bert-lr, --unimodal-lr, --other-lr?",
     "--zzz": "train: expected options that it has, got --zzz",
     "--out ''": "--out: expected a path, got ''",
     "--device tpu": "--device: expected one of auto, cpu, cuda, got 'tpu'",

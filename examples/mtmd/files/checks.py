@@ -87,7 +87,10 @@ def check_layout(value: Any, layout: Any, where: str) -> None:
 def did_you_mean(words: Iterable[object], known: Iterable[str]) -> str:
     """The end of an error: what was probably meant by each of the words."""
     names = list(known)
-    near = [match for word in words for match in difflib.get_close_matches(str(word), names, n=1)]
+    near: list[str] = []
+    for word in map(str, words):
+        ends = [name for name in names if name.endswith("-" + word.lstrip("-"))]  # --lr: --bert-lr and two more
+        near += ends or difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
 
 

@@ -59,13 +59,23 @@ class Following:
         self._handle: Any = None
         self._swapped = ExitStack()
 
-    def begin(self, root: nn.Module) -> EMAWrapper:
-        """Find what is averaged in the model that is trained, and make the average where none is there."""
+    def begin(self, root: nn.Module, beside: Iterable[Following] = ()) -> EMAWrapper:
+        """Find what is averaged in the model that is trained, and make the average where none is there.
+
+        Of those `beside` this one, none may put its average in the place of the same weights.
+        """
         online = self.model or (root if self.given is None else self.given._online())
         if online is None:
             wrong_value("model", "what `ema` is an average of, which a copied or unpickled one does not know", "None")
         if all(module is not online for module in root.modules()):
             wrong_value("model", f"the {type(root).__name__} in training, or a part of it", describe(online))
+        weights = set(map(id, online.parameters()))
+        if self.swap and any(
+            each.swap and each.online is not None and not weights.isdisjoint(map(id, each.online.parameters()))
+            for each in beside
+            if each is not self
+        ):
+            wrong_value("swap", "True for one average of the same weights, which alone can be in their place", "two")
         if self.given is not None:
             self.given._match(online)
         if self.ema is None or (self.given is None and online is not self.online):
@@ -113,12 +123,12 @@ class Following:
         """Whether the model carries the average."""
         return self.ema is not None and self.ema._swapped
 
-    def enter(self, root: nn.Module) -> None:
+    def enter(self, root: nn.Module, beside: Iterable[Following] = ()) -> None:
         """Let the model carry the average, if that is asked for and there is one."""
         if not self.swap or self.swapped:
             return
         if self._state is not None:
-            self.begin(root)
+            self.begin(root, beside)
         if self.ema is None or all(module is not self.online for module in root.modules()):
             warnings.warn(OWN_WEIGHTS.format(type(root).__name__), stacklevel=2)
             return

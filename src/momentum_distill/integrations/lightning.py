@@ -46,7 +46,8 @@ class EMACallback(Callback):
         ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
             LightningModule it is saved with it, and once.
         also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
-        swap: Validate, test and predict with the averaged weights. The model gets its own back afterwards, bit for bit
+        swap: Validate, test and predict with the averaged weights: in one callback alone of those that average the same
+            weights. The model gets its own back afterwards, bit for bit
             and after an exception too, and a checkpoint that is saved meanwhile has its own. Before the first training
             step there is no average; with `trainer.test(module, ckpt_path=...)` it is that of the checkpoint.
         name: What it is saved as. Two callbacks of one trainer need two names.
@@ -55,7 +56,7 @@ class EMACallback(Callback):
     Raises:
         TypeError: If an argument has the wrong type or is unknown.
         ValueError: If a number or choice is wrong; when training starts, if `model` is no part of the LightningModule,
-            or no optimizer has a parameter of it.
+            no optimizer has a parameter of it, or two callbacks would put their averages in its place.
         ImportError: With the module, if neither `lightning` nor `pytorch_lightning` is installed.
 
     Example:
@@ -98,9 +99,10 @@ class EMACallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._following.begin(pl_module)
+        self._following.begin(pl_module, _all_following(trainer))
         if trainer.ckpt_path and not (self._following.loaded or self._following.saved_with_model):
             warnings.warn(NO_AVERAGE.format(trainer.ckpt_path), stacklevel=2)
+        self._following.loaded = False
         self._following.watch(trainer.optimizers)
 
     @override
@@ -115,7 +117,7 @@ class EMACallback(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._following.enter(pl_module)
+            self._following.enter(pl_module, _all_following(trainer))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,24 +125,22 @@ class EMACallback(Callback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._following.enter(pl_module)
+        self._following.enter(pl_module, _all_following(trainer))
 
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._following.leave()
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._following.enter(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._following.leave()
+    on_predict_start, on_test_end, on_predict_end = on_test_start, on_validation_end, on_validation_end
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        swapped = [each for each in _all_following(trainer) if each.swapped]  # of several parts each has an average
         if self._following.swapped:
-            self._following.leave()
+            for each in swapped:
+                each.leave()
             own = trainer.strategy.lightning_module_state_dict()
             checkpoint["state_dict"] = tree_map_only(torch.Tensor, torch.clone, own)
-            self._following.enter(pl_module)
+            for each in swapped:
+                each.enter(pl_module)
+
+
+def _all_following(trainer: Trainer) -> list[Following]:
+    """Of the trainer's callbacks, in their order."""
+    return [each._following for each in trainer.callbacks if isinstance(each, EMACallback)]  # type: ignore[attr-defined]

@@ -40,7 +40,8 @@ class EMACallback(TrainerCallback):
         ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
             Trainer's model it is saved with it, and once.
         also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
-        swap: Evaluate and predict with the averaged weights, within training and after it. The model gets its own back
+        swap: Evaluate and predict with the averaged weights, within training and after it: in one callback alone of those
+            that average the same weights. The model gets its own back
             afterwards, bit for bit and after an exception too. Before training there is no average.
         name: What it is saved as, `<name>.safetensors`. Two callbacks of one Trainer need two names.
         **options: `decay` and the others of :class:`~momentum_distill.EMAWrapper`, for the new average.
@@ -48,7 +49,7 @@ class EMACallback(TrainerCallback):
     Raises:
         TypeError: If an argument has the wrong type or is unknown.
         ValueError: If a number or choice is wrong; when training starts, if `model` is no part of the Trainer's, or two
-            callbacks have one name.
+            callbacks have one name or would put their averages in the place of the same weights.
         RuntimeError: When training starts, if the Trainer did not get the callback.
         ImportError: With the module, if `transformers` is not installed.
 
@@ -76,6 +77,7 @@ class EMACallback(TrainerCallback):
         self._trainer: Any = trainer
         self._following = Following(model, ema, also, options, swap=swap)
         self._resumed: Path | None = None
+        self._trial: Any = None  # of a hyperparameter search
         # No event tells where a run is resumed from, nor that an evaluation begins.
         train, evaluation_loop = trainer.train, trainer.evaluation_loop
 
@@ -86,7 +88,7 @@ class EMACallback(TrainerCallback):
             resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
             if resumed is True:
                 resumed = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
-            self._resumed = Path(resumed) if resumed else None
+            self._resumed, self._trial = Path(resumed) if resumed else None, kwargs.get("trial")
             try:
                 return train(*args, **kwargs)
             finally:
@@ -111,10 +113,10 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        names = [each.name for each in self._trainer.callback_handler.callbacks if isinstance(each, EMACallback)]
-        if names.count(self.name) > 1:
+        callbacks = [each for each in self._trainer.callback_handler.callbacks if isinstance(each, EMACallback)]
+        if [each.name for each in callbacks].count(self.name) > 1:
             wrong_value("name", "another one for each EMACallback of a Trainer", f"{self.name!r} twice")
-        self._following.begin(self._trainer.model)
+        self._following.begin(self._trainer.model, [each._following for each in callbacks])
         if self._resumed is not None:
             self._load(self._resumed)
         self._following.watch([self._trainer.optimizer])
@@ -122,7 +124,9 @@ class EMACallback(TrainerCallback):
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save and not self._following.saved_with_model:
-            folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            # Under a hyperparameter search, the folder of the trial.
+            run = Path(self._trainer._get_output_dir(self._trial))
+            folder = run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             tensors = {key: value.detach().clone().contiguous() for key, value in self._following.state_dict().items()}
             save_file(tensors, folder / f"{self.name}.safetensors")
 
