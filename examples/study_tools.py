@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +55,12 @@ class RunLog:
     def items(self) -> Iterator[tuple[Any, Any]]:
         """In the order of the keys."""
         return iter(sorted((json.loads(key), found) for key, found in self.runs.items()))
+
+    def complete(self, seeds: range, folds: int) -> Iterator[tuple[Any, Any]]:
+        """Those of these seeds, by (setting, arm, seed, fold), of the arms that have all of them and can be paired."""
+        found = [(key, value) for key, value in self.items() if key[2] in seeds]
+        counts = Counter((setting, arm) for (setting, arm, _, _), _ in found)
+        return ((key, value) for key, value in found if counts[key[0], key[1]] == len(seeds) * folds)
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:

@@ -471,9 +471,8 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
             log.add((setting, arm.name, seed, fold), run(arm, start, given, test_set, seed=seed, steps=steps))
     return [
         Result(setting, arm, seed, int(person), *scored)
-        for (setting, arm, seed, _), people in log.items()
+        for (setting, arm, seed, _), people in log.complete(seeds, FOLDS)
         for person, scored in people.items()
-        if seed in seeds
     ]
 
 

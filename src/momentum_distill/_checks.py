@@ -24,6 +24,7 @@ REDUCTIONS = ("none", "mean", "sum")
 FEW = 64
 """So many numbers are looked at in Python as fast as by an operation."""
 
+LARGEST = torch.finfo(torch.float64).max
 UNLABELLED = -2
 """Label of a sample that is there but has no class: nobody's positive, while the momentum terms stand."""
 
@@ -113,7 +114,7 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
     """A finite Python number in [low, high], or in (low, high] with `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (float, Real)):  # Real alone takes seven times as long
         wrong_type(name, "a number", describe(value))
-    number = float(value)
+    number = math.inf if isinstance(value, int) and abs(value) > LARGEST else float(value)
     finite = -math.inf < number < math.inf  # not math.isfinite, which torch.compile cannot trace
     if not finite or number > high or number < low or (open_low and number == low):
         left = "(" if open_low or math.isinf(low) else "["
@@ -217,7 +218,10 @@ def check_classes(
         return low, high
     label, allowed = int(labels[rows[0]]), "of at least 0" if math.isinf(classes) else f"below {classes:g}"
     others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    hint = f"; torch's ignore_index is {absent} here: labels.masked_fill(labels == -100, {absent}), or {UNLABELLED} for a key of no class"
+    hint = (
+        f"; torch's ignore_index is {absent} here: labels.masked_fill(labels == -100, {absent}), "
+        f"or {UNLABELLED} for what is there and has no class"
+    )
     wrong_value(
         name,
         f"classes {allowed}, {absent} (absent) or {UNLABELLED} (unlabelled)",

@@ -274,6 +274,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
             pairs = self._lend(model, plan)
         for average, online in pairs:
             online.copy_(average)
+        torch.clear_autocast_cache()
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
@@ -331,10 +332,12 @@ class EMAWrapper(WideModule, Generic[M_co]):
                 _move(moved, values)
                 for average, online in others:
                     online.copy_(average)
+            torch.clear_autocast_cache()  # of the model's own weights in 16 bits, and below of these
             yield
         finally:
             plan.reshard()
             _move(moved, apart)
+            torch.clear_autocast_cache()
             with torch.no_grad():
                 for online, value in zip(copied, own, strict=True):
                     online.copy_(value)

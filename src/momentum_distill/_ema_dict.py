@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,13 +11,13 @@ from torch import nn
 from typing_extensions import override
 
 from momentum_distill._checks import check_number, describe, wrong_type, wrong_value
-from momentum_distill._ema import Decay, EMAWrapper
+from momentum_distill._ema import Decay, EMAWrapper, M_co
 from momentum_distill._ema_copy import check_module
 from momentum_distill._ema_pairs import Buffers
 from momentum_distill._ema_plan import JointPlan
 
 
-class EMADict(nn.Module):
+class EMADict(nn.Module, Generic[M_co]):
     r"""Several averages of one module by name, each an `EMAWrapper`, moved in one pass over its weights.
 
     $$\theta_{ema}^{(k)} \leftarrow \eta^{(k)}\,\theta_{ema}^{(k)} + (1-\eta^{(k)})\,\theta_{online}$$
@@ -61,7 +61,7 @@ class EMADict(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: M_co,
         decays: Mapping[str, Decay],
         *,
         buffers: Buffers = "copy",
@@ -90,7 +90,7 @@ class EMADict(nn.Module):
         )
         self._plans: WeakKeyDictionary[nn.Module, JointPlan] = WeakKeyDictionary()
 
-    def __getitem__(self, name: str) -> EMAWrapper:
+    def __getitem__(self, name: str) -> EMAWrapper[M_co]:
         return self.averages[name]  # type: ignore[return-value]
 
     def __iter__(self) -> Iterator[str]:
@@ -116,6 +116,9 @@ class EMADict(nn.Module):
             {'fast': torch.Size([4, 2]), 'slow': torch.Size([4, 2])}
         """
         return {name: average(*args, **kwargs) for name, average in self.averages.items()}
+
+    if TYPE_CHECKING:
+        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     @torch.inference_mode()
     def update(self, model: nn.Module, *, decay: float | None = None) -> None:
@@ -146,7 +149,7 @@ class EMADict(nn.Module):
         for wrapper in wrappers:
             wrapper._count_update()
 
-    def _match(self, model: nn.Module, wrappers: list[EMAWrapper]) -> JointPlan:
+    def _match(self, model: nn.Module, wrappers: Sequence[EMAWrapper[Any]]) -> JointPlan:
         """The plan for `model`, made anew when the plan of one of the averages would be."""
         modules = [wrapper.module for wrapper in wrappers]
         plan = self._plans.get(model)

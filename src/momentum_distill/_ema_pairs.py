@@ -141,6 +141,8 @@ class Pairing:
                 shapes = (tuple(old.shape), tuple(new.shape))
                 expected, got = shapes if blame == "model" else shapes[::-1]
                 wrong_value(blame, f"shape {expected} for {name!r}", str(got))
+            if new.is_meta and not old.is_meta:
+                wrong_value(blame, f"numbers in {name!r}", "none: it is on the device meta")
             if id(old) in seen:
                 first, tied = seen[id(old)]
                 if tied is not new:
@@ -161,9 +163,9 @@ class Pairing:
         """Say which of the two has the tensor `name` and which has not; `blame` is the argument that came."""
         other = _other(blame)
         average, online = (type(tree.root).__name__ for tree in (self.average, self.online))
-        kinds = (
-            "" if average == online else f"; the average is of {average}, the model is {online}: pass what was wrapped"
-        )
+        kinds = f"; the average is of {average}, the model is {online}: pass what was wrapped"
+        if average == online:
+            kinds = "; a model that was changed since needs a new average" if blame == "model" else ""
         if in_average == (blame == "model"):
             wrong_value(blame, f"a tensor {name!r} as in the {other}", f"none{kinds}")
         wrong_value(blame, f"no tensor {name!r}, which the {other} does not have", f"one{kinds}")

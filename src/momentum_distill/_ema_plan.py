@@ -167,7 +167,10 @@ class _Group:
 
     def copy(self) -> None:
         """Copy the online tensors into the average."""
-        torch._foreach_copy_(self.average, self.online)
+        if is_plain(self.average[0]):
+            torch._foreach_copy_(self.average, self.online)
+        else:
+            lerp_(self.average, self.online, 0.0)
 
     @cached_property
     def _parts(self) -> list[tuple[list[Tensor], list[Tensor], list[Tensor]]]:

@@ -1,5 +1,7 @@
 """Fusion distillation: the fused prediction teaches a modality, most on hard samples."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -139,6 +141,9 @@ class HardSampleFusionLoss(nn.Module):
         teachers = () if self.detach_teacher else (fused_scores, fused_logits)
         self._students.look(self, student_scores, student_logits, teachers)
         return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     @override
     def extra_repr(self) -> str:

@@ -48,7 +48,8 @@ class ClassQueue(WideModule):
     Slot $j$ is the same sample in all streams, as Eq. 11 needs when it compares the similarities to online and momentum
     keys slot by slot. Any batch goes in: of any size, wrapping around, larger than the queue (the newest stay), empty.
     Rows are stored detached and L2-normalised. The queue starts empty; empty slots have the label -1, which the losses
-    ignore. Every field is a buffer of fixed shape: a restored queue goes on bit for bit.
+    ignore. Every field is a buffer of fixed shape: a restored queue goes on bit for bit. It has no lock: of several
+    threads one at a time may use it.
 
     Args:
         size: Number of slots $Q$, at least 1 (`balanced`: one per class). Paper: 1,024 (MOSI), 8,192 (MOSEI).
@@ -138,10 +139,9 @@ class ClassQueue(WideModule):
         # A ring per class (one ring in all unless balanced): where it starts, how long it is, how many samples it was
         # ever given. The next slot is `first_slot + count % share`, on the device: no host knows how many rows of a
         # batch are stored.
-        share = torch.full((groups,), size // groups, device=device)
-        share[: size % groups] += 1
+        share, first_slot = _rings(size, groups, device)
         self.register_buffer("share", share, persistent=False)
-        self.register_buffer("first_slot", share.cumsum(0) - share, persistent=False)
+        self.register_buffer("first_slot", first_slot, persistent=False)
         self.register_buffer("count", torch.zeros(groups, dtype=torch.int64, device=device))
         # Slot `size` is where rows go that are not stored: always zeros and -1, never read. With it every write has a
         # fixed shape. Row s of `labels` belongs to stream s: a stream that misses a sample has -1 there.
@@ -222,7 +222,9 @@ class ClassQueue(WideModule):
         start = int(self._buffer("count")) % self.size if whole else self.size
         if start + len(labels) <= self.size:  # the usual batch on the CPU: slices write it in half the time of an index
             run = slice(start, start + len(labels))
-            for bank, rows, unit in banks:
+            own = {self._buffer(name).untyped_storage().data_ptr() for name in ("labels", *self._banks)}
+            marks = _apart(marks, own)
+            for bank, rows, unit in [(bank, [_apart(x, own) for x in rows], unit) for bank, rows, unit in banks]:
                 _write(bank[:, run], rows, unit=unit)
             self._buffer("labels")[:, run] = marks
             self._buffer("count").add_(len(labels))
@@ -359,10 +361,28 @@ class ClassQueue(WideModule):
             >>> len(queue)
             0
         """
+        self._restore_rings()
         self.count.zero_()
         self.labels.fill_(EMPTY)
         for bank in self._banks:
             self._buffer(bank).zero_()
+
+    def _restore_rings(self) -> None:
+        """What no state holds, and `to_empty` leaves unwritten."""
+        share, first_slot = _rings(self.size, len(self.count), self.count.device)
+        self.share.copy_(share)
+        self.first_slot.copy_(first_slot)
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            stream = name.removeprefix("keys_")
+            if stream == name or stream not in self.__dict__.get("dims", ()):
+                raise
+            # What a state holds has an attribute of its name: torch.distributed.checkpoint asks for it.
+            return self._keys(stream, self.size + 1)
 
     @override
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -426,6 +446,18 @@ class ClassQueue(WideModule):
         return f"{self._settings()}, group={describe_group(self.group)}"
 
 
+def _rings(size: int, groups: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """How long the ring of each class is, and where it starts."""
+    share = torch.full((groups,), size // groups, device=device)
+    share[: size % groups] += 1
+    return share, share.cumsum(0) - share
+
+
+def _apart(given: Tensor, own: Collection[int]) -> Tensor:
+    """A tensor, or a copy where it lies in memory that is to be written: what `read` returned, say."""
+    return given.clone() if given.untyped_storage().data_ptr() in own else given
+
+
 def _write(slots: Tensor, rows: list[Tensor], *, unit: bool) -> None:
     """Write rows of streams of one width to their slots, (streams, N, width), if possible with no copy between."""
     if unit and (is_16_bit(slots.dtype) or any(x.dtype != slots.dtype for x in rows)):
@@ -484,8 +516,10 @@ def _load_keys(
             setattr(queue, bank, torch.stack([came[f"keys_{stream}"] for stream in streams]).to(queue.dtype))
         if isinstance(labels := state_dict.get(f"{prefix}labels"), Tensor):
             state_dict[f"{prefix}labels"] = labels.clone(memory_format=torch.contiguous_format)
+            queue.share, queue.first_slot = _rings(queue.size, len(queue.count), labels.device)
         return
     with torch.no_grad():
+        queue._restore_rings()
         for name, buffer in own.items():
             buffer.copy_(came[name])
 

@@ -1,5 +1,7 @@
 """Response-based distillation: scores or logits drawn to a teacher and to a momentum model."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -127,6 +129,9 @@ class ResponseDistillLoss(nn.Module):
         )
         self._students.look(self, student, None if self.detach_teacher else teacher)
         return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     @override
     def extra_repr(self) -> str:

@@ -1,23 +1,30 @@
 """Feature-based distillation: the pairwise sigmoid loss with momentum targets."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from momentum_distill import functional
-from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_int, check_number, in_transform
+from momentum_distill._checks import (
+    REDUCTIONS,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    in_transform,
+    is_plain,
+)
 from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize
 from momentum_distill._contrast.formulas import Reduction
 from momentum_distill._contrast.sigmoid import KEY_REDUCTIONS, KeyReduction
 from momentum_distill._group import Group, check_group, describe_group
-from momentum_distill._precision import WideModule
-from momentum_distill._temperature import any_wide, check_temperature, learned_temperature, temperature_now
+from momentum_distill._temperature import TemperatureModule
 from momentum_distill._watch import IdleWatch, StudentWatch
 
 
-class SigmoidDistillLoss(WideModule):
+class SigmoidDistillLoss(TemperatureModule):
     r"""Ask of each row and key for itself whether they match, and draw it to what the momentum model answers.
 
     $$\mathcal L_i = -(1-\alpha) \sum_j \log \sigma(y_{ij} z_{ij}) + \alpha \sum_j \mathrm{KL}(p'_{ij} \Vert p_{ij}),
@@ -87,9 +94,7 @@ class SigmoidDistillLoss(WideModule):
         group: Group = "auto",
         validate: bool = False,
     ) -> None:
-        super().__init__()
-        check_bool("learnable_temperature", learnable_temperature)
-        self.temperature_range: tuple[float, float] = check_temperature(temperature, temperature_range)
+        super().__init__(temperature, temperature_range, learnable=learnable_temperature)
         check_number("bias", bias, low=-torch.inf)
         check_bool("learnable_bias", learnable_bias)
         check_number("alpha", alpha, low=0.0, high=1.0)
@@ -100,12 +105,8 @@ class SigmoidDistillLoss(WideModule):
         check_bool("exclude_self", exclude_self)
         check_group(group)
         check_bool("validate", validate)
-        self.initial_temperature: float = float(temperature)
-        scalar = nn.Parameter(torch.zeros(())) if learnable_temperature else None
-        self.log_temperature_ratio: nn.Parameter | None = scalar
         start = torch.tensor(float(bias), dtype=torch.float32)
         self.bias: nn.Parameter = nn.Parameter(start, requires_grad=learnable_bias)
-        self._watch = IdleWatch("the temperature of SigmoidDistillLoss", patience=500)  # several calls make a step
         self._watch_bias = IdleWatch("the bias of SigmoidDistillLoss", patience=500)
         self._students = StudentWatch("neither query nor keys requires a gradient")
         self.alpha: float = float(alpha)
@@ -116,11 +117,6 @@ class SigmoidDistillLoss(WideModule):
         self.exclude_self = exclude_self
         self.group = group
         self.validate = validate
-
-    @property
-    def temperature(self) -> Tensor:
-        """The temperature in use, inside its range: detached, float64, shape (), on the CPU (the host waits)."""
-        return temperature_now(self.log_temperature_ratio, self.initial_temperature, *self.temperature_range)
 
     @override
     def forward(
@@ -189,13 +185,8 @@ class SigmoidDistillLoss(WideModule):
         self._students.look(self, query, keys)
         return loss
 
-    def _temperature(self, *features: object) -> float | Tensor:
-        """The temperature with its gradient, in float64 where the features are."""
-        learned = self.log_temperature_ratio
-        if learned is None:
-            return self.initial_temperature
-        bounds = (self.initial_temperature, *self.temperature_range)
-        return learned_temperature(learned, self._watch, *bounds, wide=any_wide(*features))
+    if TYPE_CHECKING:
+        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     def _bias(self) -> Tensor:
         """The bias, watched where it is our parameter."""
@@ -215,11 +206,10 @@ class SigmoidDistillLoss(WideModule):
 
     @override
     def extra_repr(self) -> str:
-        low, high = self.temperature_range
-        kind = "fixed" if self.log_temperature_ratio is None else f"learned in [{low:g}, {high:g}]"
+        bias = f"{self.bias.item():g}" if is_plain(self.bias) and not self.bias.is_meta else "?"
         return (
-            f"temperature={float(self.temperature):g} ({kind}), "
-            f"bias={self.bias.item():g} ({'learned' if self.bias.requires_grad else 'fixed'}), alpha={self.alpha:g}, "
+            f"temperature={self._describe_temperature()}, "
+            f"bias={bias} ({'learned' if self.bias.requires_grad else 'fixed'}), alpha={self.alpha:g}, "
             f"reduction={self.reduction!r}, key_reduction={self.key_reduction!r}, normalize={self.normalize!r}, "
             f"ignore_index={self.ignore_index}, exclude_self={self.exclude_self}, group={describe_group(self.group)}"
         )

@@ -1,10 +1,11 @@
 """Feature-based distillation: the supervised contrastive loss with momentum targets."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from typing_extensions import override
 
@@ -20,14 +21,16 @@ from momentum_distill._checks import (
 from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize, check_pairs
 from momentum_distill._contrast.formulas import POSITIVES, Positives, PositivesFrom, Reduction
 from momentum_distill._contrast.targets import TARGETS, Targets
-from momentum_distill._group import Group, check_group, describe_group
-from momentum_distill._precision import WideModule, sum_dtype
-from momentum_distill._temperature import any_wide, check_temperature, learned_temperature, temperature_now
-from momentum_distill._watch import IdleWatch, StudentWatch
+from momentum_distill._group import Group, check_group, describe_group, errors_shared_by_sum, find_ranks
+from momentum_distill._precision import sum_dtype
+from momentum_distill._temperature import TemperatureModule
+from momentum_distill._watch import StudentWatch
 from momentum_distill.functional import SupConTerms
 
+Answer = TypeVar("Answer", Tensor, SupConTerms)
 
-class SupConDistillLoss(WideModule):
+
+class SupConDistillLoss(TemperatureModule):
     r"""Draw each row to the keys of its class and to the similarities its momentum model sees (Eq. 8, 9, 11).
 
     $$\mathcal L_i = (1-\alpha)\,\mathcal S_i + \alpha\,\mathrm{KL}(U_i \,\Vert\, V_i), \qquad
@@ -54,7 +57,8 @@ class SupConDistillLoss(WideModule):
             function that returns one for the number of calls so far, for a warm-up. Counted are calls in training
             mode with gradients enabled; where several make an optimizer step (two directions, say), these are more
             than the steps. The count is part of the state, and 0 after loading one from before there was any. The
-            function runs outside the graphs of `torch.compile`.
+            function runs between the graphs of `torch.compile`, so that `fullgraph=True` needs
+            `momentum_temperature=torch.tensor(...)` in the call instead.
         alpha: Weight $\alpha$ of the momentum targets, in [0, 1]. Paper: 0.2 to 0.6.
         momentum_targets: `"softmax"` (the paper: all $b_j = 0$), `"centred"` (DINO: $b_j$ takes the mean momentum logit
             of key j away, by a running mean that this loss keeps) or `"sinkhorn"` (SwAV, DINOv2: all keys get nearly
@@ -126,9 +130,7 @@ class SupConDistillLoss(WideModule):
         group: Group = "auto",
         validate: bool = False,
     ) -> None:
-        super().__init__()
-        check_bool("learnable_temperature", learnable_temperature)
-        self.temperature_range: tuple[float, float] = check_temperature(temperature, temperature_range)
+        super().__init__(temperature, temperature_range, learnable=learnable_temperature)
         if momentum_temperature is not None and not callable(momentum_temperature):
             check_number("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
         check_number("alpha", alpha, low=0.0, high=1.0)
@@ -141,11 +143,6 @@ class SupConDistillLoss(WideModule):
         check_pairs(positives_from, width, hardness, positives)
         check_group(group)
         check_bool("validate", validate)
-        self.initial_temperature: float = float(temperature)
-        # log(temperature / initial_temperature): zero now, so the start is exact in every precision.
-        scalar = nn.Parameter(torch.zeros(())) if learnable_temperature else None
-        self.log_temperature_ratio: nn.Parameter | None = scalar
-        self._watch = IdleWatch("the temperature of SupConDistillLoss", patience=500)  # several calls make a step
         self._students = StudentWatch("neither query nor keys requires a gradient")
         self.momentum_temperature = momentum_temperature
         # That train, where momentum_temperature is a function of them; a compiler would take a number for a constant.
@@ -165,11 +162,6 @@ class SupConDistillLoss(WideModule):
         self.exclude_self = exclude_self
         self.group = group
         self.validate = validate
-
-    @property
-    def temperature(self) -> Tensor:
-        """The temperature in use, inside its range: detached, float64, shape (), on the CPU (the host waits)."""
-        return temperature_now(self.log_temperature_ratio, self.initial_temperature, *self.temperature_range)
 
     @override
     def forward(
@@ -224,12 +216,17 @@ class SupConDistillLoss(WideModule):
             >>> f"{loss.item():.4f}"
             '0.7067'
         """
-        inside = self._inside(momentum_temperature)
-        inputs = (query, keys, momentum_query, momentum_keys, query_targets, key_targets)
-        settings = self._settings(alpha, inside, *inputs)
-        loss = functional.supcon_distill_loss(query, keys, query_labels, key_labels, **settings)
-        self._learned(query, keys, momentum_query, query_labels)
-        return loss
+        return self._call(
+            functional.supcon_distill_loss,
+            *(query, keys, query_labels, key_labels, momentum_temperature, alpha),
+            momentum_query=momentum_query,
+            momentum_keys=momentum_keys,
+            query_targets=query_targets,
+            key_targets=key_targets,
+        )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     def terms(
         self,
@@ -259,49 +256,71 @@ class SupConDistillLoss(WideModule):
             >>> int(terms.rows), int(terms.rows_with_positive)
             (2, 1)
         """
-        inside = self._inside(momentum_temperature)
-        inputs = (query, keys, momentum_query, momentum_keys, query_targets, key_targets)
-        settings = self._settings(alpha, inside, *inputs)
-        terms = functional.supcon_distill_terms(query, keys, query_labels, key_labels, **settings)
-        self._learned(query, keys, momentum_query, query_labels)
-        return terms
+        return self._call(
+            functional.supcon_distill_terms,
+            *(query, keys, query_labels, key_labels, momentum_temperature, alpha),
+            momentum_query=momentum_query,
+            momentum_keys=momentum_keys,
+            query_targets=query_targets,
+            key_targets=key_targets,
+        )
 
-    def _settings(
+    def _call(
         self,
-        alpha: float | Tensor | None,
-        momentum_temperature: float | Tensor | None,
+        function: Callable[..., Answer],
         query: Tensor,
         keys: Parts,
+        query_labels: Tensor,
+        key_labels: Parts,
+        momentum_temperature: float | Tensor | None,
+        alpha: float | Tensor | None,
         momentum_query: Tensor | None,
         momentum_keys: Parts | None,
-        query_targets: Tensor | None,
-        key_targets: Parts | None,
-    ) -> dict[str, Any]:
-        """All keyword arguments of the functions."""
+        **targets: Tensor | Parts | None,
+    ) -> Answer:
+        """One of the two functions, with the settings, and what is to follow a call."""
+        inside = self._inside(momentum_temperature)
         centre = self.centre if self.momentum_targets == "centred" else None
         if centre is not None and isinstance(query, Tensor) and centre.device != query.device:
             self.centre = centre = centre.to(query.device)  # of a state that was loaded where there is no parameter
-        return {
-            "temperature": self._temperature(query, keys, momentum_query, momentum_keys),
-            "momentum_query": momentum_query,
-            "momentum_keys": momentum_keys,
-            "momentum_temperature": momentum_temperature,
-            "momentum_targets": self.momentum_targets,
-            "centre": centre,
-            "alpha": self.alpha if alpha is None else alpha,
-            "query_targets": query_targets,
-            "key_targets": key_targets,
-            "positives": self.positives,
-            "positives_from": self.positives_from,
-            "width": self.width,
-            "hardness": self.hardness,
-            "reduction": self.reduction,
-            "normalize": self.normalize,
-            "ignore_index": self.ignore_index,
-            "exclude_self": self.exclude_self,
-            "group": self.group,
-            "validate": self.validate,
-        }
+        with self._errors_shared_by_centre(query, momentum_query):
+            answer = function(
+                query,
+                keys,
+                query_labels,
+                key_labels,
+                temperature=self._temperature(query, keys, momentum_query, momentum_keys),
+                momentum_query=momentum_query,
+                momentum_keys=momentum_keys,
+                momentum_temperature=inside,
+                momentum_targets=self.momentum_targets,
+                centre=centre,
+                alpha=self.alpha if alpha is None else alpha,
+                positives=self.positives,
+                positives_from=self.positives_from,
+                width=self.width,
+                hardness=self.hardness,
+                reduction=self.reduction,
+                normalize=self.normalize,
+                ignore_index=self.ignore_index,
+                exclude_self=self.exclude_self,
+                group=self.group,
+                validate=self.validate,
+                **targets,
+            )
+        self._learned(query, keys, momentum_query, query_labels)
+        return answer
+
+    def _errors_shared_by_centre(self, query: object, momentum_query: object) -> AbstractContextManager[None]:
+        """Row by row the loss makes no sum over the ranks, in which they would learn of an error; the centre does."""
+        moves = self._trains() and self.momentum_targets == "centred" and momentum_query is not None
+        ranks = find_ranks(self.group) if moves and self.reduction == "none" else None
+        width = query.shape[-1] if isinstance(query, Tensor) and query.ndim else 0
+        return errors_shared_by_sum(ranks, query, slots=width + 1)
+
+    def _trains(self) -> bool:
+        """Whether a call is one of training."""
+        return self.training and torch.is_grad_enabled() and not in_transform()
 
     def _inside(self, momentum_temperature: float | Tensor | None) -> float | Tensor | None:
         """The temperature inside U; None for that of V."""
@@ -328,7 +347,7 @@ class SupConDistillLoss(WideModule):
     def _learned(self, query: Tensor, keys: Parts, momentum_query: Tensor | None, query_labels: Tensor) -> None:
         """After a call that went well, if it trains."""
         self._students.look(self, query, keys)
-        if not self.training or not torch.is_grad_enabled() or in_transform():
+        if not self._trains():
             return
         if callable(self.momentum_temperature):
             self._calls = self._calls + 1
@@ -343,14 +362,6 @@ class SupConDistillLoss(WideModule):
                 ignore_index=self.ignore_index,
                 group=self.group,
             )
-
-    def _temperature(self, *features: object) -> float | Tensor:
-        """The temperature with its gradient, in float64 where the features are."""
-        learned = self.log_temperature_ratio
-        if learned is None:
-            return self.initial_temperature
-        bounds = (self.initial_temperature, *self.temperature_range)
-        return learned_temperature(learned, self._watch, *bounds, wide=any_wide(*features))
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -375,16 +386,14 @@ class SupConDistillLoss(WideModule):
 
     @override
     def extra_repr(self) -> str:
-        low, high = self.temperature_range
         pairs = "" if self.positives_from == "labels" else f"positives_from={self.positives_from!r}, "
         pairs += "" if self.width is None else f"width={self.width:g}, "
         pairs += f"hardness={self.hardness:g}, " if self.hardness else ""
-        kind = "fixed" if self.log_temperature_ratio is None else f"learned in [{low:g}, {high:g}]"
         given = self.momentum_temperature
         inside = "" if given is None else f"momentum_temperature={given if callable(given) else f'{given:g}'}, "
         targets = "" if self.momentum_targets == "softmax" else f"momentum_targets={self.momentum_targets!r}, "
         return (
-            f"temperature={float(self.temperature):g} ({kind}), {inside}alpha={self.alpha:g}, {targets}"
+            f"temperature={self._describe_temperature()}, {inside}alpha={self.alpha:g}, {targets}"
             f"positives={self.positives!r}, {pairs}reduction={self.reduction!r}, "
             f"normalize={self.normalize!r}, ignore_index={self.ignore_index}, "
             f"exclude_self={self.exclude_self}, group={describe_group(self.group)}"

@@ -9,7 +9,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from momentum_distill._checks import check_number, describe, in_transform, may_ask, wrong_type, wrong_value
+from momentum_distill._checks import (
+    check_bool,
+    check_number,
+    describe,
+    in_transform,
+    is_plain,
+    may_ask,
+    wrong_type,
+    wrong_value,
+)
+from momentum_distill._precision import WideModule
 from momentum_distill._watch import IdleWatch
 
 
@@ -55,28 +65,53 @@ def exp_in_range(log_ratio: Tensor, initial: float, low: float, high: float) -> 
     return temperature + (temperature.clamp(low, high) - temperature).detach()
 
 
-def temperature_now(learned: Tensor | None, initial: float, low: float, high: float) -> Tensor:
-    """The temperature of a parameter, or a fixed one: detached, float64, shape (), on the CPU (the host waits)."""
-    if learned is None:
-        return torch.tensor(initial, dtype=torch.float64)
-    ratio = learned.detach().cpu().to(torch.float64, copy=True)  # not all devices have it
-    project_(ratio, initial, low, high)
-    return exp_in_range(ratio, initial, low, high)
+class TemperatureModule(WideModule):
+    """A loss with a temperature that is learned, or fixed."""
 
+    log_temperature_ratio: nn.Parameter | None
+    """The logarithm of the temperature over its start; None if it is fixed."""
 
-def learned_temperature(
-    learned: Tensor, watch: IdleWatch, initial: float, low: float, high: float, *, wide: bool
-) -> Tensor:
-    """The temperature of a parameter with its gradient, which is projected and watched; float64 if `wide`."""
-    bounds = (initial, low, high)
-    if isinstance(learned, nn.Parameter) and not in_transform():
-        watch.look(learned)
-        project_(learned, *bounds)
-        watch.left(learned)
-        ratio: Tensor = learned
-    else:  # what torch.func.functional_call put in its place, or what a transform must not see change
-        ratio = project(learned, *bounds)
-    return exp_in_range(ratio.to(torch.float64) if wide else ratio, *bounds)
+    def __init__(self, temperature: float, temperature_range: tuple[float, float], *, learnable: bool) -> None:
+        super().__init__()
+        check_bool("learnable_temperature", learnable)
+        self.temperature_range: tuple[float, float] = check_temperature(temperature, temperature_range)
+        self.initial_temperature: float = float(temperature)
+        # Zero now, so the start is exact in every precision.
+        self.log_temperature_ratio = nn.Parameter(torch.zeros(())) if learnable else None
+        self._watch = IdleWatch(f"the temperature of {type(self).__name__}", patience=500)  # several calls make a step
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature in use, inside its range: detached, float64, shape (), on the CPU (the host waits)."""
+        if self.log_temperature_ratio is None:
+            return torch.tensor(self.initial_temperature, dtype=torch.float64)
+        ratio = self.log_temperature_ratio.detach().cpu().to(torch.float64, copy=True)  # not all devices have it
+        bounds = (self.initial_temperature, *self.temperature_range)
+        project_(ratio, *bounds)
+        return exp_in_range(ratio, *bounds)
+
+    def _describe_temperature(self) -> str:
+        """For a `repr`; without numbers, on the device "meta" say, what it starts at."""
+        low, high = self.temperature_range
+        learned = self.log_temperature_ratio
+        if learned is None:
+            return f"{self.initial_temperature:g} (fixed)"
+        now = float(self.temperature) if is_plain(learned) and not learned.is_meta else self.initial_temperature
+        return f"{now:g} (learned in [{low:g}, {high:g}])"
+
+    def _temperature(self, *features: object) -> float | Tensor:
+        """The temperature with its gradient, projected and watched; in float64 where the features are."""
+        learned, bounds = self.log_temperature_ratio, (self.initial_temperature, *self.temperature_range)
+        if learned is None:
+            return self.initial_temperature
+        if isinstance(learned, nn.Parameter) and not in_transform():
+            self._watch.look(learned)
+            project_(learned, *bounds)
+            self._watch.left(learned)
+            ratio: Tensor = learned
+        else:  # what torch.func.functional_call put in its place, or what a transform must not see change
+            ratio = project(learned, *bounds)
+        return exp_in_range(ratio.to(torch.float64) if any_wide(*features) else ratio, *bounds)
 
 
 def any_wide(*features: object) -> bool:

@@ -867,9 +867,10 @@ def ema_update(average: Sequence[Tensor], online: Sequence[Tensor], *, decay: fl
 
 
 def lerp_(average: list[Tensor], online: list[Tensor], decay: float) -> None:
-    """:func:`ema_update` without checks, of at least one tensor, all of one dtype and device; 0 and 1 take any."""
+    """:func:`ema_update` without checks, each pair of one dtype and device; 0 and 1 take any."""
     if decay == 0:
-        torch._foreach_copy_(average, online)
+        for old, new in zip(average, online, strict=True):  # for shards there is no _foreach_copy_
+            old.copy_(new)
     elif decay != 1:
         torch._foreach_lerp_(average, online, weight=1 - decay)
 

@@ -342,7 +342,7 @@ bad(
     "x",
     [("is a vector", real(3), V), ("has three dimensions", real(3, 2, 2), V), ("is a scalar", real(), V)],
 )
-bad("l2_normalize", "eps", [*wrong_numbers(optional=True), ("is zero", 0.0, V)])
+bad("l2_normalize", "eps", [*wrong_numbers(optional=True), ("is zero", 0.0, V), ("is beyond any float", 10**309, V)])
 
 bad("contrast_logits", "query", [*no_floats(4, 3), ("is a vector", real(3), V), ("is None", None, T)])
 bad("contrast_logits", "query", [("is of another width", real(4, 2), V)], named="query|keys")

@@ -263,6 +263,12 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all_and_none_is_lost(ran
             assert after == pytest.approx(mean), name
 
 
+def test_an_error_where_no_collective_is_made_is_that_of_its_rank(ranks):
+    first, second = ranks.run(2, "rank_blocks:lone_error")
+    assert first[0] == "ValueError"
+    assert second == ("nothing", "")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Averages
 # --------------------------------------------------------------------------------------------------------------------
@@ -291,6 +297,12 @@ def test_averages_of_other_models_are_found_out(ranks):
 def test_replicas_of_dtensor_are_compared(ranks):
     for kind, text in ranks.run(2, "rank_blocks:average_of_replicas"):
         assert (kind, text.partition("got ")[2]) == ("RuntimeError", "another 'weight' on rank 1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_update_of_shards_may_copy(ranks, dtype):
+    for found in ranks.run(2, "rank_blocks:copied_shards", dtype):
+        assert found == [True] * 12
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -17,8 +17,8 @@ from momentum_distill._contrast import engine, tiles
 WAYS = ["plain sums", "running shift", "without asking the device"]
 
 CHANGED = (
-    r"^supcon_distill: keys, momentum inputs or labels were changed in place \(by ClassQueue.enqueue\?\) before the "
-    "gradient of a single term, or a second derivative, was taken; that needs them. Call backward\\(\\) first, "
+    r"^supcon_distill: an input was changed in place \(keys or labels by ClassQueue.enqueue\?\) before the gradient of "
+    "a single term, or a second derivative, was taken; that needs it. Call backward\\(\\) first, "
     "differentiate `total`, or read the queue without padded=True$"
 )
 
@@ -268,6 +268,19 @@ def test_whatever_is_overwritten_before_a_single_term_has_its_gradient_is_notice
     case.query.requires_grad_()
     terms = F.supcon_distill_terms(*case.args, **case.momentum, temperature=0.5)
     getattr(case, name).mul_(1)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        terms.supervised.backward()
+
+
+@pytest.mark.parametrize("name", ["temperature", "momentum_temperature", "alpha"])
+def test_a_number_that_is_overwritten_before_a_single_term_has_its_gradient_is_noticed(name):
+    case = supcon_case(5)
+    case.query.requires_grad_()
+    numbers = {each: torch.tensor(0.5) for each in ("temperature", "momentum_temperature", "alpha")}
+    terms = F.supcon_distill_terms(*case.args, **case.momentum, **numbers)
+    terms.total.backward(retain_graph=True)
+    numbers[name].mul_(2)
+    terms.total.backward()  # which the forward pass has made
     with pytest.raises(RuntimeError, match=CHANGED):
         terms.supervised.backward()
 

@@ -260,3 +260,13 @@ def test_validation_passes_ignored_garbage_and_changes_no_bit():
     case.keys[case.key_labels == -1] = NAN
     case.momentum_keys[case.key_labels == -1] = NAN
     assert bits(run(case, validate=True)[0]) == bits(expected[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("alpha", 3.0), ("alpha", -0.1), ("temperature", 0.0), ("momentum_temperature", torch.nan)]
+)
+def test_numbers_in_tensors_are_looked_at_with_validate(name, value):
+    case = supcon_case(5)
+    options = {"temperature": 0.5, **case.momentum, name: torch.tensor(value), "validate": True}
+    with pytest.raises(ValueError, match=f"^{name}: expected a finite number in"):
+        F.supcon_distill_loss(*case.args, **options)

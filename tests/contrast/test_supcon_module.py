@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import momentum_distill as md
 from loss_cases import assert_close, bits, numbers_alone, supcon_case
@@ -300,6 +301,15 @@ def test_resumed_training_is_the_same_training():
     for _ in range(3):
         step(resumed, resumed_optimizer)
     assert bits(resumed.temperature) == bits(loss_fn.temperature)
+
+
+@pytest.mark.parametrize("loss", [md.SupConDistillLoss, md.SigmoidDistillLoss])
+def test_a_loss_without_numbers_can_be_shown(loss):
+    with torch.device("meta"):
+        empty = loss(temperature=0.3)
+    assert "temperature=0.3 (learned in" in repr(empty)
+    with FakeTensorMode():
+        assert "temperature=0.3 (learned in" in repr(loss(temperature=0.3))
 
 
 def test_repr_shows_the_settings():

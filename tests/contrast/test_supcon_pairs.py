@@ -336,7 +336,7 @@ def test_weights_carry_no_gradient_and_targets_may_not_change_before_it_is_made(
     terms = F.supcon_distill_terms(*case.args, **case.momentum, **pairs, temperature=0.5)
     with torch.no_grad():
         pairs["key_targets"].zero_()
-    with pytest.raises(RuntimeError, match="were changed in place"):
+    with pytest.raises(RuntimeError, match="was changed in place"):
         terms.supervised.backward()
 
 

@@ -402,6 +402,17 @@ def test_compiled_code_gives_the_same_and_compiles_no_more_after_step_two(kind, 
     assert loss_fn._calls == eager._calls
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_batches_of_any_size_compile_twice():
+    """How many tiles there are is all that a compiler takes for a constant."""
+    loss_fn, _ = loss_and_case(momentum_targets="sinkhorn")
+    compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+    for step, rows in enumerate((40, 41, 64, 33, 100)):
+        case = supcon_case(step, rows, 70, 4, ignored=0.2)
+        with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
+            assert_close(compiled(*case.args, **case.momentum), loss_fn(*case.args, **case.momentum).item())
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 def test_transforms_give_what_backward_gives(kind):
     case = supcon_case(8, 5, 7, 4, ignored=0.2).requires_grad()

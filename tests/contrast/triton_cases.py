@@ -21,7 +21,7 @@ from momentum_distill import functional
 from momentum_distill._contrast import kernel
 from momentum_distill._contrast.kernel import Part
 from momentum_distill._contrast.statistics import LogSum, Statistics
-from momentum_distill._rows import row_lengths
+from momentum_distill._rows import row_lengths, shortest
 from tiers import times
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -49,12 +49,12 @@ def attend(
     query_labels,
     key_labels,
     inside=False,
-    shortest=None,
+    normalize=False,
     num_splits=None,
 ):
     """The kernel over one part of the keys; of each lse its value."""
     taught = momentum_query is not None
-    part = Part(keys, momentum_keys if taught else None, key_labels, present, shortest)
+    part = Part(keys, momentum_keys if taught else None, key_labels, present, normalize)
     statistics = kernel.attend(
         query * scale,
         query_labels,
@@ -101,15 +101,15 @@ def formulas(
     query_labels,
     key_labels,
     inside=False,
-    shortest=None,
+    normalize=False,
     num_splits=None,  # noqa: ARG001 - makes no difference
 ):
     """What `attend` returns, in float64 and with everything of size N x Q."""
     count = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device) if present is None else present
 
     def ready(raw):
-        raw = torch.where(count[:, None], raw.double(), 0.0)
-        return raw if shortest is None else raw / row_lengths(raw, shortest)
+        rows = torch.where(count[:, None], raw.double(), 0.0)
+        return rows / row_lengths(rows, shortest(raw)) if normalize else rows
 
     def attention(q, k, mask, scale):
         logits = q.double() @ ready(k).T * scale
@@ -171,8 +171,16 @@ def test_every_statistic_equals_its_formula(dtype, num_splits, raw, **sizes):
         lengths = torch.logspace(-2, 3, len(args[1]), device=DEVICE)[:, None]
         lengths[len(lengths) // 2] = 0.0
         args[1].mul_(lengths)
-        options["shortest"] = 1e-3 if dtype == F16 else 1e-6
+        options["normalize"] = True
     check(args, options | {"num_splits": num_splits}, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "other"), [(F16, F32), (F32, F16)], **ids)
+def test_each_side_has_the_shortest_row_of_its_own_dtype(dtype, other):
+    (query, keys, _), options = case(dtype=dtype)
+    keys[::2] = keys[::2] * 1e-3  # of which float16 makes rows of zeros, float32 unit rows
+    options["momentum_keys"] = keys.to(other)
+    check((query, keys, None), options | {"normalize": True}, F16)
 
 
 @pytest.mark.grid

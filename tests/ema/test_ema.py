@@ -633,6 +633,21 @@ def test_state_dict_inside_swap_has_the_averaged_weights():
     assert_same_state(saved, ema.module.state_dict())
 
 
+def test_autocast_sees_the_weights_that_are_there():
+    """It keeps 16-bit copies of weights until its region ends."""
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    ema = md.EMAWrapper(model)
+    nn.init.ones_(model.weight)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        own = model(x)
+        with ema.swap(model):
+            assert torch.equal(model(x), ema(x))
+        assert torch.equal(model(x), own)
+        ema.copy_to(model)
+        assert torch.equal(model(x), ema(x))
+        assert not torch.equal(model(x), own)
+
+
 def test_the_wrapper_itself_is_unchanged_inside_swap():
     model, ema = swapped()
     before, x = copy.deepcopy(ema.state_dict()), torch.randn(4, 3)

@@ -1398,3 +1398,11 @@ def test_a_model_whose_submodule_knows_it_is_not_kept_alive():
     del model
     gc.collect()
     assert watched() is None
+
+
+def test_a_model_without_numbers_is_refused_by_name():
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    ema = md.EMAWrapper(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^model: expected numbers in 'weight', got none: it is on the device meta"):
+        ema.update(empty)

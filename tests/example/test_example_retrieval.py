@@ -1,5 +1,6 @@
 """The study of retrieval: what it trains on, what its arms do, and that the page says what the runs gave."""
 
+import itertools
 import json
 import os
 import re
@@ -213,6 +214,18 @@ def test_a_log_of_runs_goes_on_behind_the_last_whole_line(tmp_path):
     assert ("c", 3) not in again
     again.add(("c", 3), 4)
     assert study_tools.RunLog(path)[("c", 3)] == 4
+
+
+def test_runs_are_compared_where_each_arm_has_all_seeds(tmp_path):
+    log = study_tools.RunLog(tmp_path / "runs.jsonl")
+    for arm, seeds in {"labels": 3, "plain": 2}.items():
+        for seed, fold in itertools.product(range(seeds), range(2)):
+            log.add(("few", arm, seed, fold), seed)
+    assert {key[1] for key, _ in log.complete(range(2), 2)} == {"labels", "plain"}
+    assert [(key[1], seed) for key, seed in log.complete(range(3), 2)] == [
+        ("labels", seed) for seed in (0, 0, 1, 1, 2, 2)
+    ]
+    assert list(log.complete(range(4), 2)) == []
 
 
 def test_the_watch_has_its_windows():

@@ -214,6 +214,12 @@ def test_type_checkers_see_the_types_of_the_wheel(installed, tmp_path):
         "md.functional.normalize(torch.eye(2))",
         "md.EMAWrapper(torch.nn.Linear(2, 2))('text')",
         "a: md.EMAWrapper[torch.nn.ReLU] = md.EMAWrapper(torch.nn.Linear(2, 2))",
+        "md.EMADict(torch.nn.Linear(2, 2), {'slow': 0.99})['slow']('text')",
+        "md.SupConDistillLoss()(torch.eye(2), torch.eye(2), torch.arange(2))",
+        "md.SigmoidDistillLoss()(torch.eye(2), torch.eye(2), torch.arange(2), torch.arange(2), alpah=1)",
+        "b: int = md.ResponseDistillLoss(task='regression')(torch.ones(2), torch.ones(2))",
+        "md.HardSampleFusionLoss()(torch.ones(2), torch.ones(2))",
+        "md.MomentumFusionFactors(['text'])(torch.ones(2))",
     ]
     (tmp_path / "wrong.py").write_text("\n".join(["import torch", "import momentum_distill as md", *wrong, ""]))
     # A few functions of torch have no types.

@@ -381,6 +381,26 @@ def test_enqueue_does_not_change_or_share_what_it_was_given():
     assert 9 not in contents(queue)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_what_a_queue_gave_may_come_back(normalize, shift):
+    queue = md.ClassQueue(4, {"a": 2, "b": 2, "c": 3}, normalize=normalize)
+    rows = {"a": torch.eye(2), "b": -torch.eye(2), "c": torch.eye(2, 3)}
+    for labels in (torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor([5])):
+        queue.enqueue(labels, {stream: x[: len(labels)] for stream, x in rows.items()})
+    read = {stream: queue.read(stream, padded=True) for stream in rows}
+    given = {"a": read["b"][0], "b": read["a"][0], "c": read["c"][0]}
+    given = {
+        stream: x.as_strided((2, x.shape[1]), x.stride(), x.storage_offset() + shift) for stream, x in given.items()
+    }
+    labels = read["a"][1][1:3]
+    copies = labels.clone(), {stream: x.clone() for stream, x in given.items()}
+    other = copy.deepcopy(queue)
+    queue.enqueue(labels, given)
+    other.enqueue(*copies)
+    assert_same_state(clone_state(queue), clone_state(other))
+
+
 def test_non_contiguous_and_expanded_inputs_are_legal():
     queue = md.ClassQueue(6, {"t": 4}, normalize=False)
     rows = torch.arange(8.0).reshape(4, 2).T
@@ -713,6 +733,46 @@ def test_enqueue_and_padded_read_run_on_the_meta_device(kwargs):
     queue = make_queue(device="meta", **kwargs)
     assert {b.device.type for b in queue.buffers()} == {"meta"}
     hot_path(queue, device="meta")
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kwargs", KINDS.values(), ids=KINDS)
+def test_a_queue_without_numbers_gets_them_from_a_state(kwargs, assign):
+    """As a large model is built: on the device meta, then with whatever memory holds, then from a file."""
+    queue, source = make_queue(device="meta", **kwargs), make_queue(**kwargs)
+    source.enqueue(*batch(4))
+    if not assign:
+        queue = queue.to_empty(device="cpu")
+        for buffer in queue.buffers():
+            buffer.fill_(77)
+    queue.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+    assert_same_state(clone_state(queue), clone_state(source))
+    for each in (queue, source):
+        each.enqueue(*batch(4, seed=3))
+    assert_same_state(clone_state(queue), clone_state(source))
+    for buffer in queue.buffers():
+        buffer.fill_(77)
+    queue.reset()
+    source.reset()
+    assert len(queue) == 0
+    for each in (queue, source):
+        each.enqueue(*batch(4, seed=4))
+    assert_same_state(clone_state(queue), clone_state(source))
+
+
+@pytest.mark.parametrize("kwargs", KINDS.values(), ids=KINDS)
+def test_the_state_is_what_distributed_checkpoints_ask_for(kwargs):
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    source, other = (nn.ModuleDict({"queue": make_queue(**kwargs)}) for _ in range(2))
+    source["queue"].enqueue(*batch(4))
+    state = get_model_state_dict(source)
+    assert state.keys() == source.state_dict().keys()
+    assert set_model_state_dict(other, state) == ([], [])
+    assert_same_state(clone_state(other["queue"]), clone_state(source["queue"]))
+    for wrong in ("keys_", "keys_z", "key", "keys"):
+        with pytest.raises(AttributeError, match=wrong):
+            getattr(source["queue"], wrong)
 
 
 @pytest.mark.parametrize(

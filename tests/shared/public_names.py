@@ -15,8 +15,9 @@ OF_CALLBACKS = ("state_dict", "load_state_dict", "state_key")  # what a trainer 
 
 
 def members(cls: type) -> Iterator[tuple[str, object]]:
-    """Methods and properties that a block defines itself."""
-    for name, member in vars(cls).items():
+    """Methods and properties that a block defines itself, or has from a base of ours."""
+    bases = [base for base in cls.__mro__ if base.__module__.startswith(md.__name__)]
+    for name, member in {name: member for base in bases[::-1] for name, member in vars(base).items()}.items():
         plumbing = name.startswith(("_", "on_")) or name in (*OF_MODULES, *OF_CALLBACKS)
         public = name in OWN_DUNDERS or not plumbing
         if public and (callable(member) or isinstance(member, property)):

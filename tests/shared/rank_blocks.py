@@ -672,6 +672,24 @@ def wrong_balance(rank: int, **change: object) -> None:
     F.supcon_distill_loss(temperature=0.5, group="auto", **options)
 
 
+def lone_error() -> tuple[str, str]:
+    """Of a call that makes no collective, so that nobody could be told, nor may wait."""
+    labels = torch.tensor([0, 1]) if rank_and_world()[0] else torch.tensor([0, -7])
+    options = {"temperature": 0.5, "momentum_targets": "sinkhorn", "reduction": "none", "group": "auto"}
+    return raised(lambda: F.supcon_distill_loss(eye(), eye(4), labels, torch.arange(4), **options))
+
+
+def wrong_centred_rows(rank: int, **change: object) -> None:
+    options = {
+        "query": eye(requires_grad=True),
+        "keys": eye(4),
+        "query_labels": torch.tensor([0, 1]),
+        "key_labels": torch.arange(4),
+    }
+    options |= {**MOMENTUM, **(change if rank == 1 else {})}
+    md.SupConDistillLoss(momentum_targets="centred", reduction="none")(**options)
+
+
 def wrong_centre(rank: int, **change: object) -> None:
     options = {"momentum_query": eye(), "query_labels": torch.tensor([0, 1]), **(change if rank == 1 else {})}
     F.centre_update(torch.zeros(3), group="auto", **options)
@@ -781,6 +799,7 @@ WRONG: dict[str, tuple[Callable, dict, str, str]] = {
         "ValueError",
         r"decay=0.9.* on rank 0: .*decay=0.8.*on rank 1$",
     ),
+    "rows with a centre": (wrong_centred_rows, {"key_labels": None}, "TypeError", r"^key_labels: .* \(on rank 1\)$"),
     "bias": (wrong_sigmoid, {"bias": "0"}, "TypeError", r"^bias: .* \(on rank 1\)$"),
     "reduction of keys": (wrong_sigmoid, {"key_reduction": "mean"}, "ValueError", r"'sum' on rank 0.*'mean' on rank"),
     "loss NaN": (wrong_supcon, {"query": eye() * torch.nan, "validate": True}, "ValueError", r"^query: .*NaN"),
@@ -970,6 +989,17 @@ def average_of_shards(dtype: torch.dtype, saved: Path | None) -> tuple[int, list
         if rank == 0:
             torch.save(state, saved)
     return traffic, wrong
+
+
+def copied_shards(dtype: torch.dtype) -> list[bool]:
+    """Whether the shards are the student's after an update that copies: by a number, and by a schedule's first."""
+    found = []
+    for decay in (0.0, md.schedules.PowerFunction(0.1)):
+        student, teacher = sharded(1, dtype), sharded(2)
+        md.EMAWrapper(student, decay=decay, teacher=teacher).update(student)
+        pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+        found += [torch.equal(old.to_local(), new.to_local().float()) for old, new in pairs]
+    return found
 
 
 def restore_shards(saved: Path) -> tuple[int, dict[str, list[float]]]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtmd.files.checks import reason
-
-if TYPE_CHECKING:
-    pass
 from mtmd.files.writing import file_sha256
 
 DTYPES = {  # what safetensors calls them, in the order in which it lays them: each tensor starts aligned

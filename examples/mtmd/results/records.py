@@ -1,7 +1,6 @@
 """What an experiment leaves in its folder: results, epochs, predictions, steps. Others read it with distrust."""
 
 import csv
-import importlib
 import importlib.metadata
 import io
 import itertools

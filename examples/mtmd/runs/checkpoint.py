@@ -12,13 +12,13 @@ from mtmd.data.fold import MODALITIES, DataError, Dataset
 from mtmd.data.scaling import Standardizer
 from mtmd.files.checks import COUNT, NAME, OBJECT, Rule, check_layout, is_plain, reason, shown
 from mtmd.files.reading import read_json
+from mtmd.files.tensors import load_tensors, pair, section, write_tensors
+from mtmd.files.writing import file_sha256, replacing, write_json
 from mtmd.model import MTMD, TEACHER, load_transformers, used_modalities
 from mtmd.settings.config import Config
 
 if TYPE_CHECKING:
     from mtmd.train import Run
-from mtmd.files.tensors import load_tensors, pair, section, write_tensors
-from mtmd.files.writing import file_sha256, replacing, write_json
 
 DESCRIPTION = {  # what is read of the JSON beside a model
     "config": OBJECT,

@@ -5,15 +5,12 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from mtmd.files.checks import shown
 from mtmd.files.reading import read_json
-
-if TYPE_CHECKING:
-    pass
 from mtmd.files.tensors import load_tensors, pair, write_tensors
 from mtmd.files.writing import replacing, sweep, write_text
 

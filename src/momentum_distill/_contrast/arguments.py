@@ -1,5 +1,6 @@
 """The arguments of the contrastive loss: checked, and put together to a :class:`Problem`."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -71,7 +72,8 @@ def read_problem(
     check_group(group)
     everyone = find_ranks(group)
     ranks = everyone if reduction != "none" else None
-    with errors_shared_by_sum(ranks if momentum_targets in ("softmax", "centred") else everyone, query):
+    exchange = momentum_query is not None and momentum_targets not in ("softmax", "centred")  # whatever the reduction
+    with errors_shared_by_sum(everyone if exchange else ranks, query):
         check_scalar("temperature", temperature, low=0.0, open_low=True)
         if momentum_temperature is not None:
             check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
@@ -105,6 +107,13 @@ def read_problem(
             for name, part in _named("key_labels", labels)
         ]
         if validate:
+            for name, value, high in (
+                ("temperature", temperature, math.inf),
+                ("momentum_temperature", momentum_temperature, math.inf),
+                ("alpha", alpha, 1.0),
+            ):
+                if isinstance(value, Tensor):
+                    check_number(name, value.item(), low=0.0, high=high, open_low=name != "alpha")
             _check_values(query, parts, query_labels, labels, normalize, ignore_index)
             if momentum_query is not None:  # of the same samples
                 _check_values(
@@ -112,8 +121,8 @@ def read_problem(
                 )
 
         if query_targets is not None:
-            labelled = [(marks >= 0) & (marks != ignore_index) for marks in (query_labels, *labels)]
-            _check_weights(query_targets, target_parts, labelled, positives_from, validate=validate)
+            every_label = (query_labels, *labels)
+            _check_weights(query_targets, target_parts, every_label, ignore_index, positives_from, validate=validate)
 
     choices = Choices(
         *(positives, reduction, bool(normalize), normalize is True, ignore_index, exclude_self),
@@ -197,7 +206,8 @@ def _check_targets(
 def _check_weights(
     query_targets: Tensor,
     key_targets: tuple[Tensor, ...],
-    labelled: list[Tensor],
+    labels: tuple[Tensor, ...],
+    ignore_index: int,
     positives_from: PositivesFrom,
     *,
     validate: bool,
@@ -207,6 +217,7 @@ def _check_weights(
         pair_weights(query_targets.detach()[:2], key_targets[0].detach()[:3], positives_from, 1.0)
     if not validate:
         return
+    labelled = [(marks >= 0) & (marks != ignore_index) for marks in labels]
     every = [("query_targets", query_targets), *_named("key_targets", key_targets)]
     for (name, targets), keep in zip(every, labelled, strict=True):
         check_finite(name, targets, keep)

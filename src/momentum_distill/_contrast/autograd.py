@@ -1,6 +1,6 @@
 """The door to the engine: a loss whose gradient autograd finds ready."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ class _Call:
         self.counts: Counts = (0, 0)
         self.gradients: engine.Gradients | None = None
         self.answer: Answer | None = None  # that of the lean kernels
-        self.versions = [(tensor, _version(tensor)) for tensor in problem.tensors()]
+        self.versions = versions(problem.tensors())
 
 
 class _Contrast(torch.autograd.Function):
@@ -98,13 +98,13 @@ class _Contrast(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         with full_precision(problem.query):  # backward() may be called under autocast
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
-                _check_versions(call.versions)
-                return None, *_second(problem, upstream, wanted)
+                check_versions(call.versions)
+                return None, *second(engine.by_autograd(problem)[:3], upstream, _inputs(problem), wanted)
             if call.answer is not None and all(grad is None for grad in upstream[1:]):
                 return None, *fused.scaled(call.answer, problem, upstream[0], wanted)
             grads, scale = call.gradients, upstream[0]
             if grads is None or any(grad is not None for grad in upstream[1:]):
-                _check_versions(call.versions)
+                check_versions(call.versions)
                 shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream))
                 grads, scale = engine.Solved(problem).gradients(call.counts, shares, wanted[3:]), None
             return None, *_delivered(problem, ctx.difference, grads, scale, upstream[0], wanted)
@@ -191,17 +191,21 @@ def _inputs(problem: Problem) -> list[Tensor | None]:
     return [*learned, problem.query, *(part.online for part in problem.keys)]
 
 
-def _second(problem: Problem, upstream: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+def second(
+    terms: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
     """The gradients with a graph of their own."""
-    terms = engine.by_autograd(problem)
     pairs = [
         (term, grad)
-        for term, grad in zip(terms[:3], upstream, strict=True)
+        for term, grad in zip(terms, upstream, strict=True)
         if grad is not None and term.requires_grad  # the KL term does not without momentum inputs
     ]
     grads = torch.autograd.grad(
         [term for term, _ in pairs],
-        [x for x, want in zip(_inputs(problem), wanted, strict=True) if want and x is not None],
+        [x for x, want in zip(inputs, wanted, strict=True) if want and x is not None],
         [grad for _, grad in pairs],
         create_graph=True,
         allow_unused=True,
@@ -210,16 +214,16 @@ def _second(problem: Problem, upstream: tuple[Tensor | None, ...], wanted: tuple
     return [next(found) if want else None for want in wanted]
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; an inference tensor does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def versions(inputs: Iterable[object]) -> list[tuple[Tensor, int]]:
+    """The tensors, each with how often it was changed in place; an inference tensor does not count."""
+    return [(x, 0 if x.is_inference() else x._version) for x in inputs if isinstance(x, Tensor)]
 
 
-def _check_versions(versions: list[tuple[Tensor, int]], loss: str = "supcon_distill") -> None:
+def check_versions(before: list[tuple[Tensor, int]], loss: str = "supcon_distill") -> None:
     """Refuse what autograd would refuse, had it kept these inputs itself."""
-    if any(_version(tensor) != version for tensor, version in versions):
+    if any(now[1] != then[1] for now, then in zip(versions(x for x, _ in before), before, strict=True)):
         raise RuntimeError(
-            f"{loss}: keys, momentum inputs or labels were changed in place (by ClassQueue.enqueue?) before the "
-            "gradient of a single term, or a second derivative, was taken; that needs them. Call backward() first, "
-            "differentiate `total`, or read the queue without padded=True"
+            f"{loss}: an input was changed in place (keys or labels by ClassQueue.enqueue?) before the gradient of a "
+            "single term, or a second derivative, was taken; that needs it. Call backward() first, differentiate "
+            "`total`, or read the queue without padded=True"
         )

@@ -81,17 +81,6 @@ class Weights(NamedTuple):
     u: Number
 
 
-def supervised_rows(sums: Sums, positives: Positives) -> Tensor:
-    r"""$\mathcal S_i$ of `supcon_distill_loss`, shape `(N,)`; 0 (NaN if the row is) without a positive key."""
-    supervised = -sums.positive_log
-    return supervised / sums.positive_count.clamp(min=1) if positives == "inside_per_positive" else supervised
-
-
-def distill_rows(sums: Sums) -> Tensor:
-    r"""$\mathrm{KL}(U_i\Vert V_i) = \sum_j U_{ij}\,(\log U_{ij} - \log V_{ij})$, shape `(N,)`, Eq. 11."""
-    return torch.zeros_like(sums.positive_log) if sums.kl is None else sums.kl
-
-
 def weights(grad_supervised: Number, grad_distill: Number, positive_count: Tensor, positives: Positives) -> Weights:
     r"""From the gradients of $\mathcal S_i$, 0 in a row without a positive key, and of $\mathrm{KL}_i$."""
     p = grad_supervised / positive_count.clamp(min=1) if positives == "inside_per_positive" else grad_supervised
@@ -108,8 +97,11 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, sums: Sums, positives: Positives, present: Tensor | None) -> "Rows":
-        """The formulas above, where a row counts."""
-        supervised, distill = supervised_rows(sums, positives), distill_rows(sums)
+        r"""$\mathcal S_i$ of `supcon_distill_loss`, and $\mathrm{KL}(U_i\Vert V_i)$ (Eq. 11), where a row counts."""
+        supervised = -sums.positive_log  # 0 (NaN if the row is) without a positive key
+        if positives == "inside_per_positive":
+            supervised = supervised / sums.positive_count.clamp(min=1)
+        distill = torch.zeros_like(supervised) if sums.kl is None else sums.kl
         positive = None if sums.all_positive else sums.positive_count != 0  # NaN counts
         if present is not None:
             supervised, distill = torch.where(present, supervised, 0.0), torch.where(present, distill, 0.0)

@@ -11,7 +11,6 @@ from momentum_distill._checks import is_plain
 from momentum_distill._contrast.formulas import by_softmax
 from momentum_distill._contrast.problem import Problem
 from momentum_distill._contrast.statistics import Statistics
-from momentum_distill._rows import shortest
 
 if TYPE_CHECKING:
     from momentum_distill._contrast.lean import Answer
@@ -77,13 +76,7 @@ def attend(problem: Problem, queries: Tensor, momentum: Tensor | None) -> Statis
     from momentum_distill._contrast import kernel
 
     parts = [
-        kernel.Part(
-            part.online,
-            part.momentum,
-            part.labels,
-            part.present,
-            shortest(part.online) if part.prepare.normalize else None,
-        )
+        kernel.Part(part.online, part.momentum, part.labels, part.present, part.prepare.normalize)
         for part in problem.keys
     ]
     inside = by_softmax(problem.choices.positives)

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from momentum_distill._checks import describe, wrong_type
 from momentum_distill._contrast.statistics import LogSum, Statistics
+from momentum_distill._rows import shortest
 
 
 def _import(name: str) -> Any:  # noqa: ANN401 - a module without stubs, or None
@@ -79,7 +80,7 @@ class Part(NamedTuple):
     momentum: Tensor | None  # (Q, d); the same object as `keys` where they are the same keys
     labels: Tensor  # (Q,) int64
     present: Tensor | None  # (Q,) bool: the others are not read; None: all
-    shortest: float | None = None  # of raw rows: in which no magnitude reaches this, the row counts as zeros
+    normalize: bool = False  # raw rows, to unit length
 
 
 def available() -> bool:
@@ -803,9 +804,9 @@ def _readable(part: Part) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, T
 
     def ready(raw: Tensor) -> tuple[Tensor, Tensor | None]:
         raw = _rows_contiguous(raw)
-        if part.shortest is None:
+        if not part.normalize:
             return raw, None
-        inverse = _inverse_lengths(raw, part.shortest)
+        inverse = _inverse_lengths(raw, shortest(raw))
         if raw.dtype != torch.float16:
             return raw, inverse
         # A softmax weight over a length may leave the range of float16: a copy takes the power of two, losing nothing.

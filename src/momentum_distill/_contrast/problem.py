@@ -102,8 +102,9 @@ class Problem(NamedTuple):
         momentum = [part.momentum for part in self.keys if part.momentum is not None]
         query = [] if self.momentum_query is None else [self.momentum_query]
         targets = [self.targets, *(part.targets for part in self.keys)]
+        numbers = (self.temperature, self.momentum_temperature, self.alpha)
         return [
-            *(given for given in targets if given is not None),
+            *(given for given in (*targets, *numbers) if isinstance(given, Tensor)),
             self.query,
             *(part.online for part in self.keys),
             *momentum,
@@ -194,7 +195,6 @@ def masked(problem: Problem, *, classes_alone: bool = False) -> Problem:
     if problem.whole and not classes_alone:
         return problem
     absent = problem.choices.ignore_index
-    # Field by field, for the compiler of torch 2.8 looks neither into _replace nor at a slice.
     parts = [
         Part(
             *(part.online, part.momentum, part.labels, part.prepare, part.own, part.targets),
@@ -202,22 +202,36 @@ def masked(problem: Problem, *, classes_alone: bool = False) -> Problem:
         )
         for part in problem.keys
     ]
+    present = _present(problem.labels, absent, classes_alone)
+    return changed(problem, problem.query, parts, problem.momentum_query, problem.prepare, problem.choices, present)
+
+
+def changed(
+    problem: Problem,
+    query: Tensor,
+    keys: list[Part],
+    momentum_query: Tensor | None,
+    prepare: Prepare,
+    choices: Choices,
+    present: Tensor | None = None,
+) -> Problem:
+    """The same with these: field by field, for the compiler of torch 2.8 looks neither into _replace nor at a slice."""
     return Problem(
-        problem.query,
-        parts,
+        query,
+        keys,
         problem.labels,
         problem.labelled,
         problem.whole,
         problem.small_labels,
-        problem.momentum_query,
+        momentum_query,
         problem.temperature,
         problem.momentum_temperature,
         problem.alpha,
-        problem.prepare,
-        problem.choices,
+        prepare,
+        choices,
         problem.ranks,
         problem.targets,
-        _present(problem.labels, absent, classes_alone),
+        present,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from momentum_distill._checks import check_choice, check_scalar, in_transform, may_ask
 from momentum_distill._contrast import engine, operator
-from momentum_distill._contrast.autograd import _check_versions, _version
+from momentum_distill._contrast.autograd import check_versions, second, versions
 from momentum_distill._contrast.formulas import Number, Rows, Terms, column, reduce_rows, row_gradients
 from momentum_distill._contrast.matrices import hidden_keys, joined, ready
 from momentum_distill._contrast.problem import Part, Problem, masked, negated
@@ -112,8 +112,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, problem: Sigmoid, wanted: list[bool], *_: Tensor | None) -> Tensor:  # noqa: ANN401
         late = problem.base.choices.reduction == "none" and any(wanted[4:])
         ctx.problem, ctx.wanted, ctx.late, ctx.compiled = problem, wanted, late, torch.compiler.is_compiling()
-        kept = [*problem.base.tensors(), *[x for x in problem.inputs()[:3] if x is not None]]
-        ctx.versions = [] if ctx.compiled else [(tensor, _version(tensor)) for tensor in kept]
+        ctx.versions = [] if ctx.compiled else versions([*problem.base.tensors(), problem.bias])
         asked = [any(wanted) and not late, *wanted[4:]]
         total, difference, *grads = _answer(problem, asked, None, compiled=ctx.compiled)
         ctx.save_for_backward(difference, *grads)
@@ -125,10 +124,10 @@ class _Loss(torch.autograd.Function):
         difference, *grads = ctx.saved_tensors
         with full_precision(problem.base.query):  # backward() may be called under autocast
             if not ctx.compiled and torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
-                _check_versions(ctx.versions, "sigmoid_distill")
-                return None, None, *_second(problem, upstream, wanted)
+                check_versions(ctx.versions, "sigmoid_distill")
+                return None, None, *second([_by_autograd(problem)], [upstream], problem.inputs(), wanted)
             if ctx.late:
-                _check_versions(ctx.versions, "sigmoid_distill")
+                check_versions(ctx.versions, "sigmoid_distill")
                 grads, scale = _answer(problem, [True, *wanted[4:]], upstream, compiled=ctx.compiled)[2:], 1.0
         temperature, bias, query, *keys = [grad * scale for grad in grads]
         parts = iter(keys)
@@ -136,14 +135,6 @@ class _Loss(torch.autograd.Function):
         found = [(upstream * difference).sum(), temperature.sum(), bias.sum(), query, *each]
         pairs = zip(problem.inputs(), wanted, found, strict=True)
         return None, None, *[grad.to(x.dtype) if want else None for x, want, grad in pairs]
-
-
-def _second(problem: Sigmoid, upstream: Tensor, wanted: list[bool]) -> list[Tensor | None]:
-    """The gradients with a graph of their own."""
-    inputs = [x for x, want in zip(problem.inputs(), wanted, strict=True) if want and x is not None]
-    total = _by_autograd(problem)
-    found = iter(torch.autograd.grad(total, inputs, upstream, create_graph=True, allow_unused=True))
-    return [next(found) if want else None for want in wanted]
 
 
 def _answer(problem: Sigmoid, wanted: list[bool], upstream: Tensor | None, *, compiled: bool) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast import engine
 from momentum_distill._contrast.matrices import ready
-from momentum_distill._contrast.problem import Choices, Part, Prepare, Problem, masked
+from momentum_distill._contrast.problem import Choices, Part, Prepare, Problem, changed, masked
 from momentum_distill._contrast.tiles import tile_size
 from momentum_distill._group import Ranks, all_gather, sum_over_ranks
 from momentum_distill._precision import as_variable
@@ -112,14 +112,14 @@ def _key_biases(problem: Problem, queries: Tensor, keys: list[Tensor], ranks: Ra
 def _logits(problem: Problem, queries: Tensor, keys: list[Tensor]) -> Iterator[Tensor]:
     """Momentum logits (N, B), some keys at a time; minus infinity where a row does not see a key."""
     for part, rows in zip(problem.keys, keys, strict=True):
-        size = tile_size(queries)
-        for start in range(0, rows.shape[0], size):
-            logits = queries @ rows[start : start + size].T
+        count = max(1, -(-rows.shape[0] // tile_size(queries)))  # the only number that a compiler takes for a constant
+        number = torch.arange(rows.shape[0], device=rows.device)
+        for tile, here in zip(rows.chunk(count), number.chunk(count), strict=True):
+            logits = queries @ tile.T
             if part.present is not None:
-                logits = logits.masked_fill(~part.present[start : start + size], -torch.inf)
+                logits = logits.masked_fill(~part.present[here], -torch.inf)
             if part.own:
-                number = torch.arange(rows.shape[0], device=rows.device)
-                logits = logits.masked_fill(number[:, None] == number[start : start + size], -torch.inf)
+                logits = logits.masked_fill(number[:, None] == here, -torch.inf)
             yield logits
 
 
@@ -151,19 +151,4 @@ def _given(problem: Problem, query: Tensor, momentum: Tensor, keys: list[Part], 
         width=old.width,
         hardness=old.hardness,
     )
-    return Problem(
-        query,
-        keys,
-        problem.labels,
-        problem.labelled,
-        problem.whole,
-        problem.small_labels,
-        momentum,
-        problem.temperature,
-        problem.momentum_temperature,
-        problem.alpha,
-        Prepare(problem.prepare.dtype, normalize=False),
-        choices,
-        problem.ranks,
-        problem.targets,
-    )
+    return changed(problem, query, keys, momentum, Prepare(problem.prepare.dtype, normalize=False), choices)

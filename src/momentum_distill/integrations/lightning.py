@@ -46,10 +46,10 @@ class EMACallback(Callback):
         ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
             LightningModule it is saved with it, and once.
         also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
-        swap: Validate, test and predict with the averaged weights: in one callback alone of those that average the same
-            weights. The model gets its own back afterwards, bit for bit
-            and after an exception too, and a checkpoint that is saved meanwhile has its own. Before the first training
-            step there is no average; with `trainer.test(module, ckpt_path=...)` it is that of the checkpoint.
+        swap: Validate, test and predict with the averaged weights; of callbacks that average the same weights, in one
+            alone. The model gets its own back afterwards, bit for bit and after an exception too, and a checkpoint that
+            is saved meanwhile has its own. Before the first training step there is no average; with
+            `trainer.test(module, ckpt_path=...)` it is that of the checkpoint.
         name: What it is saved as. Two callbacks of one trainer need two names.
         **options: `decay` and the others of :class:`~momentum_distill.EMAWrapper`, for the new average.
 

@@ -40,9 +40,9 @@ class EMACallback(TrainerCallback):
         ema: A ready average in place of a new one. It follows `model`, by default what it was made of. As a part of the
             Trainer's model it is saved with it, and once.
         also: What else has an `update()` to call after the step, as `MomentumFusionFactors` has.
-        swap: Evaluate and predict with the averaged weights, within training and after it: in one callback alone of those
-            that average the same weights. The model gets its own back
-            afterwards, bit for bit and after an exception too. Before training there is no average.
+        swap: Evaluate and predict with the averaged weights, within training and after it; of callbacks that average
+            the same weights, in one alone. The model gets its own back afterwards, bit for bit and after an exception
+            too. Before training there is no average.
         name: What it is saved as, `<name>.safetensors`. Two callbacks of one Trainer need two names.
         **options: `decay` and the others of :class:`~momentum_distill.EMAWrapper`, for the new average.
 
