@@ -110,8 +110,9 @@ class Trainer:
             momentum_query=m.features,
             momentum_keys=(n.features, past_note),
         )
+        truth = [F.l1_loss(o.scores, batch.wear) + F.cross_entropy(o.logits, batch.labels) for o in (n, s, f)]
         terms = {
-            "truth": sum(F.l1_loss(o.scores, batch.wear) + F.cross_entropy(o.logits, batch.labels) for o in (n, s, f)),
+            "truth": torch.stack(truth).sum(),
             "features": (note_to_sensor.total + sensor_to_note.total) / 2,
             "scores": self.regress(s.scores, n.scores, m.scores),
             "classes": self.classify(s.logits, n.logits, m.logits),

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from typing_extensions import ParamSpec, TypeVar, override
+from typing_extensions import TypeVar, override
 
 from momentum_distill._checks import (
     check_choice,
@@ -27,6 +27,7 @@ from momentum_distill._ema_pairs import Buffers, Pairing, Tree, cast, is_average
 from momentum_distill._ema_plan import Plan
 from momentum_distill._group import Group, check_group, find_ranks, require_in_sync
 from momentum_distill._precision import WideModule, is_16_bit, wide_dtype
+from momentum_distill._typing import HasForward, P, R_co
 from momentum_distill._watch import UpdateWatch, warn
 from momentum_distill.schedules import Schedule, pack, unpack
 
@@ -34,15 +35,7 @@ Decay: TypeAlias = float | Callable[[int], float]
 
 BUFFERS = ("copy", "ema", "frozen")
 
-P = ParamSpec("P")
-R_co = TypeVar("R_co", covariant=True)
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True, default=nn.Module)
-
-
-class HasForward(Protocol[P, R_co]):
-    """A model, to a type checker: what a call of it takes and returns."""
-
-    def forward(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 class EMAWrapper(WideModule, Generic[M_co]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal
+from typing import Any, Generic, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,9 +15,10 @@ from momentum_distill._ema import Decay, EMAWrapper, M_co
 from momentum_distill._ema_copy import check_module
 from momentum_distill._ema_pairs import Buffers
 from momentum_distill._ema_plan import JointPlan
+from momentum_distill._typing import TypedModule
 
 
-class EMADict(nn.Module, Generic[M_co]):
+class EMADict(TypedModule, Generic[M_co]):
     r"""Several averages of one module by name, each an `EMAWrapper`, moved in one pass over its weights.
 
     $$\theta_{ema}^{(k)} \leftarrow \eta^{(k)}\,\theta_{ema}^{(k)} + (1-\eta^{(k)})\,\theta_{online}$$
@@ -116,9 +117,6 @@ class EMADict(nn.Module, Generic[M_co]):
             {'fast': torch.Size([4, 2]), 'slow': torch.Size([4, 2])}
         """
         return {name: average(*args, **kwargs) for name, average in self.averages.items()}
-
-    if TYPE_CHECKING:
-        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     @torch.inference_mode()
     def update(self, model: nn.Module, *, decay: float | None = None) -> None:

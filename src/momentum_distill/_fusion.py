@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,9 +122,6 @@ class MomentumFusionFactors(WideModule):
             wide = torch.promote_types(features[name].dtype, factor.dtype)
             weighted[name] = (features[name].to(wide) * factor).to(features[name].dtype)
         return weighted
-
-    if TYPE_CHECKING:
-        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     @torch.no_grad()
     def update(self) -> None:

@@ -1,8 +1,6 @@
 """Fusion distillation: the fused prediction teaches a modality, most on hard samples."""
 
-from typing import TYPE_CHECKING
-
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from momentum_distill import functional
@@ -10,11 +8,12 @@ from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check
 from momentum_distill._contrast.formulas import Reduction
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._outputs import CLASS_WEIGHTS
+from momentum_distill._typing import TypedModule
 from momentum_distill._watch import StudentWatch
 from momentum_distill.functional import ClassWeight
 
 
-class HardSampleFusionLoss(nn.Module):
+class HardSampleFusionLoss(TypedModule):
     r"""The fused prediction teaches one modality, most where the fusion itself is still wrong (Eq. 14, 15).
 
     $$\mathcal L = \tfrac1N\sum_i w_{reg}^i\,|\hat y_f^i - \hat y_u^i|
@@ -141,9 +140,6 @@ class HardSampleFusionLoss(nn.Module):
         teachers = () if self.detach_teacher else (fused_scores, fused_logits)
         self._students.look(self, student_scores, student_logits, teachers)
         return loss
-
-    if TYPE_CHECKING:
-        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     @override
     def extra_repr(self) -> str:

@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
+
+from momentum_distill._typing import TypedModule
 
 # Asked once: older versions of torch.compile cannot ask inside a graph.
 AUTOCAST_DEVICES = frozenset(
@@ -54,7 +56,7 @@ def as_variable(value: float | Tensor, like: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else like.new_ones(()) * value
 
 
-class WideModule(nn.Module):
+class WideModule(TypedModule):
     """A module whose wide floats never become narrow: `.half()`, `.bfloat16()` and `.to(dtype)` leave them alone.
 
     An average, a queue or a learned temperature in 16 bits stands still: one step of it is smaller than the spacing of

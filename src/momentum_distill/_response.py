@@ -1,8 +1,6 @@
 """Response-based distillation: scores or logits drawn to a teacher and to a momentum model."""
 
-from typing import TYPE_CHECKING
-
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from momentum_distill import functional
@@ -10,11 +8,12 @@ from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check
 from momentum_distill._contrast.formulas import Reduction
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._outputs import TASKS
+from momentum_distill._typing import TypedModule
 from momentum_distill._watch import StudentWatch
 from momentum_distill.functional import Task
 
 
-class ResponseDistillLoss(nn.Module):
+class ResponseDistillLoss(TypedModule):
     r"""A student's outputs drawn to those of a teacher and of its own momentum model (Eq. 7, 10).
 
     $$\mathcal L_{reg} = \tfrac1N\sum_i \big[(1-\alpha)\,|\hat y_t^i - \hat y_u^i|
@@ -129,9 +128,6 @@ class ResponseDistillLoss(nn.Module):
         )
         self._students.look(self, student, None if self.detach_teacher else teacher)
         return loss
-
-    if TYPE_CHECKING:
-        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
 
     @override
     def extra_repr(self) -> str:

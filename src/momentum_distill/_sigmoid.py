@@ -1,6 +1,6 @@
 """Feature-based distillation: the pairwise sigmoid loss with momentum targets."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +185,6 @@ class SigmoidDistillLoss(TemperatureModule):
         self._students.look(self, query, keys)
         return loss
 
-    if TYPE_CHECKING:
-        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
-
     def _bias(self) -> Tensor:
         """The bias, watched where it is our parameter."""
         if isinstance(self.bias, nn.Parameter) and not in_transform():
@@ -202,7 +199,7 @@ class SigmoidDistillLoss(TemperatureModule):
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        self.initial_temperature = float(state)
+        self.initial_temperature: float = float(state)
 
     @override
     def extra_repr(self) -> str:

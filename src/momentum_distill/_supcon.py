@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -225,9 +225,6 @@ class SupConDistillLoss(TemperatureModule):
             key_targets=key_targets,
         )
 
-    if TYPE_CHECKING:
-        __call__ = forward  # whose arguments nn.Module does not pass on to a type checker
-
     def terms(
         self,
         query: Tensor,
@@ -371,7 +368,8 @@ class SupConDistillLoss(TemperatureModule):
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        self.initial_temperature, *calls = state.flatten().tolist()
+        initial, *calls = state.flatten().tolist()
+        self.initial_temperature: float = initial
         self._calls = torch.tensor(int(calls[0]) if calls else 0, device="cpu")
 
     @override

@@ -293,7 +293,8 @@ def supcon_distill_loss(
             where there is one) or a process group. One collective of 64 bytes; none with `"none"`, which returns the
             rows of this rank (`momentum_targets="sinkhorn"`: one more, and three of a number for each key). The keys
             are those given: a queue that all ranks share, the batch's through :func:`~momentum_distill.gather_rows`.
-        validate: Also check values: finite features, labels wherever they are, unit rows where keys must have them.
+        validate: Also check values: finite features, numbers in tensors, labels wherever they are, unit rows where keys
+            must have them.
             Makes the host wait for the device.
 
     Returns:
@@ -450,7 +451,8 @@ def sigmoid_distill_loss(
         exclude_self: The keys, or their first part, are the batch itself: key $i$ is not there for row $i$.
         group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group
             where there is one) or a process group.
-        validate: Also check values: finite features, labels wherever they are, unit rows where keys must have them.
+        validate: Also check values: finite features, numbers in tensors, labels wherever they are, unit rows where keys
+            must have them.
 
     Returns:
         The loss in nats, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider.
@@ -470,7 +472,7 @@ def sigmoid_distill_loss(
         SigLIP (Zhai et al., 2023, arXiv:2303.15343), algorithm 1. With the batch as keys its loss is the same in both
         directions: one call is all of it. Targets from a momentum model as in ALBEF (Li et al., 2021), pair by pair.
     """
-    check_bias(bias, key_reduction, reduction, group, query)
+    check_bias(bias, key_reduction, reduction, group, query, validate=validate)
     tensors = (query, keys, query_labels, key_labels, momentum_query, momentum_keys)
     choices = (reduction, normalize, ignore_index, exclude_self, group, validate)
     problem = read_problem(*tensors, temperature, None, alpha, "outside", *choices)

@@ -475,3 +475,9 @@ def test_what_counts_for_nothing_may_hold_nan():
         counts = momentum and label == -2
         assert loss.isnan() == query.grad.isnan().any() == keys.grad.isnan().any() == counts
         assert counts or loss == whole
+
+
+def test_a_bias_in_a_tensor_is_looked_at_with_validate():
+    rows, labels = torch.eye(3), torch.arange(3)
+    with pytest.raises(ValueError, match=r"^bias: expected a finite number in \(-inf, inf\), got nan"):
+        F.sigmoid_distill_loss(rows, rows, labels, labels, temperature=0.5, bias=torch.tensor(torch.nan), validate=True)

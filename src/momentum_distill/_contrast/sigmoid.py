@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from momentum_distill._checks import check_choice, check_scalar, in_transform, may_ask
+from momentum_distill._checks import check_choice, check_number, check_scalar, in_transform, may_ask
 from momentum_distill._contrast import engine, operator
 from momentum_distill._contrast.autograd import check_versions, second, versions
 from momentum_distill._contrast.formulas import Number, Rows, Terms, column, reduce_rows, row_gradients
@@ -43,11 +43,15 @@ class Sigmoid(NamedTuple):
         return [*learned, self.base.query, *[part.online for part in self.base.keys]]
 
 
-def check_bias(bias: object, key_reduction: object, reduction: object, group: Group, query: object) -> None:
+def check_bias(
+    bias: object, key_reduction: object, reduction: object, group: Group, query: object, *, validate: bool
+) -> None:
     """What `read_problem` does not know, told to all ranks as there."""
     check_group(group)
     with errors_shared_by_sum(find_ranks(group) if reduction != "none" else None, query):
         check_scalar("bias", bias, low=-torch.inf)
+        if validate and isinstance(bias, Tensor) and not in_transform():
+            check_number("bias", bias.item(), low=-torch.inf)
         check_choice("key_reduction", key_reduction, KEY_REDUCTIONS)
 
 
