@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from momentum_distill._checks import (
@@ -234,8 +234,8 @@ class ClassQueue(WideModule):
             bank.index_copy_(1, slots, _stack(rows, unit=unit).to(bank.dtype))
         torch._foreach_zero_([bank[:, self.size] for bank, *_ in banks])
         marks = marks if stored is None else torch.where(stored, marks, EMPTY)
-        self.labels.index_copy_(1, slots, marks.expand(len(self.dims), -1))
-        self.count.copy_(count)
+        self._buffer("labels").index_copy_(1, slots, marks.expand(len(self.dims), -1))
+        self._buffer("count").copy_(count)
 
     def _gather(
         self, ranks: Ranks, labels: Tensor, features: Mapping[str, Tensor], valid: Mapping[str, Tensor]
@@ -269,22 +269,23 @@ class ClassQueue(WideModule):
 
         None for which are stored if that is all that have another label than -1.
         """
+        before, shares, starts = map(self._buffer, ("count", "share", "first_slot"))
         if not self.balanced:
             stored = labels != EMPTY
-            counts = torch.cat([self.count, stored]).cumsum(dim=0)  # before each row, and after the last
+            counts = torch.cat([before, stored]).cumsum(dim=0)  # before each row, and after the last
             slots, count = counts[:-1] % self.size, counts[-1:]
             if len(labels) <= self.size:
-                return torch.where(stored, slots, self.share), None, count
+                return torch.where(stored, slots, shares), None, count
             stored = stored & (counts[1:] > count - self.size)  # of more rows than a ring holds, the newest stay
         else:
             given = labels >= 0
             ring = labels.clamp(min=0)
-            member = given[:, None] & (ring[:, None] == torch.arange(len(self.share), device=labels.device))
+            member = given[:, None] & (ring[:, None] == torch.arange(len(shares), device=labels.device))
             order = member.cumsum(dim=0)  # the how-manieth of the batch, from 1
             total = order[-1]
-            order, share, count = order.gather(1, ring[:, None])[:, 0], self.share[ring], self.count + total
+            order, share, count = order.gather(1, ring[:, None])[:, 0], shares[ring], before + total
             stored = given & (order > total[ring] - share)
-            slots = self.first_slot[ring] + (self.count[ring] + order - 1) % share
+            slots = starts[ring] + (before[ring] + order - 1) % share
         return torch.where(stored, slots, self.size), stored, count
 
     def _buffer(self, name: str) -> Tensor:
@@ -340,15 +341,16 @@ class ClassQueue(WideModule):
         if padded:
             return keys, labels
         slots = torch.arange(self.size, device=labels.device)
-        ring = torch.searchsorted(self.first_slot, slots, right=True) - 1
-        start, share = self.first_slot[ring], self.share[ring]
-        order = start + (slots - start + self.count[ring]) % share  # of a ring, the slot written next comes first
+        count, shares, starts = map(self._buffer, ("count", "share", "first_slot"))
+        ring = torch.searchsorted(starts, slots, right=True) - 1
+        start, share = starts[ring], shares[ring]
+        order = start + (slots - start + count[ring]) % share  # of a ring, the slot written next comes first
         order = order[labels[order] != EMPTY]
         return keys[order], labels[order]
 
     def __len__(self) -> int:
         """How many slots are filled. Makes the host wait for the device."""
-        return int(torch.minimum(self.count, self.share).sum())
+        return int(torch.minimum(self._buffer("count"), self._buffer("share")).sum())
 
     def reset(self) -> None:
         """Empty the queue.
@@ -374,15 +376,12 @@ class ClassQueue(WideModule):
         self.first_slot.copy_(first_slot)
 
     @override
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            stream = name.removeprefix("keys_")
-            if stream == name or stream not in self.__dict__.get("dims", ()):
-                raise
-            # What a state holds has an attribute of its name: torch.distributed.checkpoint asks for it.
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """What a state holds has an attribute of its name, for which torch.distributed.checkpoint asks."""
+        stream = name.removeprefix("keys_")
+        if stream != name and stream in self.__dict__.get("dims", ()):
             return self._keys(stream, self.size + 1)
+        return super().__getattr__(name)
 
     @override
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
