@@ -402,9 +402,6 @@ def test_compiled_code_gives_the_same_and_compiles_no_more_after_step_two(kind, 
     assert loss_fn._calls == eager._calls
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="older compilers may ask more about a size"
-)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_batches_of_any_size_compile_twice():
     """How many tiles there are is all that a compiler takes for a constant."""

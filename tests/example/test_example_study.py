@@ -791,6 +791,7 @@ OF_BASE_SIZE = {
         "full": "MTMD, in float32",
         "no_feat": "the same, w/o L_feat",
         "no_momentum_dmd": "the same, w/o MoM of DMD",
+        "no_fusion": "the same, w/o L_fusion",
         "no_text_task": "the same, w/o t subtask",
         "instance_sampling": "the same, i ≠ j",
         "context_1": "the same, `--context 1`",
