@@ -44,7 +44,7 @@ def is_traced() -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it has numbers; tensors of another type may have none, as those that tracing works with."""
-    return type(tensor) in (Tensor, nn.Parameter) and not is_traced()
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_traced()
 
 
 def may_ask(tensor: Tensor) -> bool:

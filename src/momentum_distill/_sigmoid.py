@@ -203,7 +203,7 @@ class SigmoidDistillLoss(TemperatureModule):
 
     @override
     def extra_repr(self) -> str:
-        bias = f"{self.bias.item():g}" if is_plain(self.bias) and not self.bias.is_meta else "?"
+        bias = f"{self.bias.item():g}" if is_plain(self.bias) else "?"
         return (
             f"temperature={self._describe_temperature()}, "
             f"bias={bias} ({'learned' if self.bias.requires_grad else 'fixed'}), alpha={self.alpha:g}, "

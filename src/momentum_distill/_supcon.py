@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from momentum_distill._watch import StudentWatch
 from momentum_distill.functional import SupConTerms
 
 Answer = TypeVar("Answer", Tensor, SupConTerms)
+
+Inputs: TypeAlias = tuple[Tensor, Parts, Tensor, Parts, Tensor | None, Parts | None, Tensor | None, Parts | None]
+"""Query, keys and the labels of both; the momentum model's query and keys; the targets of both."""
 
 
 class SupConDistillLoss(TemperatureModule):
@@ -216,14 +219,8 @@ class SupConDistillLoss(TemperatureModule):
             >>> f"{loss.item():.4f}"
             '0.7067'
         """
-        return self._call(
-            functional.supcon_distill_loss,
-            *(query, keys, query_labels, key_labels, momentum_temperature, alpha),
-            momentum_query=momentum_query,
-            momentum_keys=momentum_keys,
-            query_targets=query_targets,
-            key_targets=key_targets,
-        )
+        inputs = (query, keys, query_labels, key_labels, momentum_query, momentum_keys, query_targets, key_targets)
+        return self._call(functional.supcon_distill_loss, inputs, momentum_temperature, alpha)
 
     def terms(
         self,
@@ -253,29 +250,18 @@ class SupConDistillLoss(TemperatureModule):
             >>> int(terms.rows), int(terms.rows_with_positive)
             (2, 1)
         """
-        return self._call(
-            functional.supcon_distill_terms,
-            *(query, keys, query_labels, key_labels, momentum_temperature, alpha),
-            momentum_query=momentum_query,
-            momentum_keys=momentum_keys,
-            query_targets=query_targets,
-            key_targets=key_targets,
-        )
+        inputs = (query, keys, query_labels, key_labels, momentum_query, momentum_keys, query_targets, key_targets)
+        return self._call(functional.supcon_distill_terms, inputs, momentum_temperature, alpha)
 
     def _call(
         self,
         function: Callable[..., Answer],
-        query: Tensor,
-        keys: Parts,
-        query_labels: Tensor,
-        key_labels: Parts,
+        inputs: Inputs,
         momentum_temperature: float | Tensor | None,
         alpha: float | Tensor | None,
-        momentum_query: Tensor | None,
-        momentum_keys: Parts | None,
-        **targets: Tensor | Parts | None,
     ) -> Answer:
         """One of the two functions, with the settings, and what is to follow a call."""
+        query, keys, query_labels, key_labels, momentum_query, momentum_keys, query_targets, key_targets = inputs
         inside = self._inside(momentum_temperature)
         centre = self.centre if self.momentum_targets == "centred" else None
         if centre is not None and isinstance(query, Tensor) and centre.device != query.device:
@@ -289,6 +275,8 @@ class SupConDistillLoss(TemperatureModule):
                 temperature=self._temperature(query, keys, momentum_query, momentum_keys),
                 momentum_query=momentum_query,
                 momentum_keys=momentum_keys,
+                query_targets=query_targets,
+                key_targets=key_targets,
                 momentum_temperature=inside,
                 momentum_targets=self.momentum_targets,
                 centre=centre,
@@ -303,7 +291,6 @@ class SupConDistillLoss(TemperatureModule):
                 exclude_self=self.exclude_self,
                 group=self.group,
                 validate=self.validate,
-                **targets,
             )
         self._learned(query, keys, momentum_query, query_labels)
         return answer

@@ -96,7 +96,7 @@ class TemperatureModule(WideModule):
         learned = self.log_temperature_ratio
         if learned is None:
             return f"{self.initial_temperature:g} (fixed)"
-        now = float(self.temperature) if is_plain(learned) and not learned.is_meta else self.initial_temperature
+        now = float(self.temperature) if is_plain(learned) else self.initial_temperature
         return f"{now:g} (learned in [{low:g}, {high:g}])"
 
     def _temperature(self, *features: object) -> float | Tensor:

@@ -294,8 +294,7 @@ def supcon_distill_loss(
             rows of this rank (`momentum_targets="sinkhorn"`: one more, and three of a number for each key). The keys
             are those given: a queue that all ranks share, the batch's through :func:`~momentum_distill.gather_rows`.
         validate: Also check values: finite features, numbers in tensors, labels wherever they are, unit rows where keys
-            must have them.
-            Makes the host wait for the device.
+            must have them. Makes the host wait for the device.
 
     Returns:
         The loss in nats, shape `()`, or `(N,)` with `reduction="none"`; float32 or wider.
@@ -869,7 +868,7 @@ def ema_update(average: Sequence[Tensor], online: Sequence[Tensor], *, decay: fl
 
 
 def lerp_(average: list[Tensor], online: list[Tensor], decay: float) -> None:
-    """:func:`ema_update` without checks, each pair of one dtype and device; 0 and 1 take any."""
+    """:func:`ema_update` without checks, of at least one pair, each of one dtype and device; 0 and 1 take any."""
     if decay == 0:
         for old, new in zip(average, online, strict=True):  # for shards there is no _foreach_copy_
             old.copy_(new)

@@ -6,6 +6,8 @@ import mmap
 import pickle
 import pickletools
 import re
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,3 +250,12 @@ def test_what_is_published_is_what_was_tested_and_attested():
     assert "id-token: write" in publish
     assert "id-token" not in build
     assert "attestations: true" in publish
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an sdist has no history")
+def test_no_large_file_is_kept():
+    """Such as a wheel that was downloaded among the sources."""
+    git = shutil.which("git")
+    listed = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    large = {name: size for name in listed.split("\0") if name and (size := (ROOT / name).stat().st_size) > 500_000}
+    assert large == {}

@@ -153,4 +153,5 @@ class EMACallback(Callback):
 
 def _all_following(trainer: Trainer) -> list[Following]:
     """Of the trainer's callbacks, in their order."""
-    return [each._following for each in trainer.callbacks if isinstance(each, EMACallback)]  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # its connector sets it, out of sight of type checkers
+    return [each._following for each in callbacks if isinstance(each, EMACallback)]
