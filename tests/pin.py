@@ -1,12 +1,10 @@
 """Writes down what the tests hold fast: public names and arguments, and what each refusal says, over ranks too.
 
     python tests/pin.py
-    python tests/pin.py --kernels   # instead, what each kernel may take of a GPU: it compiles them all, minutes
 
 Read the difference before you commit it: it is a change for users.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,14 +27,6 @@ def pin_calls() -> None:
     ranks.close()
 
 
-def pin_kernels() -> None:
-    import test_lean
-
-    test_lean.write()
-
-
 if __name__ == "__main__":
     sys.path += [str(TESTS / folder) for folder in ("shared", "blocks", "contrast", "ema")]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", action="store_true")
-    (pin_kernels if parser.parse_args().kernels else pin_calls)()
+    pin_calls()

@@ -43,12 +43,11 @@ def _triton_state() -> str:
         return "off: the package triton is not installed"
     if not torch.cuda.is_available():
         return "off: no CUDA device"
-    asked = os.environ.get("MOMENTUM_DISTILL_TRITON")
-    if asked == "0":
+    if os.environ.get("MOMENTUM_DISTILL_TRITON") == "0":
         return "off: MOMENTUM_DISTILL_TRITON=0"
     if not kernel.works(torch.device("cuda", torch.cuda.current_device())):
         return "off: it does not work on this GPU"
-    return "on, lean" if asked == "lean" else "on"
+    return "on"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fused kernels: what needs no GPU, and `triton_cases.py` and `lean_cases.py` in processes of their own."""
+"""The fused kernels: what needs no GPU, and `triton_cases.py` in a process of its own."""
 
 import importlib.util
 import os
@@ -35,8 +35,7 @@ needs_triton = pytest.mark.skipif(not kernel.available(), reason="Triton is not 
         ),
     ],
 )
-@pytest.mark.parametrize("cases", ["triton_cases.py", "lean_cases.py"])
-def test_the_kernels_equal_the_formulas(cases, interpret):
+def test_the_kernels_equal_the_formulas(interpret):
     chosen = ["-m", "not long"] if TIER == "test" else []
     command = [
         sys.executable,
@@ -46,7 +45,7 @@ def test_the_kernels_equal_the_formulas(cases, interpret):
         "-p",
         "no:cacheprovider",
         *chosen,
-        str(Path(__file__).with_name(cases)),
+        str(Path(__file__).with_name("triton_cases.py")),
     ]
     environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

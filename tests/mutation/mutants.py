@@ -36,7 +36,7 @@ EXPLAINED = Path(__file__).with_name("survivors.toml")
 
 BLOCKS = ("blocks", "contrast", "ema", "fusion", "hard_sample", "queue", "response", "sigmoid")  # folders of tests/
 OF_RANKS = ["tests/blocks/test_distributed_blocks.py", "tests/blocks/test_distributed.py"]
-ELSEWHERE = ("compile", "cuda", "docstrings", "integrations", "lean", "triton")  # slow, or not about a line of src/
+ELSEWHERE = ("compile", "cuda", "docstrings", "integrations", "triton")  # slow, or not about a line of src/
 
 
 def of_one_process() -> list[str]:

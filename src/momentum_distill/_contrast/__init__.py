@@ -5,8 +5,6 @@
 - `problem`: what one loss is computed from.
 - `matrices`: the way of few scores, N×Q matrices. Also by plain autograd, for what asks for that.
 - `tiles`: the way of many scores, which never makes a matrix. `kernel` does the same as a Triton kernel.
-- `lean`, with `lean_kernels`: all of a loss in a few Triton launches; where `MOMENTUM_DISTILL_TRITON=lean` asks for it,
-  until it has been measured on a GPU.
 - `fused`: whether a problem goes to Triton, and its calls.
 - `engine`: chooses between these, and makes a loss and its gradient at once.
 - `targets`: problems with other momentum targets than the plain softmax, as problems that the engine knows.

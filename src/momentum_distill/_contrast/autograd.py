@@ -1,19 +1,16 @@
 """The door to the engine: a loss whose gradient autograd finds ready."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from momentum_distill._checks import in_transform
-from momentum_distill._contrast import engine, fused, operator
+from momentum_distill._contrast import engine, operator
 from momentum_distill._contrast.formulas import Counts, Number, Terms
 from momentum_distill._contrast.problem import Problem
 from momentum_distill._precision import as_variable, full_precision
-
-if TYPE_CHECKING:
-    from momentum_distill._contrast.lean import Answer
 
 
 def contrast(problem: Problem, *, only_total: bool) -> Terms:
@@ -57,7 +54,6 @@ class _Call:
         self.needs_grad = needs_grad
         self.counts: Counts = (0, 0)
         self.gradients: engine.Gradients | None = None
-        self.answer: Answer | None = None  # that of the lean kernels
         self.versions = versions(problem.tensors())
 
 
@@ -77,10 +73,6 @@ class _Contrast(torch.autograd.Function):
         problem, wanted = call.problem, ctx.needs_input_grad[1:]
         ctx.set_materialize_grads(False)
         ctx.call, ctx.difference = call, None
-        answer = None if any(wanted[3:]) else fused.lean(problem)
-        if answer is not None:
-            call.answer, call.counts = answer, (answer.rows, answer.rows_with_positive)
-            return answer.total.clone(), answer.supervised, answer.distill  # which may be written over
         solved = engine.Solved(problem)
         terms = solved.terms()
         call.counts = terms[3:]
@@ -100,8 +92,6 @@ class _Contrast(torch.autograd.Function):
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
                 check_versions(call.versions)
                 return None, *second(engine.by_autograd(problem)[:3], upstream, _inputs(problem), wanted)
-            if call.answer is not None and all(grad is None for grad in upstream[1:]):
-                return None, *fused.scaled(call.answer, problem, upstream[0], wanted)
             grads, scale = call.gradients, upstream[0]
             if grads is None or any(grad is not None for grad in upstream[1:]):
                 check_versions(call.versions)
