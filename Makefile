@@ -23,12 +23,15 @@ results:  ## the commands that give the figures of docs/results.md and docs/when
 test: setup  ## the suite, with the examples in docstrings, README and docs: five minutes on two cores
 	$(PYTEST) -m "not long"
 
-test-long: setup test-cpu-avx2 test-cpu-default  ## what `test` leaves out: whole grids, kills, other CPUs
+test-long: setup  ## what `test` leaves out: whole grids, kills, CPUs that are not like this one
+	$(MAKE) $(filter-out test-cpu-$(THIS_CPU),test-cpu-avx2 test-cpu-default)
 	MOMENTUM_DISTILL_TIER=long $(PYTEST) -m "long or repeated"
 
-# Without AVX-512, and without AVX2, a CPU has other kernels, other last digits, and no bfloat16 in an LSTM.
+# Without AVX-512, and without AVX2, a CPU has other kernels, other last digits, and no bfloat16 in an LSTM. What this one
+# has `make test` has run with.
 CPU_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 CPU_default := ATEN_CPU_CAPABILITY=default
+THIS_CPU = $(shell $(BIN)/python -c "import torch; print(torch.backends.cpu.get_cpu_capability().lower())")
 test-cpus: test-cpu-avx2 test-cpu-default test-cpu-native  ## the tests that compute, with the instructions of other CPUs and of this one
 test-cpu-%: setup
 	$(CPU_$*) $(PYTEST) -m "not long" $(COMPUTING)
