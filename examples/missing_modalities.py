@@ -21,7 +21,6 @@ difference from dropping alone is paired, with its 95 % interval:
 So it helps beyond the interval, and wins back little: without text nobody can know more than audio and vision do.
 """
 
-import argparse
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 from mtmd.data.synthetic import WIDTHS, make_synthetic
-from study_tools import RunLog, paired_interval, read_results, write_results
+from study_tools import RunLog, StudyParser, paired_interval, write_results
 
 MODALITIES = tuple(WIDTHS)
 SIZES = (600, 300, 1000)  # samples to train with, for validation and for the test
@@ -251,24 +250,13 @@ def lines(results: list[Result]) -> list[list[str]]:
     return rows
 
 
-def load_results(path: Path) -> list[Result]:
-    """The runs of a study, as `main` writes them."""
-    return [Result(**row) for row in read_results(path)["rows"]]
-
-
 def main(arguments: list[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StudyParser(__doc__, "runs/missing_modalities")
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="samples with a score")
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--valid", action="store_true", help="score the validation fold")
-    parser.add_argument("--out", type=Path, default=Path("runs/missing_modalities"))
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a deviation")
-
-    options.out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     results = study(options.out, options.labels, seeds=seeds, steps=options.steps, valid=options.valid)
     table = Table(*HEAD, title=f"MAE by the share of samples that miss a modality, {len(seeds)} seeds", box=SIMPLE_HEAD)

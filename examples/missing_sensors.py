@@ -39,7 +39,6 @@ other seeds, in eight settings of two folds and two seeds. One choice matters fo
 200.
 """
 
-import argparse
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 import watch
-from study_tools import FORMATS, RunLog, paired_interval, read_results, save_figure, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, save_figure, summary, write_results
 from watch import CLASSES, FOLDS, WIDTH, Windows, scores
 
 STEPS = 400
@@ -293,26 +292,14 @@ def plot(results: list[Result], path: Path) -> None:
     save_figure(figure, path)
 
 
-def load_results(path: Path) -> list[Result]:
-    """The runs of a study, as `main` writes them."""
-    return [Result(**row) for row in read_results(path)["rows"]]
-
-
 def main(arguments: list[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StudyParser(__doc__, "runs/missing_sensors", figure=True)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="labels per class")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these")
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
-    parser.add_argument("--out", type=Path, default=Path("runs/missing_sensors"))
-    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a deviation")
-
-    options.out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms = [arm for arm in ARMS if options.arms is None or arm.name in options.arms]
     results = study(options.out, options.labels, arms, seeds=seeds, steps=options.steps, valid=options.valid)

@@ -19,9 +19,7 @@ block, by hand. Expect, in percent of the test digits, mean ± deviation of ten 
 So none is in the library.
 """
 
-import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -29,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import two_views_digits as study
-from study_tools import write_results
+from study_tools import StudyParser, write_results
 
 
 @dataclass(frozen=True)
@@ -123,23 +121,17 @@ FEW = list(study.SETTINGS)[1]
 
 
 def main(arguments: list[str] | None = None) -> list[study.Result]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser = StudyParser(__doc__, "runs/other_distillation")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
-    parser.add_argument("--out", type=Path, default=Path("runs/other_distillation"))
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a deviation")
-
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     more = {"seeds": seeds, "epochs": options.epochs, "valid": options.valid}
     results = list(study.runs("halves", ARMS, [FEW], **more, objective_of=Objective))
     rows = "validation" if options.valid else "test"
     title = f"{study.PAIRS['halves']}: {rows} accuracy, %, {options.seeds} seeds"
     Console().print(study.table_of(results, title, ARMS, ["response", "all blocks"], [FEW]))
-    options.out.mkdir(parents=True, exist_ok=True)
     given = {"rows": rows, "seeds": options.seeds, "epochs": options.epochs}
     path = options.out / "other_distillation.json"
     write_results(path, given, [result._asdict() for result in results])

@@ -29,7 +29,6 @@ epochs was chosen on validation rows of two other seeds for the batch alone; tem
 on validation rows.
 """
 
-import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -49,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import FORMATS, RunLog, paired_interval, save_figure, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, save_figure, summary, write_results
 from two_views_digits import load_views
 from watch_data import load_windows
 
@@ -498,20 +497,13 @@ def write_labels(axes: plt.Axes) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StudyParser(__doc__, "runs/retrieval", figure=True)
     parser.add_argument(
         "--data", choices=DATA, nargs="+", default=list(DATA), help="; ".join(map(": ".join, DATA.items()))
     )
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--train", type=int, default=TRAIN, metavar="N", help="pairs to train with")
-    parser.add_argument("--out", type=Path, default=Path("runs/retrieval"), help="runs that are there are not repeated")
-    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a deviation")
-
-    options.out.mkdir(parents=True, exist_ok=True)
     seeds, results = range(options.seeds), Results()
     for data in options.data:
         done = runs(data, options.out / f"{data}.jsonl", seeds=seeds, epochs=options.epochs, size=options.train)

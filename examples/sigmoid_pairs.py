@@ -10,7 +10,6 @@ it was stopped. Expect, in percent, mean ± deviation of ten seeds: InfoNCE 57.0
 targets 57.5 ± 0.4, with a queue 55.6 ± 1.1; `docs/when.md` has every setting.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import nn
 import momentum_distill as md
 import retrieval
 from retrieval import VIEWS, Encoders, Objective
-from study_tools import RunLog, paired_interval, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
 
 BASELINE = "InfoNCE"
 ARMS: dict[str, dict[str, Any]] = {
@@ -125,16 +124,10 @@ def from_rows(rows: list[dict[str, Any]]) -> Results:
 
 
 def main(arguments: list[str] | None = None) -> Results:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser = StudyParser(__doc__, "runs/sigmoid_pairs")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--train", type=int, default=retrieval.TRAIN, metavar="N", help="pairs to train with")
-    parser.add_argument("--out", type=Path, default=Path("runs/sigmoid_pairs"), help="runs there are not repeated")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a deviation")
-
-    options.out.mkdir(parents=True, exist_ok=True)
     done = runs(options.out / "digits.jsonl", seeds=range(options.seeds), epochs=options.epochs, size=options.train)
     results = retrieval.collect(done)
     retrieval.show("mAP by temperature and bias, %", table_of_grid(results))

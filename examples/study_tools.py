@@ -1,12 +1,13 @@
-"""What the studies among the examples share: paired intervals, runs that go on, and results and figures."""
+"""What the studies among the examples share: options, paired intervals, runs that go on, results and figures."""
 
+import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +15,25 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
 
 PACKAGES = ("torch", "numpy", "scikit-learn")
-FORMATS = ("svg", "pdf", "png")
+Row = TypeVar("Row")
+
+
+class StudyParser(argparse.ArgumentParser):
+    """The options that every study has; each adds its own. The folder is there once they are parsed."""
+
+    def __init__(self, description: str | None, out: str, *, figure: bool = False) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--seeds", type=int, default=10, help="how many")
+        self.add_argument("--out", type=Path, default=Path(out))
+        if figure:
+            self.add_argument("--format", choices=["svg", "pdf", "png"], default="svg", help="of the figure")
+
+    def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        options = super().parse_args(arguments)
+        if options.seeds < 2:
+            self.error("--seeds: expected 2 or more, for a deviation")
+        options.out.mkdir(parents=True, exist_ok=True)
+        return options
 
 
 def paired_interval(values: ArrayLike, baseline: ArrayLike) -> tuple[float, float]:
@@ -87,3 +106,8 @@ def write_results(path: Path, settings: dict[str, Any], rows: list[dict[str, Any
 def read_results(path: Path) -> dict[str, Any]:
     """What `write_results` wrote: command, versions, settings, rows."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Its rows, as what they were before they were written."""
+    return [kind(**row) for row in read_results(path)["rows"]]

@@ -29,7 +29,6 @@ The settings were chosen on validation rows with other seeds, for these halves, 
 The test digits are the same for all seeds: the intervals are about seeds and training rows, not about other digits.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +49,7 @@ from torch.nn import functional as F
 
 import momentum_distill as md
 from momentum_distill.schedules import Cosine, Schedule, WarmUp
-from study_tools import FORMATS, paired_interval, save_figure, write_results
+from study_tools import StudyParser, paired_interval, save_figure, write_results
 
 CLASSES, WIDTH = 10, 32  # digits, features of a view
 TEST, TRAIN = 500, 1000  # rows; those left, 297, served to choose the settings of the arms
@@ -338,20 +337,14 @@ def plot(results: list[Result], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StudyParser(__doc__, "runs/two_views_digits", figure=True)
     parser.add_argument("--views", choices=PAIRS, default="halves", help="strong and weak view")
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
     parser.add_argument("--hard-attention", action="store_true", help="weigh the fusion term as the paper does")
     parser.add_argument("--decays", action="store_true", help="the momentum model's decay, with few labels")
-    parser.add_argument("--out", type=Path, default=Path("runs/two_views_digits"))
-    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a deviation")
-
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms, settings = (decays(options.epochs), list(SETTINGS)[1:]) if options.decays else (ARMS, list(SETTINGS))
     compared = [arm.name for arm in arms[:2]]
@@ -360,7 +353,6 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     rows = "validation" if options.valid else "test"
     title = f"{PAIRS[options.views]}: {rows} accuracy, %, {options.seeds} seeds"
     Console().print(table_of(results, title, arms, compared, settings))
-    options.out.mkdir(parents=True, exist_ok=True)
     given = {"views": options.views, "rows": rows, "seeds": options.seeds, "epochs": options.epochs}
     path = options.out / f"{options.views}{'_decays' if options.decays else ''}.json"
     write_results(path, given, [result._asdict() for result in results])

@@ -40,7 +40,6 @@ blocks, seven of plain distillation, in single runs of three or four folds. They
 person who is tested in one fold had a say in another.
 """
 
-import argparse
 import copy
 import itertools
 import math
@@ -62,7 +61,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import FORMATS, RunLog, paired_interval, read_results, save_figure, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, save_figure, summary, write_results
 from watch_data import load_windows
 
 CLASSES, PEOPLE, FOLDS = 7, 10, 5
@@ -449,11 +448,6 @@ def label_ends(axes: plt.Axes, x: float, ends: list[tuple[float, Arm]], side: st
         axes.annotate(arm.name, (x, last), color=arm.colour, va="center", ha=side, annotation_clip=False)
 
 
-def load_results(path: Path) -> list[Result]:
-    """The runs of a study, as `main` writes them."""
-    return [Result(**row) for row in read_results(path)["rows"]]
-
-
 def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, steps: int, valid: bool) -> list[Result]:
     """All runs of these. Each is written down when it ends; one that stands there already is not made again."""
     windows = load()
@@ -477,20 +471,13 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StudyParser(__doc__, "runs/watch", figure=True)
     parser.add_argument("--labels", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="labels per class")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these")
-    parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="with labels alone, and again in each arm")
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
-    parser.add_argument("--out", type=Path, default=Path("runs/watch"))
-    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the figure")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a deviation")
-
-    options.out.mkdir(parents=True, exist_ok=True)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     arms = [arm for arm in ARMS if options.arms is None or arm.name in options.arms]
     results = study(options.out, options.labels, arms, seeds=seeds, steps=options.steps, valid=options.valid)

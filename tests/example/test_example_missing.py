@@ -15,6 +15,7 @@ import missing_modalities as synthetic
 import missing_sensors as study
 import watch
 from conftest import ROOT
+from study_tools import read_rows
 
 needs_recordings = pytest.mark.skipif(importlib.util.find_spec("seglearn") is None, reason="no seglearn")
 
@@ -142,7 +143,7 @@ def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp
         assert all(arm.name in said for arm in arms)
     logged = (tmp_path / "test_1_steps.jsonl").read_text().splitlines()
     assert len({str(json.loads(line)[0]) for line in logged}) == len(logged) == 3 * 2 * watch.FOLDS  # none twice
-    read = study.load_results(tmp_path / "missing_sensors.json")
+    read = read_rows(tmp_path / "missing_sensors.json", study.Result)
     assert len(read) == len(results) == 3 * 2 * watch.PEOPLE
     assert all(0 <= value <= 100 for result in read for value in result[4:])
     assert (tmp_path / "missing_sensors.svg").stat().st_size > 5_000
@@ -157,7 +158,7 @@ PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 def test_the_tables_of_page_and_docstring_are_those_of_the_results():
     section = PAGE.split("## Missing sensors\n")[1].split("\n### On the synthetic set")[0]
-    computed = study.lines(study.load_results(RESULTS))
+    computed = study.lines(read_rows(RESULTS, study.Result))
     for text, wanted in (
         (section, computed),
         (study.__doc__, [[row[i] for i in SHORT] for row in computed if row[1] == "either"]),
@@ -167,7 +168,7 @@ def test_the_tables_of_page_and_docstring_are_those_of_the_results():
 
 
 def test_the_figures_that_page_and_docstring_name_are_in_the_results():
-    results = study.load_results(RESULTS)
+    results = read_rows(RESULTS, study.Result)
 
     def won(setting, arm):
         cost, back, *_ = study.won_back(results, setting, arm, "either")
@@ -196,7 +197,7 @@ def test_the_figures_that_page_and_docstring_name_are_in_the_results():
 
 
 def test_results_are_of_all_people_and_seeds_and_small():
-    results = study.load_results(RESULTS)
+    results = read_rows(RESULTS, study.Result)
     assert RESULTS.stat().st_size < 200_000
     for setting in study.LABELS:
         for arm in study.ARMS:
@@ -263,13 +264,13 @@ def test_the_synthetic_study_runs_as_a_command_and_goes_on(tmp_path, capsys):
     results = synthetic.main(options)
     assert (tmp_path / "test_2_steps.jsonl").read_text() == logged
     assert all(arm.name in said for arm in synthetic.ARMS for said in (printed, capsys.readouterr().out + printed))
-    read = synthetic.load_results(tmp_path / "missing_modalities.json")
+    read = read_rows(tmp_path / "missing_modalities.json", synthetic.Result)
     assert [one[:3] for one in read] == [one[:3] for one in results]
     assert len(read) == 2 * 2 * len(synthetic.ARMS)
 
 
 def test_the_synthetic_table_of_the_page_is_that_of_the_results():
-    results = synthetic.load_results(ROOT / "docs" / "results" / "missing_modalities.json")
+    results = read_rows(ROOT / "docs" / "results" / "missing_modalities.json", synthetic.Result)
     assert {(one.labels, one.arm, one.seed) for one in results} == {
         (labels, arm.name, seed) for labels in synthetic.LABELS for arm in synthetic.ARMS for seed in range(SEEDS)
     }

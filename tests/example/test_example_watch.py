@@ -13,6 +13,7 @@ import torch
 import watch
 import watch_data
 from conftest import ROOT
+from study_tools import read_rows
 
 needs_recordings = pytest.mark.skipif(importlib.util.find_spec("seglearn") is None, reason="no seglearn")
 
@@ -198,7 +199,7 @@ def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp
         assert all(arm.name in said for arm in watch.MAIN[:arms])
     logged = (tmp_path / "test_1_steps.jsonl").read_text().splitlines()
     assert len({str(json.loads(line)[0]) for line in logged}) == len(logged) == 3 * 2 * watch.FOLDS  # none twice
-    results = watch.load_results(tmp_path / "watch.json")
+    results = read_rows(tmp_path / "watch.json", watch.Result)
     assert len(results) == 3 * 2 * watch.PEOPLE
     assert all(0 <= accuracy <= 100 for result in results for accuracy in result[4:])
     assert (tmp_path / "watch.svg").stat().st_size > 5_000
@@ -212,7 +213,7 @@ def test_the_tables_of_the_page_are_those_of_the_results():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     section = text.split("## A weak sensor taught by a strong one\n")[1].split("\n## ")[0]
     rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)]
-    results = watch.load_results(RESULTS)
+    results = read_rows(RESULTS, watch.Result)
     computed = watch.lines(results)
     assert [row for row in rows if row[0] in watch.SETTINGS] == computed
     short = {(row[0], row[1]): row for row in computed}
@@ -228,7 +229,7 @@ def test_the_tables_of_the_page_are_those_of_the_results():
 
 
 def test_the_differences_that_the_page_names_are_in_the_results():
-    results = watch.load_results(RESULTS)
+    results = read_rows(RESULTS, watch.Result)
     text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
 
     def difference(setting, ours, theirs, what="weak", by="person"):
@@ -255,7 +256,7 @@ def test_the_differences_that_the_page_names_are_in_the_results():
 
 
 def test_results_are_of_all_people_and_ten_seeds_and_small():
-    results = watch.load_results(RESULTS)
+    results = read_rows(RESULTS, watch.Result)
     assert RESULTS.stat().st_size < 200_000
     for setting, arm in {(result.labels, result.arm) for result in results}:
         runs = {(one.seed, one.person) for one in results if (one.labels, one.arm) == (setting, arm)}

@@ -16,7 +16,7 @@ import momentum_distill as md
 import watch
 from conftest import ROOT
 from mtmd.settings.cli import COMMANDS
-from study_tools import paired_interval, read_results, summary
+from study_tools import paired_interval, read_results, read_rows, summary
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGE_IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -105,7 +105,7 @@ def test_the_figures_of_the_readme_are_those_measured():
     assert {len(x) for x in error.values()} == {5}
     assert f"five seeds: test error (MAE) | **{mae['full']}** | text alone {mae['text_only']};" in text
 
-    results = watch.load_results(ROOT / "docs" / "results" / "watch.json")
+    results = read_rows(ROOT / "docs" / "results" / "watch.json", watch.Result)
     labels, plain, *_, blocks = (summary(watch.scores(results, "5", arm.name, "weak", "seed")) for arm in watch.ARMS)
     assert (
         f"five labels a class: accuracy, % | **{blocks}** | labels alone {labels}; plain distillation {plain}" in text
