@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 from mtmd.data.synthetic import WIDTHS, make_synthetic
-from study_tools import RunLog, StudyParser, paired_interval, write_results
+from study_tools import RunLog, StudyParser, count, paired_interval, write_results
 
 MODALITIES = tuple(WIDTHS)
 SIZES = (600, 300, 1000)  # samples to train with, for validation and for the test
@@ -201,7 +201,7 @@ def study(out: Path, settings: list[str], *, seeds: range, steps: int, valid: bo
         for arm in left:
             model = train(arm, given, seed=seed, steps=steps)
             log.add((setting, arm.name, seed), errors(model, folds["valid" if valid else "test"]))
-    return [Result(*key, *found) for key, found in log.items() if key[2] in seeds and key[0] in settings]
+    return [Result(*key, *found) for key, found in log.of(settings, [arm.name for arm in ARMS], seeds)]
 
 
 MISSING = {"any": CASES[1:], **{name: (f"no_{name}",) for name in MODALITIES}}
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser = StudyParser(__doc__, "runs/missing_modalities")
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="samples with a score")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=count(), default=STEPS)
     parser.add_argument("--valid", action="store_true", help="score the validation fold")
     options = parser.parse_args(arguments)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

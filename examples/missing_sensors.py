@@ -57,7 +57,7 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 import watch
-from study_tools import RunLog, StudyParser, paired_interval, save_figure, summary, write_results
+from study_tools import RunLog, StudyParser, count, paired_interval, save_figure, summary, write_results
 from watch import CLASSES, FOLDS, WIDTH, Windows, scores
 
 STEPS = 400
@@ -197,7 +197,7 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
             log.add((setting, arm.name, seed, fold), run(arm, given, test_set, seed=seed, steps=steps))
     return [
         Result(setting, arm, seed, int(person), *scored)
-        for (setting, arm, seed, _), people in log.complete(seeds, FOLDS)
+        for (setting, arm, seed, _), people in log.of(settings, [arm.name for arm in arms], seeds)
         for person, scored in people.items()
     ]
 
@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="labels per class")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=count(), default=STEPS)
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
     options = parser.parse_args(arguments)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

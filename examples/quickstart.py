@@ -158,7 +158,9 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         parts = {name: part.state_dict() for name, part in self.parts().items()}
-        torch.save(parts | {"history": self.history, "rng": torch.get_rng_state()}, path)
+        part = path.with_suffix(".part")  # a save that is cut off leaves the one before it whole
+        torch.save(parts | {"history": self.history, "rng": torch.get_rng_state()}, part)
+        part.replace(path)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import RunLog, StudyParser, paired_interval, save_figure, summary, write_results
+from study_tools import RunLog, StudyParser, count, paired_interval, save_figure, summary, write_results
 from two_views_digits import load_views
 from watch_data import load_windows
 
@@ -501,8 +501,8 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument(
         "--data", choices=DATA, nargs="+", default=list(DATA), help="; ".join(map(": ".join, DATA.items()))
     )
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--train", type=int, default=TRAIN, metavar="N", help="pairs to train with")
+    parser.add_argument("--epochs", type=count(), default=10)
+    parser.add_argument("--train", type=count(most=TRAIN), default=TRAIN, metavar="N", help="pairs to train with")
     options = parser.parse_args(arguments)
     seeds, results = range(options.seeds), Results()
     for data in options.data:

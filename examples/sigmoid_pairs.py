@@ -21,7 +21,7 @@ from torch import nn
 import momentum_distill as md
 import retrieval
 from retrieval import VIEWS, Encoders, Objective
-from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
+from study_tools import RunLog, StudyParser, count, paired_interval, summary, write_results
 
 BASELINE = "InfoNCE"
 ARMS: dict[str, dict[str, Any]] = {
@@ -125,8 +125,10 @@ def from_rows(rows: list[dict[str, Any]]) -> Results:
 
 def main(arguments: list[str] | None = None) -> Results:
     parser = StudyParser(__doc__, "runs/sigmoid_pairs")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--train", type=int, default=retrieval.TRAIN, metavar="N", help="pairs to train with")
+    parser.add_argument("--epochs", type=count(), default=10)
+    parser.add_argument(
+        "--train", type=count(most=retrieval.TRAIN), default=retrieval.TRAIN, metavar="N", help="pairs to train with"
+    )
     options = parser.parse_args(arguments)
     done = runs(options.out / "digits.jsonl", seeds=range(options.seeds), epochs=options.epochs, size=options.train)
     results = retrieval.collect(done)

@@ -2,9 +2,9 @@
 
 import argparse
 import json
+import math
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
+
+from mtmd.files.writing import replacing, write_text
 
 PACKAGES = ("torch", "numpy", "scikit-learn")
 Row = TypeVar("Row")
@@ -23,17 +25,27 @@ class StudyParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, out: str, *, figure: bool = False) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--seeds", type=int, default=10, help="how many")
+        self.add_argument("--seeds", type=count(2), default=10, help="how many, two or more for a deviation")
         self.add_argument("--out", type=Path, default=Path(out))
         if figure:
             self.add_argument("--format", choices=["svg", "pdf", "png"], default="svg", help="of the figure")
 
     def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
         options = super().parse_args(arguments)
-        if options.seeds < 2:
-            self.error("--seeds: expected 2 or more, for a deviation")
         options.out.mkdir(parents=True, exist_ok=True)
         return options
+
+
+def count(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
+    """A whole number in this range, for argparse."""
+
+    def check(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            bound = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {bound}, got {text!r}")
+        return int(text)
+
+    return check
 
 
 def paired_interval(values: ArrayLike, baseline: ArrayLike) -> tuple[float, float]:
@@ -54,10 +66,17 @@ class RunLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        path.write_text("".join(whole), encoding="utf-8")
-        self.runs = {json.dumps(key): found for key, found in map(json.loads, whole)}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_text(path, whole)
+        self.runs: dict[str, Any] = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                key, found = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}: expected a run in line {number}, got {line[:80]!r}") from error
+            self.runs[json.dumps(key)] = found
 
     def __contains__(self, key: Any) -> bool:
         return json.dumps(key) in self.runs
@@ -75,18 +94,18 @@ class RunLog:
         """In the order of the keys."""
         return iter(sorted((json.loads(key), found) for key, found in self.runs.items()))
 
-    def complete(self, seeds: range, folds: int) -> Iterator[tuple[Any, Any]]:
-        """Those of these seeds, by (setting, arm, seed, fold), of the arms that have all of them and can be paired."""
-        found = [(key, value) for key, value in self.items() if key[2] in seeds]
-        counts = Counter((setting, arm) for (setting, arm, _, _), _ in found)
-        return ((key, value) for key, value in found if counts[key[0], key[1]] == len(seeds) * folds)
+    def of(self, settings: Iterable[str], arms: Iterable[str], seeds: range) -> Iterator[tuple[Any, Any]]:
+        """Those of these settings, arms and seeds, by (setting, arm, seed, fold)."""
+        for key, found in self.items():
+            if key[0] in settings and key[1] in arms and key[2] in seeds:
+                yield key, found
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """In the format that the name says, with the same bytes each time."""
-    with plt.rc_context({"svg.hashsalt": "momentum-distill"}):
+    with plt.rc_context({"svg.hashsalt": "momentum-distill"}), replacing(path) as part:
         dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        figure.savefig(path, dpi=150, metadata=dated.get(path.suffix))
+        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata=dated.get(path.suffix))
     plt.close(figure)
 
 
@@ -100,7 +119,7 @@ def write_results(path: Path, settings: dict[str, Any], rows: list[dict[str, Any
     body = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
     start = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{start},\n "rows": [\n  {body}\n ]\n}}\n', encoding="utf-8")
+    write_text(path, f'{start},\n "rows": [\n  {body}\n ]\n}}\n')
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from torch.nn import functional as F
 
 import momentum_distill as md
 from momentum_distill.schedules import Cosine, Schedule, WarmUp
-from study_tools import StudyParser, paired_interval, save_figure, write_results
+from study_tools import StudyParser, count, paired_interval, save_figure, write_results
 
 CLASSES, WIDTH = 10, 32  # digits, features of a view
 TEST, TRAIN = 500, 1000  # rows; those left, 297, served to choose the settings of the arms
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser = StudyParser(__doc__, "runs/two_views_digits", figure=True)
     parser.add_argument("--views", choices=PAIRS, default="halves", help="strong and weak view")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=count(), default=50)
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
     parser.add_argument("--hard-attention", action="store_true", help="weigh the fusion term as the paper does")
     parser.add_argument("--decays", action="store_true", help="the momentum model's decay, with few labels")
@@ -353,8 +353,9 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     rows = "validation" if options.valid else "test"
     title = f"{PAIRS[options.views]}: {rows} accuracy, %, {options.seeds} seeds"
     Console().print(table_of(results, title, arms, compared, settings))
-    given = {"views": options.views, "rows": rows, "seeds": options.seeds, "epochs": options.epochs}
-    path = options.out / f"{options.views}{'_decays' if options.decays else ''}.json"
+    switches = ("decays", "hard_attention", "valid")
+    given = {name: getattr(options, name) for name in ("views", "seeds", "first_seed", "epochs", *switches)}
+    path = options.out / f"{'_'.join([options.views, *(name for name in switches if given[name])])}.json"
     write_results(path, given, [result._asdict() for result in results])
     print(f"results: {path}")
     if not options.decays:

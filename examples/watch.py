@@ -61,7 +61,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import RunLog, StudyParser, paired_interval, save_figure, summary, write_results
+from study_tools import RunLog, StudyParser, count, paired_interval, save_figure, summary, write_results
 from watch_data import load_windows
 
 CLASSES, PEOPLE, FOLDS = 7, 10, 5
@@ -465,7 +465,7 @@ def study(out: Path, settings: list[str], arms: list[Arm], *, seeds: range, step
             log.add((setting, arm.name, seed, fold), run(arm, start, given, test_set, seed=seed, steps=steps))
     return [
         Result(setting, arm, seed, int(person), *scored)
-        for (setting, arm, seed, _), people in log.complete(seeds, FOLDS)
+        for (setting, arm, seed, _), people in log.of(settings, [arm.name for arm in arms], seeds)
         for person, scored in people.items()
     ]
 
@@ -475,7 +475,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--labels", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="labels per class")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help="with labels alone, and again in each arm")
+    parser.add_argument("--steps", type=count(), default=STEPS, help="with labels alone, and again in each arm")
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
     options = parser.parse_args(arguments)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 import momentum_distill as md
 from mtmd.data.batches import Batch
 from mtmd.files.checks import unknown
-from mtmd.settings.config import MODALITIES, Config
+from mtmd.settings.config import STUDENTS, TEACHER, Config
 
 CLASSES = 3  # negative, neutral, positive
-TEACHER = "text"
-STUDENTS = tuple(name for name in MODALITIES if name != TEACHER)
 ROWS_AT_A_TIME = 8  # texts that the encoder reads together on a CPU
 
 
@@ -219,22 +217,12 @@ class Fusion(nn.Module):
         return self.heads(self.mix(torch.cat(list(weighted.values()), dim=1)))
 
 
-def used_modalities(config: Config) -> tuple[str, ...]:
-    """The modalities of a model, in a fixed order: `--modalities` less the subtasks of `--without` (Table II).
-
-    The paper's row without the text subtask (MAE 1.42) is that of a model that sees no text: a subtask goes with its
-    branch.
-    """
-    gone = {name for name in MODALITIES if f"{name}_task" in config.without}
-    return tuple(name for name in MODALITIES if name in config.modalities and name not in gone)
-
-
 class MTMD(nn.Module):
     """The online model. Inference is this and nothing else: what distillation adds lives in the objective."""
 
     def __init__(self, config: Config, widths: dict[str, int], *, encoder_config: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.modalities = used_modalities(config)
+        self.modalities = config.used
         self.reads_tokens = config.reads_tokens
         self.branches = nn.ModuleDict()
         for name in self.modalities:

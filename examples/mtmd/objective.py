@@ -14,41 +14,31 @@ from torch import Tensor, nn
 import momentum_distill as md
 from mtmd.data.batches import Batch
 from mtmd.data.fold import ABSENT
-from mtmd.model import CLASSES, MTMD, STUDENTS, TEACHER, Outputs, Prediction
-from mtmd.settings.config import Config
+from mtmd.model import CLASSES, MTMD, Outputs, Prediction
+from mtmd.settings.config import STUDENTS, TEACHER, TERMS, Config
 
 
 class Objective(nn.Module):
     """The loss of a batch, and what it remembers between batches: momentum models and queue.
 
-    What `--without` names (Table II) is not computed, and what only that needs is not built. A term needs its teacher
-    and at least one student: a model of text alone minimises its ground-truth loss.
+    What is off (`Config.off`, Table II) is not computed, and what only that needs is not built.
     """
 
     def __init__(self, config: Config, model: MTMD) -> None:
         super().__init__()
-        without = set(config.without)
+        off = config.off
         self.modalities = model.modalities
         self.students = tuple(name for name in STUDENTS if name in self.modalities)
-        gammas = {
-            "reg": config.gamma_reg,
-            "cls": config.gamma_cls,
-            "feat": config.gamma_feat,
-            "fusion": config.gamma_fusion,
-        }
-        taught = {"fusion"} if TEACHER not in self.modalities else set(gammas)
-        if not self.students or model.fusion is None or "distillation" in without:
-            taught = set()
-        self.gammas = {name: gamma for name, gamma in gammas.items() if name in taught - without}
+        self.gammas = {name: getattr(config, f"gamma_{name}") for name in TERMS if name not in off}
 
         self.momentum = nn.ModuleDict()
-        if "momentum_dmd" not in without and {"reg", "cls", "feat"} & set(self.gammas):
+        if "momentum_dmd" not in off:
             # Eq. 6: momentum copies of the audio and vision models, heads included.
             for name in self.students:
                 self.momentum[name] = md.EMAWrapper(model.branches[name], decay=config.decay)
         # Section III-E.2: the latest representations of the online and the momentum models, in step.
         self.queue = None
-        if "feat" in self.gammas and "queue" not in without:
+        if "queue" not in off:
             streams = [*self.modalities, *(f"{name}_momentum" for name in self.momentum)]
             self.queue = md.ClassQueue(
                 config.queue_size,
@@ -71,7 +61,7 @@ class Objective(nn.Module):
         )
         self.respond_scores = md.ResponseDistillLoss(task="regression", alpha=config.alpha)
         self.respond_classes = md.ResponseDistillLoss(task="classification", alpha=config.alpha)
-        self.teach_from_fusion = md.HardSampleFusionLoss(hard_attention="hard_attention" not in without)
+        self.teach_from_fusion = md.HardSampleFusionLoss(hard_attention="hard_attention" not in off)
         self._since_update: list[tuple[Outputs, dict[str, Prediction], Batch]] = []
 
     def forward(self, model: MTMD, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

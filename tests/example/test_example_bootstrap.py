@@ -243,10 +243,14 @@ def test_a_branch_is_compared_where_both_experiments_have_its_modality(tmp_path,
         compare_experiments(*folders, column="vision")
 
 
-def test_single_seeds_have_no_interval_over_seeds(tmp_path, systems):
+@pytest.mark.parametrize("others", [1, 3])
+def test_a_single_seed_has_no_interval_over_seeds(others, tmp_path, systems):
+    """Also where the other experiment has several: how far a seed may lie from another, one run does not tell."""
     first, second, targets = systems
-    folders = [write_predictions(tmp_path / name, rows[:1], targets) for name, rows in (("a", first), ("b", second))]
-    assert compare_experiments(*folders, resamples=50)[1] is None
+    one = write_predictions(tmp_path / "a", first[:1], targets)
+    other = write_predictions(tmp_path / "b", second[:others], targets)
+    assert compare_experiments(one, other, resamples=50)[1] is None
+    assert compare_experiments(other, one, resamples=50)[1] is None
 
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path, systems):

@@ -181,6 +181,33 @@ CONTRADICTIONS = {
         for term in ("reg", "cls", "feat", "fusion")
     },
     "--gamma-reg 1 --without distillation": "--gamma-reg: expected L_reg beside it",
+    **{
+        f"{given} {rest}": f"{given.partition(' ')[0]}: expected {beside} beside it"
+        for rest, entries in {
+            "--modalities text": {
+                **{f"--gamma-{term} 1": f"L_{term}" for term in ("reg", "cls", "feat", "fusion")},
+                **dict.fromkeys(("--positives inside", "--sampling instance", "--detach-text"), "L_feat"),
+                **dict.fromkeys(("--hardness 1", "--temperature 0.1"), "L_feat"),
+                "--queue-size 9": "a queue",
+                "--balanced-queue": "a queue",
+                "--alpha 0": "momentum models",
+                "--decay 0.1": "momentum models or factors",
+                "--audio-hidden 8": "audio as a modality",
+                "--unimodal-lr 1": "audio or vision as a modality",
+                "--fused-width 8": "several modalities",
+                "--fusion-start text": "text beside other modalities",
+            },
+            "--without text_task": {
+                "--gamma-reg 1": "L_reg",
+                "--queue-size 9": "a queue",
+                "--alpha 0": "momentum models",
+                "--drop-text 0.5": "text as a modality",
+                "--text-encoder x": "text as a modality",
+                "--fusion-start text": "text beside other modalities",
+            },
+        }.items()
+        for given, beside in entries.items()
+    },
     # evaluate and predict
     "evaluate c --robustness": "--out: expected a folder for the curves of --robustness, got none",
     "evaluate c --rates 0.5": "--rates: expected --robustness beside it, got it alone",

@@ -40,7 +40,7 @@ from mtmd.files.writing import file_sha256
 from mtmd.model import MTMD
 from mtmd.results.records import read_epochs
 from mtmd.runs.checkpoint import save_checkpoint
-from mtmd.runs.predict import build_fold, read_csv, read_sequence
+from mtmd.runs.predict import read_csv, read_sequence
 from mtmd.runs.states import load_state, save_state
 from mtmd.runs.trained import Trained, load_trained
 from mtmd.settings.config import Config
@@ -189,7 +189,7 @@ KINDS = {
     "folder": Kind("own/dataset.json", lambda path: load_dataset(path.parent), honest_dataset, f"{TRAIN} --data own"),
     "archive": Kind("own/train.npz", lambda path: load_dataset(path.parent), honest_dataset, f"{TRAIN} --data own"),
     "utterances": Kind("new.npz", load_fold, honest_fold, f"{PREDICT} new.npz"),
-    "table": Kind("new.csv", lambda path: build_fold(read_csv(path)), honest_fold, f"{PREDICT} new.csv"),
+    "table": Kind("new.csv", read_csv, honest_fold, f"{PREDICT} new.csv"),
     "array": Kind(
         "audio.npy",
         lambda path: read_sequence(path, "audio"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from mtmd.data.batches import batches
 from mtmd.data.fold import drop_modalities, presence
 from mtmd.data.mmsa import from_mmsa
-from mtmd.data.own_format import save_dataset
+from mtmd.data.own_format import open_dataset, save_dataset
 from mtmd.data.synthetic import make_synthetic, synthetic_dataset
 from mtmd.results.metrics import msa_metrics, sims_metrics
 from mtmd.runs import evaluate, export
@@ -104,6 +104,15 @@ def test_evaluate_says_when_the_data_are_others(checkpoint, tmp_path):
     other = tmp_path / "other"
     save_dataset(synthetic_dataset(seed=9, sizes=(20, 10, 10)), other)
     assert "not the data" in command("evaluate", checkpoint, "--data", other)
+
+
+def test_a_pickle_and_the_folder_made_of_it_are_the_same_data(content, tmp_path):
+    (tmp_path / "data.pkl").write_bytes(pickle.dumps(content))
+    dataset = open_dataset(tmp_path / "data.pkl", name="mosi")
+    fake_checkpoint(tmp_path / "checkpoint", dataset, data=tmp_path / "data.pkl", dataset="mosi")
+    save_dataset(dataset, tmp_path / "folder")
+    for data in ("data.pkl", "folder"):
+        assert "not the data" not in command("evaluate", tmp_path / "checkpoint", "--data", tmp_path / data)
 
 
 def test_a_checkpoint_without_data_is_scored_on_its_synthetic_set(tmp_path):
@@ -355,8 +364,9 @@ def with_encoder(dataset, tmp_path_factory):
 
 def test_words_are_tokenised_as_the_checkpoint_says(with_encoder, tmp_path):
     path, _ = with_encoder
-    (tmp_path / "new.csv").write_text("text\na good movie\na bad movie\n  \n")
-    command("predict", path, tmp_path / "new.csv", "--out", tmp_path / "out.csv")
+    (tmp_path / "new.csv").write_text("text,Vision\na good movie,\na bad movie,\n  ,\n")
+    said = command("predict", path, tmp_path / "new.csv", "--out", tmp_path / "out.csv")
+    assert "note: not read: Vision" in said
     rows = read_csv(tmp_path / "out.csv")
     assert [row["id"] for row in rows] == ["0", "1", "2"]
     assert [bool(row["text"]) for row in rows] == [True, True, False]

@@ -8,7 +8,6 @@ import io
 import itertools
 import os
 import random
-import resource
 import shutil
 import signal
 import stat
@@ -24,6 +23,7 @@ import safetensors.torch
 import torch
 
 import mtmd_mosi
+from full_disk import file_size_limit
 from mtmd.data.scaling import Standardizer
 from mtmd.files import writing
 from mtmd.files.tensors import DTYPES, write_tensors
@@ -269,17 +269,6 @@ def test_an_operation_that_fails_is_one_error_and_leaves_the_old(kind, error_num
         assert saver.strays() == []
         assert saver.load() == last
     assert nth > 8
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """No file can grow beyond `size` bytes: a disk that is full to the byte, made by the system itself."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("kind", [States, Models])

@@ -9,9 +9,9 @@ import reference
 from mtmd.data.batches import batches
 from mtmd.data.scaling import Standardizer
 from mtmd.data.synthetic import synthetic_dataset
-from mtmd.model import MODALITIES, MTMD, STUDENTS, PretrainedTextEncoder
+from mtmd.model import MTMD, PretrainedTextEncoder
 from mtmd.objective import Objective
-from mtmd.settings.config import Config
+from mtmd.settings.config import MODALITIES, STUDENTS, Config
 from mtmd.train import make_schedule
 
 SMALL = {"width": 16, "fused_width": 12, "audio_hidden": 8, "vision_hidden": 8, "text_hidden": 8, "layers": 1}

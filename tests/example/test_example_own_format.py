@@ -482,6 +482,11 @@ def test_real_mosi_is_converted_and_checked(mosi_path, tmp_path):
 
 def test_sims_is_known_by_its_labels_or_its_name(sims):
     assert read(sims).score_range == (-1, 1)
+    wider = {name: fold | {"regression_labels": fold["regression_labels"] * 3} for name, fold in sims.items()}
+    assert read(wider).score_range == (-3, 3)
+    wider["test"]["regression_labels"] = "not numbers"
+    with pytest.raises(DataError, match=r"test: regression_labels: expected 6 numbers"):
+        read(wider)
     train = read(sims).folds["train"]
     np.testing.assert_array_equal(train.unimodal_scores["audio"], sims["train"]["regression_labels_A"])
     assert train.unimodal_scores["audio"].dtype == np.float32
@@ -496,7 +501,7 @@ def test_sims_is_known_by_its_labels_or_its_name(sims):
 def test_sims_scores_are_held_against_their_own_range(sims):
     sims["train"]["regression_labels"][0] = 1.2
     sims["train"]["regression_labels_V"][:2] = -1.5, np.nan
-    notes = read(sims).notes
+    notes = read(sims, name="sims").notes
     assert any(note.startswith("train/regression_labels: 1 outside [-1, 1]") for note in notes)
     assert any(note.startswith("train/regression_labels_V: 1 outside [-1, 1], from -1.5") for note in notes)
     assert "train/regression_labels_V: 1 NaN or infinite" in notes

@@ -68,10 +68,18 @@ def test_tables_figure_and_results_come_out_and_no_run_is_repeated(tmp_path, mon
     assert "<svg" in (tmp_path / "retrieval.svg").read_text()
 
 
-def test_one_seed_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--seeds=1", "--seeds: expected 2 or more, got '1'"),
+        ("--epochs=0", "--epochs: expected 1 or more, got '0'"),
+        ("--train=1001", "--train: expected 1 to 1000, got '1001'"),  # the others are for validation
+    ],
+)
+def test_counts_that_cannot_be_are_refused(option, said, capsys):
     with pytest.raises(SystemExit):
-        retrieval.main(["--seeds=1"])
-    assert "expected 2 or more" in capsys.readouterr().err
+        retrieval.main([option])
+    assert said in capsys.readouterr().err
 
 
 # Rows
@@ -216,16 +224,25 @@ def test_a_log_of_runs_goes_on_behind_the_last_whole_line(tmp_path):
     assert study_tools.RunLog(path)[("c", 3)] == 4
 
 
-def test_runs_are_compared_where_each_arm_has_all_seeds(tmp_path):
+def test_only_runs_that_are_asked_for_are_shown(tmp_path):
     log = study_tools.RunLog(tmp_path / "runs.jsonl")
-    for arm, seeds in {"labels": 3, "plain": 2}.items():
-        for seed, fold in itertools.product(range(seeds), range(2)):
-            log.add(("few", arm, seed, fold), seed)
-    assert {key[1] for key, _ in log.complete(range(2), 2)} == {"labels", "plain"}
-    assert [(key[1], seed) for key, seed in log.complete(range(3), 2)] == [
-        ("labels", seed) for seed in (0, 0, 1, 1, 2, 2)
-    ]
-    assert list(log.complete(range(4), 2)) == []
+    for key in itertools.product(("few", "all"), ("labels", "plain"), range(3), range(2)):
+        log.add(key, 1)
+    found = [tuple(key) for key, _ in log.of(["few"], ["plain"], range(1, 3))]
+    assert found == [("few", "plain", seed, fold) for seed in (1, 2) for fold in (0, 1)]
+
+
+def test_starting_writes_nothing_over_and_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    study_tools.RunLog(path).add(("a", 1), 3)
+    path.chmod(0o400)
+    before = path.stat()
+    assert ("a", 1) in study_tools.RunLog(path)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    path.chmod(0o600)
+    path.write_text(path.read_text() + "no run\n")
+    with pytest.raises(ValueError, match=r"runs\.jsonl: expected a run in line 2, got 'no run'"):
+        study_tools.RunLog(path)
 
 
 def test_the_watch_has_its_windows():
@@ -263,8 +280,12 @@ def test_results_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tables():
-    results = retrieval.from_rows(study_tools.read_results(ROOT / "docs" / "results" / "retrieval.json")["rows"])
+def results():
+    return retrieval.from_rows(study_tools.read_results(ROOT / "docs" / "results" / "retrieval.json")["rows"])
+
+
+@pytest.fixture(scope="module")
+def tables(results):
     data = list(retrieval.DATA)
     every = [retrieval.table_of_arms(results, one) for one in data]
     whole = (retrieval.table_of_gains(results, data), retrieval.table_of_choices(results, data))
@@ -278,11 +299,14 @@ def test_the_page_has_the_tables_of_the_results(tables):
         assert [row for row in rows if "| " + " | ".join(row) + " |" not in lines] == []
 
 
-def test_what_the_page_says_of_retrieval_stands_in_its_tables(tables):
+def test_what_the_page_says_of_retrieval_stands_in_its_tables_and_results(tables, results):
     page = (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## Retrieval(.*?)(?=^## )", page, flags=re.MULTILINE | re.DOTALL)
     prose = " ".join(line for line in section.splitlines() if not line.startswith("|"))
     cells = {cell for rows in tables for row in rows for cell in row}
+    for name, data in itertools.product(("queue", "targets"), retrieval.DATA):
+        top = (retrieval.gain(results, retrieval.arm(name, data), what) for what in ("recall1", "pair1"))
+        cells |= set(map(retrieval.signed, top))
     said = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", " ".join(prose.split()))
     assert len(said) > 5
     assert [figure for figure in said if figure not in cells] == []

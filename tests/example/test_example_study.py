@@ -14,6 +14,7 @@ from rich.console import Console
 
 import mtmd_mosi
 from conftest import ROOT
+from full_disk import file_size_limit
 from mtmd.files.reading import read_toml
 from mtmd.results.bootstrap import Comparison
 from mtmd.results.compare import compare_experiments
@@ -205,6 +206,33 @@ def test_before_shows_the_other_experiment_and_else_the_start(experiments, tmp_p
     assert mtmd_mosi.main(arguments) == 0
     assert np.array_equal(embedded[2], arrays[0]["initial"])
     assert "before training" in (tmp_path / "report.md").read_text()
+
+
+def test_another_seed_of_the_other_experiment_is_named(experiments, tmp_path):
+    fake_experiment(Config(out=tmp_path / "other", seeds=[7]))
+    arguments = ["report", str(experiments / "full"), "--out", str(tmp_path), "--resamples", "10"]
+    assert mtmd_mosi.main([*arguments, "--before", str(tmp_path / "other")]) == 0
+    assert "before: other, seed 7 and after: full, seed 1 (Fig. 6)" in (tmp_path / "report.md").read_text()
+
+
+def test_one_utterance_has_a_report_without_its_plane(tmp_path):
+    fake_experiment(Config(out=tmp_path, seeds=[1]), utterances=2)
+    path = tmp_path / "representations_seed1.npz"
+    with np.load(path) as arrays:
+        np.savez(path, **{name: array[:1] for name, array in arrays.items()})
+    assert mtmd_mosi.main(["report", str(tmp_path), "--resamples", "10"]) == 0
+    assert "tsne" not in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_disk_that_is_full_leaves_the_report_before(experiments, tmp_path, capsys):
+    arguments = ["report", str(experiments / "text_only"), "--out", str(tmp_path), "--resamples", "10"]
+    assert mtmd_mosi.main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with file_size_limit(1000):
+        assert fails(capsys, arguments).startswith("error: [Errno 27] File too large: ")
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left.keys() == before.keys()
+    assert all(left[name] == content for name, content in before.items() if len(content) > 1000)
 
 
 def test_a_report_of_one_experiment_on_sims_has_five_classes_and_its_own_metrics(tmp_path):

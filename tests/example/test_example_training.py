@@ -24,7 +24,7 @@ from rich.console import Console
 import mtmd_mosi
 from mtmd import train as loop
 from mtmd.data.batches import batches
-from mtmd.data.fold import presence
+from mtmd.data.fold import data_sha256, presence
 from mtmd.data.scaling import Standardizer
 from mtmd.data.synthetic import make_synthetic, synthetic_dataset
 from mtmd.results.metrics import msa_metrics
@@ -57,7 +57,7 @@ def test_a_log_has_a_line_for_each_epoch(tmp_path):
     lines = [line for line in printed.file.getvalue().splitlines() if ", epoch " in line]
     assert len(lines) == config.epochs * len(config.seeds)
     assert re.fullmatch(r"seed \d+, epoch 1 of \d+: loss \d+\.\d{3}, validation MAE \d\.\d{3}", lines[0])
-    assert {"momentum-distill", "torch"} <= results["versions"].keys()
+    assert all({"momentum-distill", "torch"} <= entry["versions"].keys() for entry in results["runs"])
 
 
 def test_a_log_of_a_long_run_tells_from_its_first_steps_how_long_a_seed_takes(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_figures_are_pictures_of_a_readable_size(finished):
 def test_a_checkpoint_predicts_what_was_reported(finished):
     model, standardizer, about = load_checkpoint(finished / "checkpoint_seed1")
     dataset = synthetic_dataset()
-    assert about["data_sha256"] == dataset.fingerprint
+    assert about["data_sha256"] == data_sha256(dataset.folds, labels=True)
     fold = standardizer.apply(dataset.folds["test"])
     scores = score_fold(model, fold, 64, torch.device("cpu"))
     with (finished / "predictions.csv").open(newline="") as file:

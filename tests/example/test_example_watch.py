@@ -204,6 +204,8 @@ def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp
     assert all(0 <= accuracy <= 100 for result in results for accuracy in result[4:])
     assert (tmp_path / "watch.svg").stat().st_size > 5_000
     assert (tmp_path / "watch.pdf").read_bytes().startswith(b"%PDF")
+    other = watch.main(["--seeds=2", "--steps=1", "--labels=20", "--arms=all blocks", f"--out={tmp_path}"])
+    assert {(one.labels, one.arm) for one in other} == {("20", "all blocks")}  # not what else lies there
 
 
 RESULTS = ROOT / "docs" / "results" / "watch.json"

@@ -106,7 +106,6 @@ def fake_experiment(
     results = {
         "config": config.as_json(),
         "dataset": {"name": dataset, "synthetic": dataset == "synthetic", "sha256": "0" * 64},
-        "versions": {},
         "runs": runs,
         "mean": {name: float(np.mean(of)) for name, of in values.items()},
         "std": {name: float(np.std(of, ddof=1)) if len(runs) > 1 else None for name, of in values.items()},

@@ -17,7 +17,6 @@ from mtmd.data.needs import TextReader, advice, as_read, check_encoder, keys_of,
 from mtmd.data.own_format import check_new, contradictions, read_about, read_arrays, save_dataset
 from mtmd.files import safe_pickle
 from mtmd.files.writing import check_writable
-from mtmd.model import used_modalities
 from mtmd.settings.cli import note, say
 from mtmd.settings.config import Config
 from mtmd.settings.options import a_number, a_path, add_config_arguments, config_from
@@ -139,7 +138,7 @@ def examine(
         try:
             if not errors:
                 as_read(folds, config, str(path))
-            elif fault := lack(used_modalities(config), there, text_reader(config)):
+            elif fault := lack(config.used, there, text_reader(config)):
                 errors.append(fault)
         except ValueError as error:
             errors.append(str(error))

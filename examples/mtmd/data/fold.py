@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class Fold:
     features: dict[str, np.ndarray]  # "audio", "vision", maybe "text": (n, T, d) float32
     lengths: dict[str, np.ndarray]  # the same keys: (n,) int64, 0 = missing
     unimodal_scores: dict[str, np.ndarray] = field(default_factory=dict)  # CH-SIMS: (n,) float32 by modality
+    unread: tuple[Any, ...] = ()  # what else its file has
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -85,7 +85,7 @@ def from_mmsa(
     |-----------------------------------|----------------------------------------------------|
     | `id`                              | n strings                                          |
     | `regression_labels`               | (n,) or (n, 1) finite numbers                      |
-    | `regression_labels_{T,A,V}`       | (n,) or (n, 1) numbers; CH-SIMS alone has them     |
+    | `regression_labels_{T,A,V}`       | (n,) or (n, 1) numbers, as CH-SIMS has them        |
     | `audio`, `vision`                 | (n, T, d) numbers, padded with zeros at the end    |
     | `text_bert`, `text`, `raw_text`   | (n, 3, L), (n, L, d), n strings                    |
     | `{audio,vision,text}_lengths`     | n integers from 0 (missing) to T; may be left out  |
@@ -103,7 +103,7 @@ def from_mmsa(
         synthetic: Whether it is made up.
         fingerprint: Identifies the data; computed from the arrays if not given.
         score_range: Between which the scores lie. None: [-1, 1] for CH-SIMS, which is known by "sims" in
-            its name or by its labels for each modality, and [-3, 3] for anything else.
+            its name, or by labels for each modality where no score is outside [-1, 1]; [-3, 3] for anything else.
         classes: What to call scores below, at and above 0.
 
     Raises:
@@ -178,8 +178,7 @@ def _read(
                 raise DataError(f"{source}: {fold}: expected a dictionary of arrays, got {shown(content[fold])}")
             there[fold] = content[fold]
     if score_range is None:
-        unimodal = set(UNIMODAL_LABELS.values())
-        is_sims = "sims" in name.lower() or (there and all(unimodal <= set(fold) for fold in there.values()))
+        is_sims = "sims" in name.lower() or (there and all(map(_looks_like_sims, there.values())))
         score_range = SIMS_RANGE if is_sims else MOSI_RANGE
     notes: list[str] = []
     read = {
@@ -188,6 +187,17 @@ def _read(
     folds = {name: fold for name, fold in read.items() if fold is not None}
     _check_folds_agree(there, folds, source, errors)
     return folds, notes + _repeated_ids(folds), score_range
+
+
+def _looks_like_sims(fold: Mapping[str, Any]) -> bool:
+    """Whether there are labels for each modality, and no score outside [-1, 1]."""
+    if not set(UNIMODAL_LABELS.values()) <= set(fold):
+        return False
+    try:
+        scores = read_scores(fold, "regression_labels", "", count_samples(fold))
+    except DataError:  # told where the fold is read
+        return False
+    return not (np.abs(scores) > SIMS_RANGE[1]).any()
 
 
 @contextmanager
@@ -264,12 +274,12 @@ def _read_fold(
             with _noting(errors):
                 unimodal[modality] = read_scores(content, key, where, n)
                 notes += _score_notes(f"{fold}/{key}", unimodal[modality], score_range)
-    unread = [key for key in content if key not in {*AXES, *NOT_READ}]
+    unread = tuple(key for key in content if key not in {*AXES, *NOT_READ})
     if unread:
         notes.append(f"{fold}: not read: {key_names(unread)}")
     if ids is None:  # an error is noted; these are in no other fold
         ids = [f"{where}: {row}" for row in range(n)]
-    return Fold(ids, scores, raw_text, text_bert, features, lengths, unimodal)
+    return Fold(ids, scores, raw_text, text_bert, features, lengths, unimodal, unread)
 
 
 def _score_notes(where: str, scores: np.ndarray, score_range: tuple[float, float]) -> list[str]:

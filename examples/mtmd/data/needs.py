@@ -18,8 +18,8 @@ import torch
 
 from mtmd.data.fold import FORMS, DataError, Fold, one_text
 from mtmd.data.text import texts_before, tokenize
-from mtmd.model import TEACHER, PretrainedTextEncoder, load_transformers, text_positions, used_modalities
-from mtmd.settings.config import MODALITIES, Config
+from mtmd.model import PretrainedTextEncoder, load_transformers, text_positions
+from mtmd.settings.config import MODALITIES, TEACHER, Config
 
 NAMES = {"text": "text (features)", "text_bert": "text_bert (token ids)", "raw_text": "raw_text (words)"}
 UNCASED_BERT = {"[CLS]": 101, "[SEP]": 102, "movie": 3185, "##s": 2015, "good": 2204}
@@ -46,7 +46,7 @@ def text_reader(config: Config, encoder: PretrainedTextEncoder | None = None) ->
         ValueError: If `config.text_encoder` is no BERT-type model.
     """
     name = config.text_encoder
-    if not config.reads_tokens or TEACHER not in used_modalities(config):
+    if not config.reads_tokens or TEACHER not in config.used:
         return TextReader("features")
     check_encoder(config)
     from transformers import AutoConfig, AutoTokenizer
@@ -78,7 +78,7 @@ def check_encoder(config: Config) -> None:
         ValueError: If there is no such folder.
     """
     name, path = config.text_encoder, Path(config.text_encoder)
-    if not config.reads_tokens or TEACHER not in used_modalities(config):
+    if not config.reads_tokens or TEACHER not in config.used:
         return
     importlib.import_module("transformers")
     if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))):
@@ -132,7 +132,7 @@ def as_read(folds: dict[str, Fold], config: Config, source: str) -> dict[str, Fo
         DataError: If it cannot be trained on them; the message begins with `source`.
         ValueError: If `config.text_encoder` is no BERT-type model.
     """
-    modalities, there, reader = used_modalities(config), keys_of(folds["train"]), text_reader(config)
+    modalities, there, reader = config.used, keys_of(folds["train"]), text_reader(config)
     fault = lack(modalities, there, reader)
     if fault:
         options = advice(modalities, there, reader)

@@ -15,6 +15,7 @@ words is docs/your_data.md. Two commands belong to it: `convert` makes such a fo
 and names what is odd about either.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -221,8 +222,10 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str]) -> None:
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):  # a full disk names no file
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder)) from error
         raise
 
 

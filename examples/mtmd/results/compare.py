@@ -76,7 +76,7 @@ def compare_experiments(
 
     Returns:
         The difference first minus second with its interval over utterances, then with the interval over utterances and
-        seeds; None for the latter where both have a single seed.
+        seeds; None for the latter where either has a single seed.
 
     Raises:
         ValueError: If the two were not scored on the same utterances.
@@ -95,7 +95,7 @@ def compare_experiments(
     if limit is not None:
         systems = [np.clip(scores, -limit, limit) for scores in systems]
     options: dict[str, Any] = {"metric": metric, "resamples": resamples, "seed": seed}
-    several = max(len(one.seeds), len(two.seeds)) > 1
+    several = min(len(one.seeds), len(two.seeds)) > 1  # of one, nobody knows how far another lies from it
     return (
         paired_bootstrap(*systems, **options),
         paired_bootstrap(*systems, over_seeds=True, **options) if several else None,

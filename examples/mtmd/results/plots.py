@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from mtmd.files.writing import replacing
 from mtmd.results.tables import write_csv
 from mtmd.settings.config import MODALITIES
 
@@ -249,7 +250,8 @@ def tidy(axes: plt.Axes) -> None:
 
 def finish(figure: plt.Figure, path: Path) -> None:
     dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    figure.savefig(path, dpi=150, metadata=dated.get(path.suffix))
+    with replacing(path) as part:
+        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata=dated.get(path.suffix))
     plt.close(figure)
 
 

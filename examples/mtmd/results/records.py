@@ -214,6 +214,8 @@ def run_entry(run: Run) -> dict[str, Any]:
             "epochs": len(run.epochs),
             "seconds": run.seconds,
             "precision": ", then ".join(run.precisions),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
         }
     )
 
@@ -226,8 +228,6 @@ def summarise(config: Config, dataset: Dataset, finished: Finished) -> dict[str,
     return {
         "config": {**config.as_json(), "seeds": seeds},
         "dataset": {"name": dataset.name, "synthetic": dataset.synthetic, "sha256": dataset.fingerprint},
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
         "runs": runs,
         "mean": mean,
         "std": std,

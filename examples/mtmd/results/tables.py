@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from mtmd.files.writing import write_rows
+from mtmd.files.writing import write_rows, write_text
 from mtmd.results.bootstrap import Comparison
 from mtmd.results.metrics import columns_of, in_percent, mean_and_std, number
 from mtmd.settings.config import MODALITIES
@@ -172,7 +172,7 @@ def write_markdown(
     bar = "\\|"
     table = [f"| {' | '.join(cell.replace('|', bar) for cell in line)} |" for line in (headings, rule, *lines)]
     text = [f"# {title}", "", *table, "", *(f"- {note}" for note in notes)]
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(text) + "\n")
 
 
 def terminal_table(

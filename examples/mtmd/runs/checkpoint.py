@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtmd.data.fold import MODALITIES, DataError, Dataset
+from mtmd.data.fold import MODALITIES, DataError, Dataset, data_sha256
 from mtmd.data.scaling import Standardizer
 from mtmd.files.checks import COUNT, NAME, OBJECT, Rule, check_layout, is_plain, reason, shown
 from mtmd.files.reading import read_json
 from mtmd.files.tensors import load_tensors, pair, section, write_tensors
 from mtmd.files.writing import file_sha256, replacing, write_json
-from mtmd.model import MTMD, TEACHER, load_transformers, used_modalities
-from mtmd.settings.config import Config
+from mtmd.model import MTMD, load_transformers
+from mtmd.settings.config import TEACHER, Config
 
 if TYPE_CHECKING:
     from mtmd.train import Run
@@ -53,7 +53,7 @@ def save_checkpoint(path: Path, run: "Run", config: Config, standardizer: Standa
         "dataset": dataset.name,
         "classes": list(dataset.classes),
         "synthetic": dataset.synthetic,
-        "data_sha256": dataset.fingerprint,
+        "data_sha256": data_sha256(dataset.folds, labels=True),  # the same in a pickle and in a folder
         "valid": run.metrics["valid"],
     }
     with suppress(FileNotFoundError, ValueError):  # none there, or a damaged one
@@ -108,7 +108,7 @@ def build_model(about: dict[str, Any], state: dict[str, Tensor], weights: Path, 
     try:
         if config.layers > len(state):
             raise ValueError(f"layers is {shown(config.layers)}, with {len(state)} tensors")
-        reads_tokens = config.reads_tokens and TEACHER in used_modalities(config)
+        reads_tokens = config.reads_tokens and TEACHER in config.used
         if reads_tokens is (encoder is None):  # transformers would fetch a model by its name
             raise ValueError(f"text_encoder is {shown(config.text_encoder)}, encoder is {shown(encoder)}")
         if encoder is not None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mtmd.data.fold import Fold, drop_modalities, presence
+from mtmd.data.fold import Fold, data_sha256, drop_modalities, presence
 from mtmd.data.own_format import open_dataset
 from mtmd.files.checks import shown
 from mtmd.files.writing import check_writable, write_json, write_rows
@@ -102,7 +102,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     else:  # named like the training data: of a file, that says between which numbers the scores lie
         name = "data" if config.data is None else config.dataset
         dataset = open_dataset(arguments.data, name=name)
-    if dataset.fingerprint != trained.data_sha256:
+    if trained.data_sha256 not in (dataset.fingerprint, data_sha256(dataset.folds, labels=True)):
         note(console, "these are not the data that the checkpoint was trained on")
     source = str(arguments.data or trained.config.data or dataset.name)
     fold = prepare_fold(dataset.folds[arguments.fold], trained, source=f"{source}: {arguments.fold}", complete=True)

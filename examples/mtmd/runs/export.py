@@ -1,6 +1,7 @@
 """`export`: the model with its feature scaling as a torch.export program, which needs none of this code."""
 
 import argparse
+import io
 import json
 import warnings
 from typing import Any
@@ -124,8 +125,9 @@ def run_export(arguments: argparse.Namespace, console: Console) -> None:
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as part:
-        with part.open("wb") as file:  # of a path, torch would want its own ending
-            torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+        written = io.BytesIO()  # on a full disk torch ends the process
+        torch.export.save(program, written, extra_files={"about.json": json.dumps(about)})
+        part.write_bytes(written.getbuffer())
         with part.open("rb") as file:
             again = torch.export.load(file).module()
         deployed = Deployed(trained).eval()

@@ -104,12 +104,12 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
 def read_utterances(path: Path, fold: str) -> Fold:
     """The utterances of a file of any of the four kinds."""
     if path.suffix.lower() == ".csv":
-        return build_fold(read_csv(path))
+        return read_csv(path)
     return load_fold(path, fold)
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Lines as `build_fold` takes them; paths in them are relative to the folder of the file."""
+def read_csv(path: Path) -> Fold:
+    """A fold of its lines; paths in them are relative to the folder of the file."""
     known = ("text", "text_features", "audio", "vision")
     headings, lines = read_table(path)
     if not set(known) & set(headings):
@@ -126,10 +126,10 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
         if not is_plain(name):
             raise DataError(f"{path}: id: expected strings that can be written, got {shown(name)} in row {number}")
         utterances.append({"id": name, "text": line.get("text"), **files})
-    return utterances
+    return build_fold(utterances, unread=[name for name in headings if name not in ("id", *known)])
 
 
-def build_fold(lines: Sequence[Mapping[str, Any]]) -> Fold:
+def build_fold(lines: Sequence[Mapping[str, Any]], *, unread: Sequence[str] = ()) -> Fold:
     """A fold of utterances with `id`, `text` and the paths `text_features`, `audio`, `vision`, where there are any."""
     n = len(lines)
     features, lengths = {}, {}
@@ -155,6 +155,7 @@ def build_fold(lines: Sequence[Mapping[str, Any]]) -> Fold:
         text_bert=None,
         features=features,
         lengths=lengths,
+        unread=tuple(unread),
     )
 
 
@@ -170,7 +171,7 @@ def read_sequence(path: Path, name: str) -> np.ndarray:
 
 def unread(fold: Fold, trained: Trained) -> list[str]:
     """What is there but not read by the model, and what is no number."""
-    notes = []
+    notes = [f"not read: {key_names(fold.unread)}"] if fold.unread else []
     there = {name for name, present in presence(fold).items() if present.any()}
     if fold.raw_text is not None and any(text.strip() for text in fold.raw_text):
         there.add("text")

@@ -15,11 +15,11 @@ import torch
 from mtmd.data.fold import FOLDS, FORMS, DataError, Fold, drop_modalities
 from mtmd.data.needs import TextReader, check_encoder, keys_of, lack, text_reader, with_text
 from mtmd.data.scaling import Standardizer
-from mtmd.model import MTMD, TEACHER
+from mtmd.model import MTMD
 from mtmd.results.scores import Said, score_fold
 from mtmd.runs.checkpoint import load_checkpoint
 from mtmd.runs.devices import choose_device
-from mtmd.settings.config import Config
+from mtmd.settings.config import TEACHER, Config
 from mtmd.settings.options import a_path, choice
 
 BATCH_SIZE = 64

@@ -12,6 +12,8 @@ from mtmd.files.checks import did_you_mean, is_number, is_text, shown, unknown
 
 # Each has its settings below, NAME_hidden and drop_NAME; a fold of data has its features at the key NAME.
 MODALITIES = ("text", "audio", "vision")
+TEACHER = "text"
+STUDENTS = tuple(name for name in MODALITIES if name != TEACHER)
 
 # What `without` can switch off, the rows of the paper's Table II, and all of them at once.
 PARTS = {
@@ -27,6 +29,7 @@ PARTS = {
     **{f"{name}_task": f"the {name} branch" for name in MODALITIES},
     "distillation": "everything but the ground truth",
 }
+TERMS = ("reg", "cls", "feat", "fusion")  # of the loss beside the ground truth; each has its weight gamma_NAME
 
 # Settings that say where and how far, not what: runs that differ in them alone are the same experiment.
 NOT_IDENTITY = ("out", "format", "seeds", "resume", "device", "save_every")
@@ -252,13 +255,12 @@ class Config:
         # One order, so that what means the same is the same: to a checkpoint, and to --resume.
         self.modalities = [name for name in MODALITIES if name in self.modalities]
         self.without = [name for name in PARTS if name in self.without]
-        left = [name for name in self.modalities if f"{name}_task" not in self.without]
-        if not left:
+        if not self.used:
             raise ValueError(
                 f"modalities: expected at least one that is left, got {' '.join(self.modalities)} "
                 f"without {' '.join(self.without)}"
             )
-        for name in left:
+        for name in self.used:
             hidden = getattr(self, f"{name}_hidden")
             if (name != "text" or not self.reads_tokens) and hidden % self.heads:
                 raise ValueError(f"{name}_hidden: expected a multiple of heads ({self.heads}), got {hidden}")
@@ -280,6 +282,39 @@ class Config:
     def reads_tokens(self) -> bool:
         """Whether text is read as tokens by a BERT-type model; if not, as features, by an encoder of model.py."""
         return self.text_encoder.partition(":")[0] != "features"
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The modalities of the model, in a fixed order: `modalities` less the subtasks of `without` (Table II).
+
+        The paper's row without the text subtask (MAE 1.42) is that of a model that sees no text: a subtask goes with
+        its branch.
+        """
+        return tuple(name for name in self.modalities if f"{name}_task" not in self.without)
+
+    @property
+    def off(self) -> set[str]:
+        """The parts that are not there: those of `without`, and those that have nothing to work on beside it.
+
+        A term needs its teacher and at least one student: a model of text alone minimises its ground-truth loss.
+        """
+        off = set(self.without)
+        if len(self.used) < 2:
+            off |= {"distillation", "fusion_factors"}
+        if TEACHER not in self.used:
+            off |= {"reg", "cls", "feat"}
+        if "distillation" in off:
+            off |= set(TERMS)
+        for part, users in {
+            "queue": {"feat"},
+            "momentum_dmd": {"reg", "cls", "feat"},
+            "hard_attention": {"fusion"},
+            "momentum_mfd": {"fusion_factors"},
+            "distillation": set(TERMS),
+        }.items():
+            if users <= off:
+                off.add(part)
+        return off
 
     def as_json(self) -> dict[str, Any]:
         """All settings as JSON values, for results and checkpoints."""

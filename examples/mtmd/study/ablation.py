@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mtmd.model import TEACHER, used_modalities
+from mtmd.files.writing import write_text
 from mtmd.results.bootstrap import RESAMPLES
 from mtmd.results.compare import SIMS_LIMIT, compare_experiments, read_scores
 from mtmd.results.metrics import mean_and_std
@@ -157,28 +157,10 @@ def why_left_out(base: Config, name: str) -> str:
 
 
 def in_effect(config: Config) -> dict[str, Any]:
-    """The settings, with what has no effect beside the others switched off: equal ones train the same model.
-
-    What needs what is as in objective.py and model.py.
-    """
-    modalities, off = used_modalities(config), set(config.without)
-    if len(modalities) < 2:
-        off |= {"distillation", "fusion_factors"}
-    if TEACHER not in modalities:
-        off |= {"reg", "cls", "feat"}
-    if "distillation" in off:
-        off |= {"reg", "cls", "feat", "fusion"}
-    for part, users in {
-        "queue": {"feat"},
-        "momentum_dmd": {"reg", "cls", "feat"},
-        "hard_attention": {"fusion"},
-        "momentum_mfd": {"fusion_factors"},
-        "distillation": {"reg", "cls", "feat", "fusion"},
-    }.items():
-        if users <= off:
-            off.add(part)
+    """The settings, with what has no effect beside the others switched off: equal ones train the same model."""
+    off = config.off
     return config.identity() | {
-        "modalities": modalities,
+        "modalities": config.used,
         "without": {part for part in off if not part.endswith("_task")},
         "sampling": "class" if "feat" in off else config.sampling,
         "balanced_queue": config.balanced_queue and "queue" not in off,
@@ -268,17 +250,16 @@ def write_tables(
 
 def write_json(path: Path, rows: dict[str, Row], results: dict[str, dict[str, Any]], seeds: list[int]) -> None:
     """What the tables are made of, numbers as they are: every arm's runs, and its differences to the full model."""
-    kept = ("seed", "test", "test_unimodal", "valid", "best_epoch", "precision")
+    kept = ("seed", "test", "test_unimodal", "valid", "best_epoch", "precision", "versions")
     arms = {}
     for name, row in rows.items():
         if name in results:
-            runs = [{key: run[key] for key in kept} for run in results[name]["runs"] if run["seed"] in seeds]
+            runs = [{key: run.get(key) for key in kept} for run in results[name]["runs"] if run["seed"] in seeds]
             compared = {"mae_over_utterances": row.over_utterances, "mae_over_seeds": row.over_seeds}
             differences = {kind: dataclasses.asdict(one) for kind, one in compared.items() if one is not None}
             arms[name] = {"label": row.label, "runs": runs, "minus_full": differences}
-    one = next(iter(results.values()))
-    content = {"dataset": one["dataset"], "versions": one["versions"], "arms": arms}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"dataset": next(iter(results.values()))["dataset"], "arms": arms}
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def arm_row(base: Config, name: str, results: dict[str, dict[str, Any]], resamples: int) -> Row:

@@ -19,7 +19,7 @@ from rich.console import Console
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from mtmd.files.writing import check_writable
+from mtmd.files.writing import check_writable, write_text
 from mtmd.results.bootstrap import RESAMPLES
 from mtmd.results.compare import SIMS_LIMIT, Scores, compare_experiments, read_scores
 from mtmd.results.metrics import SIMS_BORDERS
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             for name, text in draw_figures(one, before, folder, arguments.seed, arguments.format)
         ]
     parts.append(made_with(arguments))
-    (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    write_text(out / "report.md", "\n".join(parts))
     say(console, f"Report: {out / 'report.md'}")
 
 
@@ -293,7 +293,7 @@ def draw_figures(
 def draw_embedding(one: Experiment, before: Experiment | None, seed: int, path: Path) -> str:
     """Fig. 6: representations of the test fold before and after distillation. Returns the caption; empty: no file."""
     after = one.representations[seed]
-    if after is None:
+    if after is None or len(after["ids"]) < 2:  # t-SNE makes no plane of one
         return ""
     ids, scores = [str(name) for name in after["ids"]], after["scores"]
     if before is None or before.folder.resolve() == one.folder.resolve():
@@ -305,7 +305,8 @@ def draw_embedding(one: Experiment, before: Experiment | None, seed: int, path: 
             raise ValueError(f"--before: expected a file representations_seed{other_seed}.npz in {before.folder}")
         if [str(name) for name in other["ids"]] != ids:
             raise ValueError(f"--before: expected the test utterances of {one.folder}, got others in {before.folder}")
-        earlier, headings = other["features"], (f"before: {before.name}", f"after: {one.name}")
+        which = before.name if other_seed == seed else f"{before.name}, seed {other_seed}"
+        earlier, headings = other["features"], (f"before: {which}", f"after: {one.name}")
     panels, apart = {}, []
     for heading, features in zip(headings, (earlier, after["features"]), strict=True):
         apart.append(round(separation(features, scores), 2) + 0.0)  # + 0.0: no negative zero
