@@ -309,10 +309,12 @@ class EMAWrapper(WideModule, Generic[M_co]):
         plan = self._match(model)
         registries = [_Registry(module, lends=plan.lends) for module in plan.online_modules()]
         moved, copied, apart, own = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        places = list[Tensor]()
         self._swapped = True
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 pairs = self._lend(model, plan)
+            with torch.no_grad():
                 movable = _movable([online for _, online in pairs])
                 targets = [online for (_, online), moves in zip(pairs, movable, strict=True) if moves]
                 others = [pair for pair, moves in zip(pairs, movable, strict=True) if not moves]
@@ -322,21 +324,24 @@ class EMAWrapper(WideModule, Generic[M_co]):
                     torch._foreach_copy_(values, sources)
                 apart, own = [online.detach() for online in targets], [online.clone() for _, online in others]
                 moved, copied = targets, [online for _, online in others]
+                places = [online.detach() for online in copied]
                 _move(moved, values)
                 for average, online in others:
                     online.copy_(average)
             torch.clear_autocast_cache()  # of the model's own weights in 16 bits, and below of these
             yield
         finally:
+            self._swapped = False
             plan.reshard()
             _move(moved, apart)
             torch.clear_autocast_cache()
             with torch.no_grad():
-                for online, value in zip(copied, own, strict=True):
+                for online, place, value in zip(copied, places, own, strict=True):
+                    if is_plain(online) and _place(online) != _place(place):  # it was cast or moved meanwhile
+                        online.data = place
                     online.copy_(value)
             for registry in registries:
                 registry.restore()
-            self._swapped = False
 
     def check_in_sync(self, *, group: Group = "auto") -> None:
         """Refuse an average that is not the same, bit for bit, on all ranks; all of them have to call it.
@@ -496,6 +501,10 @@ def _local_parts(tensor: Any) -> list[Tensor]:  # noqa: ANN401 - a Tensor, or a 
     if hasattr(tensor, "placements"):
         return [tensor.to_local()] if all(placement.is_replicate() for placement in tensor.placements) else []
     return [part for part in parts(tensor) if is_plain(part)] or [tensor.to_dense()]
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr()
 
 
 class _Registry:

@@ -101,6 +101,12 @@ def _seen_from(path: str, depth: int) -> str:
     return "^." * depth + path
 
 
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Where its numbers lie; its own name where that is not to be asked."""
+    known = is_plain(tensor) and not tensor.is_meta and tensor.numel()
+    return (tensor.data_ptr(), tensor.numel()) if known else (id(tensor), 0)
+
+
 class Pairing:
     """An average beside an online module, tensor by tensor. It holds both, so it is made for the moment only.
 
@@ -127,6 +133,8 @@ class Pairing:
             self._statistics = tuple(f".{name}" for name in (*STATISTICS, *(() if buffers == "ema" else buffers)))
         self._pair_parameters(blame)
         self._pair_buffers(blame)
+        # What is one memory moves once, as what is one tensor.
+        self.averaged = list({(_memory(old), _memory(new)): (old, new) for old, new in self.averaged}.values())
 
     def _pair_parameters(self, blame: str) -> None:
         seen: dict[int, tuple[str, Tensor]] = {}

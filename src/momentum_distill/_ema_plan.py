@@ -67,7 +67,7 @@ class Plan(_Checked):
             list({id(tensor): tensor for slot in slots.values() if (tensor := slot.tensor) is not None}.values())
             for slots in (pairing.online.parameters, pairing.online.buffers, pairing.average.buffers)
         )
-        averaged = list({id(new): new for _, new in pairing.averaged}.values())
+        averaged = list({id(tensor): tensor for pair in pairing.averaged for tensor in pair}.values())
         others = [t for t in parameters + buffers if not is_plain(t) or t.is_meta]
         asked = [
             (Tensor.data_ptr, [t for t in averaged if is_plain(t) and not t.is_meta]),
@@ -146,7 +146,7 @@ class _Group:
         self.average = average
         self.online = online
         self.converts = _kind(average[0]) != _kind(online[0])
-        self.fuses = _fuses(average[0], online[0])
+        self.fuses = all(map(_fuses, average, online))
 
     def lerp(self, decay: float) -> None:
         """Move the average towards the online tensors."""

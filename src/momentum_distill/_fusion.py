@@ -1,8 +1,9 @@
 """Fusion weights that are learned and move smoothly."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
-from momentum_distill._precision import WideModule
+from momentum_distill._precision import WideModule, default_wide
 from momentum_distill._watch import IdleWatch, UpdateWatch
 from momentum_distill.functional import lerp_, straight_through
 
@@ -80,7 +81,8 @@ class MomentumFusionFactors(WideModule):
         check_names("init", init, self.modalities)
         for value in init.values():
             check_number("init", value, low=-math.inf)
-        self.weight: nn.Parameter = nn.Parameter(torch.tensor([float(init[name]) for name in self.modalities]))
+        first = torch.tensor([float(init[name]) for name in self.modalities], dtype=default_wide())
+        self.weight: nn.Parameter = nn.Parameter(first)
         self._watch = IdleWatch("the weight of MomentumFusionFactors", patience=100)
         self._updates = UpdateWatch(NEVER_UPDATED, patience=100)
         if self.decay == 1:
@@ -148,6 +150,22 @@ class MomentumFusionFactors(WideModule):
             {'text': 0.5, 'audio': 0.5}
         """
         return dict(zip(self.modalities, self.average.tolist(), strict=True))
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        """The names, in whose order the weights stand."""
+        return torch.tensor(list(json.dumps(self.modalities).encode()), dtype=torch.uint8)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing is to be set: what has other names was refused."""
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())  # older states have none
+        if (names := tuple(json.loads(bytes(saved.tolist())))) != self.modalities:
+            wrong_value("state_dict", f"modalities {list(self.modalities)}", str(list(names)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ def sum_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that a loss is computed in: float64 if anything is, else float32."""
     dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def default_wide() -> torch.dtype:
+    """The default dtype, but 32 bits where that is narrower: for what is learned in small steps."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
@@ -67,8 +72,16 @@ class WideModule(TypedModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            wide = tensor.is_floating_point() and not is_16_bit(tensor.dtype)
-            return tensor.to(moved.device) if wide and is_16_bit(moved.dtype) else moved
+            return tensor.to(moved.device) if is_16_bit(moved.dtype) and tensor.is_floating_point() else moved
 
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """With `assign=True` as well."""
+        for name, own in (self._parameters | self._buffers).items():
+            came = state_dict.get(prefix + name)
+            if isinstance(came, Tensor) and is_16_bit(came.dtype) and own is not None and not is_16_bit(own.dtype):
+                state_dict[prefix + name] = came.to(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -219,12 +219,14 @@ class ClassQueue(WideModule):
             (self._buffer(bank), [features[s] for s in streams], bank.startswith("bank"))
             for bank, streams in self._banks.items()
         ]
+        if not torch.compiler.is_compiling():  # there memory has no address
+            own = {self._buffer(name).untyped_storage().data_ptr() for name in ("labels", *self._banks)}
+            marks = _apart(marks, own)
+            banks = [(bank, [_apart(x, own) for x in rows], unit) for bank, rows, unit in banks]
         start = int(self._buffer("count")) % self.size if whole else self.size
         if start + len(labels) <= self.size:  # the usual batch on the CPU: slices write it in half the time of an index
             run = slice(start, start + len(labels))
-            own = {self._buffer(name).untyped_storage().data_ptr() for name in ("labels", *self._banks)}
-            marks = _apart(marks, own)
-            for bank, rows, unit in [(bank, [_apart(x, own) for x in rows], unit) for bank, rows, unit in banks]:
+            for bank, rows, unit in banks:
                 _write(bank[:, run], rows, unit=unit)
             self._buffer("labels")[:, run] = marks
             self._buffer("count").add_(len(labels))

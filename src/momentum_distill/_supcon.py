@@ -362,7 +362,7 @@ class SupConDistillLoss(TemperatureModule):
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A centre of any width, or of none: that of a loss that has not been trained."""
-        if self.momentum_targets == "centred":
+        if self.momentum_targets == "centred" and f"{prefix}_extra_state" in state_dict:  # else this loss has no part
             centre = state_dict.get(f"{prefix}centre")
             home = self.log_temperature_ratio
             device = None if home is None else home.device

@@ -19,7 +19,7 @@ from momentum_distill._checks import (
     wrong_type,
     wrong_value,
 )
-from momentum_distill._precision import WideModule
+from momentum_distill._precision import WideModule, default_wide
 from momentum_distill._watch import IdleWatch
 
 
@@ -77,7 +77,7 @@ class TemperatureModule(WideModule):
         self.temperature_range: tuple[float, float] = check_temperature(temperature, temperature_range)
         self.initial_temperature: float = float(temperature)
         # Zero now, so the start is exact in every precision.
-        self.log_temperature_ratio = nn.Parameter(torch.zeros(())) if learnable else None
+        self.log_temperature_ratio = nn.Parameter(torch.zeros((), dtype=default_wide())) if learnable else None
         self._watch = IdleWatch(f"the temperature of {type(self).__name__}", patience=500)  # several calls make a step
 
     @property

@@ -32,7 +32,7 @@ def _compiled(problem: Problem, inputs: list[Tensor | None], *, only_total: bool
         return engine.by_autograd(problem)
     learns = torch.is_grad_enabled()
     wanted = [learns and x is not None and x.requires_grad for x in inputs]
-    return Terms(*_Compiled.apply(problem, wanted, only_total, *inputs))
+    return Terms(*_Compiled.apply(problem, wanted, only_total, *distinct(inputs)))
 
 
 def _once(terms: Terms, inputs: list[Tensor | None], *, only_total: bool) -> Terms:
@@ -91,7 +91,8 @@ class _Contrast(torch.autograd.Function):
         with full_precision(problem.query):  # backward() may be called under autocast
             if torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
                 check_versions(call.versions)
-                return None, *second(engine.by_autograd(problem)[:3], upstream, _inputs(problem), wanted)
+                apart = independent(problem)
+                return None, *second(engine.by_autograd(apart)[:3], upstream, _inputs(apart), wanted)
             grads, scale = call.gradients, upstream[0]
             if grads is None or any(grad is not None for grad in upstream[1:]):
                 check_versions(call.versions)
@@ -179,6 +180,38 @@ def _inputs(problem: Problem) -> list[Tensor | None]:
     """What a gradient may be for: alpha and temperature if they are tensors, query, parts of the keys."""
     learned = [x if isinstance(x, Tensor) else None for x in (problem.alpha, problem.temperature)]
     return [*learned, problem.query, *(part.online for part in problem.keys)]
+
+
+def independent(problem: Problem) -> Problem:
+    """The same of views of what may be learned: none is made of another, as a key that is a query, or made of queries.
+
+    Else what such a tensor does to the loss by way of another would be counted as its own, and once more for that one.
+    """
+    parts = [
+        part._replace(online=online, momentum=online if part.momentum is part.online else part.momentum)
+        for part in problem.keys
+        for online in [part.online.view_as(part.online)]
+    ]
+    return problem._replace(
+        query=problem.query.view_as(problem.query),
+        keys=parts,
+        temperature=view(problem.temperature),
+        alpha=view(problem.alpha),
+    )
+
+
+def view(number: Number) -> Number:
+    """A number, or a view of its tensor."""
+    return number.view_as(number) if isinstance(number, Tensor) else number
+
+
+def distinct(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each tensor once, and views of it after that: compilers want no input twice."""
+    found: list[Tensor | None] = []
+    for x in inputs:
+        again = x is not None and any(x is other for other in found)
+        found.append(x.view_as(x) if x is not None and again else x)
+    return found
 
 
 def second(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from momentum_distill._checks import check_choice, check_number, check_scalar, in_transform, may_ask
 from momentum_distill._contrast import engine, operator
-from momentum_distill._contrast.autograd import check_versions, second, versions
+from momentum_distill._contrast.autograd import check_versions, distinct, independent, second, versions, view
 from momentum_distill._contrast.formulas import Number, Rows, Terms, column, reduce_rows, row_gradients
 from momentum_distill._contrast.matrices import hidden_keys, joined, ready
 from momentum_distill._contrast.problem import Part, Problem, masked, negated
@@ -98,7 +98,7 @@ def sigmoid(problem: Sigmoid) -> Tensor:
         if compiling and engine.is_fused(problem.base):
             total = _by_autograd(problem)
         else:
-            total = _Loss.apply(problem, wanted, *inputs)
+            total = _Loss.apply(problem, wanted, *(distinct(inputs) if compiling else inputs))
         if compiling and any(wanted):  # differentiable once: see `_once` in `autograd`
             learned = [x for x in inputs if x is not None and x.requires_grad]
             total = torch.ops.momentum_distill.once([total], learned)[0]
@@ -129,7 +129,8 @@ class _Loss(torch.autograd.Function):
         with full_precision(problem.base.query):  # backward() may be called under autocast
             if not ctx.compiled and torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
                 check_versions(ctx.versions, "sigmoid_distill")
-                return None, None, *second([_by_autograd(problem)], [upstream], problem.inputs(), wanted)
+                apart = problem._replace(base=independent(problem.base), bias=view(problem.bias))
+                return None, None, *second([_by_autograd(apart)], [upstream], apart.inputs(), wanted)
             if ctx.late:
                 check_versions(ctx.versions, "sigmoid_distill")
                 grads, scale = _answer(problem, [True, *wanted[4:]], upstream, compiled=ctx.compiled)[2:], 1.0

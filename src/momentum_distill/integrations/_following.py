@@ -114,9 +114,9 @@ class Following:
         if not bool(getattr(optimizer, "found_inf", False)):
             assert self.ema is not None
             assert self.online is not None
-            self.ema.update(self.online)
-            for each in self.also:
+            for each in self.also:  # first, for the average may hold what they move
                 each.update()
+            self.ema.update(self.online)
 
     @property
     def swapped(self) -> bool:
