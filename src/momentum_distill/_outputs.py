@@ -56,11 +56,6 @@ def row_mask(mask: Tensor | None, like: Named) -> Tensor:
     return mask
 
 
-def keep_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Zeros in masked rows, before any arithmetic: a NaN there must reach neither the value nor a gradient."""
-    return torch.where(mask if values.ndim == 1 else mask[:, None], values, 0.0)
-
-
 def check_fusion(
     scores: Part, logits: Part, mask: Tensor | None, *, hard_attention: bool, ignore_index: int, validate: bool
 ) -> tuple[Tensor | None, Tensor]:

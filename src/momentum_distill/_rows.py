@@ -1,9 +1,14 @@
-"""Rows of unit length, in a dtype wide enough to sum in."""
+"""Rows of unit length, in a dtype wide enough to sum in; and rows that are left out."""
 
 import torch
 from torch import Tensor
 
 from momentum_distill._checks import may_ask, within
+
+
+def keep_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Zeros in masked rows, before any arithmetic: a NaN there must reach neither the value nor a gradient."""
+    return torch.where(mask if values.ndim == 1 else mask[:, None], values, 0.0)
 
 
 def shortest(raw: Tensor) -> float:

@@ -47,12 +47,11 @@ from momentum_distill._outputs import (
     TASKS,
     check_fusion,
     check_outputs,
-    keep_rows,
     row_mask,
     validate_outputs,
 )
 from momentum_distill._precision import blend, full_precision, sum_dtype
-from momentum_distill._rows import normalize_rows, shortest
+from momentum_distill._rows import keep_rows, normalize_rows, shortest
 
 __all__ = [
     "SupConTerms",

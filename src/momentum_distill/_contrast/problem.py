@@ -10,7 +10,7 @@ from momentum_distill._checks import may_ask
 from momentum_distill._contrast.formulas import Positives, PositivesFrom, Reduction, pair_weights
 from momentum_distill._group import Ranks
 from momentum_distill._precision import sum_dtype
-from momentum_distill._rows import row_lengths, shortest
+from momentum_distill._rows import keep_rows, row_lengths, shortest
 
 
 class Prepare(NamedTuple):
@@ -248,7 +248,7 @@ class PairWeights:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.labelled = self._labelled(problem.labels)
-        self.rows = None if problem.targets is None else _where_rows(self.labelled, problem.targets)
+        self.rows = None if problem.targets is None else keep_rows(problem.targets, self.labelled)
 
     def of(self, labels: Tensor, targets: Tensor | None, own: Tensor | None = None) -> Tensor:
         """w_ij (N, B) of keys, in the dtype to sum in.
@@ -260,17 +260,12 @@ class PairWeights:
         if self.rows is None or targets is None:
             weights = (self.problem.labels[:, None] == labels).to(self.problem.prepare.dtype)
         else:
-            weights = pair_weights(self.rows, _where_rows(labelled, targets), choices.positives_from, choices.width)
+            weights = pair_weights(self.rows, keep_rows(targets, labelled), choices.positives_from, choices.width)
         weights = weights.masked_fill(~(self.labelled[:, None] & labelled), 0.0)
         return weights if own is None else weights.scatter_(0, own, 0.0)
 
     def _labelled(self, labels: Tensor) -> Tensor:
         return (labels >= 0) & (labels != self.problem.choices.ignore_index)
-
-
-def _where_rows(mask: Tensor, rows: Tensor) -> Tensor:
-    """Zeros in the other rows of (N,) or (N, C)."""
-    return torch.where(mask if rows.ndim == 1 else mask[:, None], rows, 0.0)
 
 
 def negated(present: Tensor | None) -> Tensor | None:
