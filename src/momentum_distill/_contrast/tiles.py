@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import may_ask
+from momentum_distill._checks import may_ask, within
 from momentum_distill._contrast import fused
 from momentum_distill._contrast.formulas import Sums, Weights, by_softmax, column, penalty
 from momentum_distill._contrast.problem import PairWeights, Part, Problem, least_weight, negated, penalty_scale
@@ -216,10 +216,7 @@ class _Sums:
 
     def is_exact(self) -> bool:
         """Whether going without a shift cost no precision. Waits for the device."""
-        if not self.total.numel():
-            return True
-        low, high = (bound.item() for bound in self.total.aminmax())
-        return SAFE_SUM[0] < low and high < SAFE_SUM[1]
+        return not self.total.numel() or within(self.total, *SAFE_SUM)
 
     def results(self) -> tuple[LogSum, Tensor, Tensor]:
         """The lse, the mean key (N, d) and the mean logit (N,); zeros where there was no key."""
