@@ -12,7 +12,6 @@ from typing_extensions import override
 from momentum_distill._checks import (
     check_bool,
     check_classes,
-    check_device,
     check_device_name,
     check_finite,
     check_floating,
@@ -409,9 +408,8 @@ class ClassQueue(WideModule):
 
         Returns whether the batch is known to be stored whole: where one may look, in a queue that is not balanced.
         """
-        device = self._buffer("labels").device
-        check_labels("labels", labels, shape=("N",))
-        check_device("labels", labels, device, like="the queue")
+        like = ("the queue", self._buffer("labels"))
+        check_labels("labels", labels, shape=("N",), like=like)
         wide, classes = labels.to(torch.int64), math.inf if self.num_classes is None else self.num_classes
         seen = check_classes("labels", wide, absent=EMPTY, classes=classes, validate=self.validate)
         whole = seen is not None and may_ask(labels) and (seen[0] >= 0 or EMPTY not in labels.tolist())
@@ -424,12 +422,10 @@ class ClassQueue(WideModule):
         for stream, mask in valid.items():
             if stream not in self.dims:
                 wrong_value("valid", f"names among {sorted(self.dims)}", describe(stream))
-            check_mask(f"valid[{stream!r}]", mask, shape=(rows,))
-            check_device(f"valid[{stream!r}]", mask, device, like="the queue")
+            check_mask(f"valid[{stream!r}]", mask, shape=(rows,), like=like)
         for stream, width in self.dims.items():
             name = f"features[{stream!r}]"
-            check_floating(name, features[stream], shape=(rows, width))
-            check_device(name, features[stream], device, like="the queue")
+            check_floating(name, features[stream], shape=(rows, width), like=like)
             if self.validate:
                 kept = wide != EMPTY
                 check_finite(name, features[stream], kept & valid[stream] if stream in valid else kept)

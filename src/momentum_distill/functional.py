@@ -17,7 +17,6 @@ from momentum_distill._checks import (
     REDUCTIONS,
     check_bool,
     check_choice,
-    check_device,
     check_floating,
     check_int,
     check_labels,
@@ -151,8 +150,7 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
                 [0., 2.]])
     """
     check_floating("query", query, shape=("N", "d"))
-    check_floating("keys", keys, shape=("Q", query.shape[1]))
-    check_device("keys", keys, query.device, like="query")
+    check_floating("keys", keys, shape=("Q", query.shape[1]), like=("query", query))
     check_scalar("temperature", temperature, low=0.0, open_low=True)
     check_normalize(normalize)
     dtype = sum_dtype(query, keys)
