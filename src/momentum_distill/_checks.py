@@ -175,6 +175,12 @@ def check_device(name: str, value: Tensor, device: torch.device, *, like: str) -
         wrong_value(name, f"device {device} as {like}", str(value.device))
 
 
+def check_module(name: str, value: object) -> None:
+    """A module."""
+    if not isinstance(value, nn.Module):
+        wrong_type(name, "a torch.nn.Module", describe(value))
+
+
 def check_device_name(device: object) -> None:
     """None, a torch.device or a string that names one."""
     if device is None or isinstance(device, torch.device):

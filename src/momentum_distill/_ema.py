@@ -17,12 +17,13 @@ from typing_extensions import TypeVar, override
 from momentum_distill._checks import (
     check_choice,
     check_device_name,
+    check_module,
     check_number,
     describe,
     wrong_type,
     wrong_value,
 )
-from momentum_distill._ema_copy import check_module, check_python, deepcopy, unshare
+from momentum_distill._ema_copy import check_python, deepcopy, unshare
 from momentum_distill._ema_pairs import Buffers, Pairing, Tree, cast, is_averageable, is_plain, parts
 from momentum_distill._ema_plan import Plan
 from momentum_distill._group import Group, check_group, find_ranks, require_in_sync

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from momentum_distill._checks import describe, wrong_type
+from momentum_distill._checks import check_module, wrong_type
 from momentum_distill._ema_pairs import Tree, is_averageable, refuse_to_average, works
-
-
-def check_module(name: str, module: object) -> None:
-    """Any module."""
-    if not isinstance(module, nn.Module):
-        wrong_type(name, "a torch.nn.Module", describe(module))
 
 
 def check_python(name: str, module: object) -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from momentum_distill._checks import check_number, describe, wrong_type, wrong_value
+from momentum_distill._checks import check_module, check_number, describe, wrong_type, wrong_value
 from momentum_distill._ema import Decay, EMAWrapper, M_co
-from momentum_distill._ema_copy import check_module
 from momentum_distill._ema_pairs import Buffers
 from momentum_distill._ema_plan import JointPlan
 from momentum_distill._typing import TypedModule

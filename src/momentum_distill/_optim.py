@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from momentum_distill._checks import check_number, describe, wrong_type, wrong_value
+from momentum_distill._checks import check_module, check_number, wrong_value
 
 
 def param_groups(*modules: nn.Module, weight_decay: float, **options: Any) -> list[dict[str, Any]]:  # noqa: ANN401
@@ -35,8 +35,7 @@ def param_groups(*modules: nn.Module, weight_decay: float, **options: Any) -> li
         >>> optimizer = torch.optim.AdamW(groups)
     """
     for index, module in enumerate(modules):
-        if not isinstance(module, nn.Module):
-            wrong_type(f"modules[{index}]", "a torch.nn.Module", describe(module))
+        check_module(f"modules[{index}]", module)
     check_number("weight_decay", weight_decay, low=0.0)
     together = nn.ModuleList(modules)
     learned = [parameter for parameter in together.parameters() if parameter.requires_grad]
