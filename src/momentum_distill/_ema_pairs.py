@@ -117,7 +117,10 @@ class Pairing:
 
     def __init__(self, average: nn.Module, online: nn.Module, buffers: Buffers, *, blame: str) -> None:
         self.sharded = [*_sharded_modules(average), *_sharded_modules(online)]
-        reshard(self.sharded)
+        for module in self.sharded:
+            # A forward pass may leave whole weights in the place of shards. Those are copies: what is written there is
+            # lost, and what is read there may be old.
+            module.reshard()
         _check_initialised(blame, average)
         _check_initialised("model", online)
         self.average, self.online = Tree(average), Tree(online)
@@ -427,20 +430,10 @@ def _check_initialised(name: str, module: nn.Module) -> None:
             wrong_value(name, "initialised parameters (run a forward pass first)", f"lazy {path!r}")
 
 
-def _sharded_modules(module: nn.Module) -> list[nn.Module]:
+def _sharded_modules(module: nn.Module) -> list[Any]:
     """Those that `fully_shard` was called on."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # an import would take a second, for nothing if none was made
     return [] if fsdp is None else [child for child in module.modules() if isinstance(child, fsdp.FSDPModule)]
-
-
-def reshard(modules: list[Any]) -> None:
-    """Let modules of FSDP2 hold their shards again.
-
-    A forward pass may leave whole weights in their place. Those are copies: what is written there is lost, and what is
-    read there may be old.
-    """
-    for module in modules:
-        module.reshard()
 
 
 def _other(blame: str) -> str:

@@ -12,7 +12,7 @@ from weakref import proxy, ref
 import torch
 from torch import Tensor, nn
 
-from momentum_distill._ema_pairs import Pairing, Share, is_plain, reshard
+from momentum_distill._ema_pairs import Pairing, Share, is_plain
 from momentum_distill.functional import lerp_
 
 
@@ -85,8 +85,9 @@ class Plan(_Checked):
 
     def reshard(self) -> None:
         """Let the modules of FSDP2 hold their shards again."""
-        if self._sharded:
-            reshard([alive for module in self._sharded if (alive := module()) is not None])
+        for module in self._sharded:
+            if (alive := module()) is not None:
+                alive.reshard()
 
     def online_modules(self) -> list[nn.Module]:
         """Those of Python, as long as the plan is current."""
