@@ -92,9 +92,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, ranks: Ranks, signature: str) -> Tensor:  # noqa: ANN401
         ctx.size = ranks.size
-        sent = F.pad(values, (2, SLOTS - len(values)))  # 0 for "no error", then the checksum
-        sent[1].fill_(_checksum(signature))
-        return _exchange(ranks, sent, signature)[:, 2 : 2 + len(values)].sum(dim=0)
+        return sum_vector_over_ranks(ranks, signature, F.pad(values, (0, SLOTS - len(values))))[: len(values)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
@@ -105,7 +103,7 @@ def sum_vector_over_ranks(ranks: Ranks | None, signature: str, values: Tensor) -
     """The same of a vector, with its length for the slots, and without a gradient."""
     if ranks is None:
         return values
-    sent = F.pad(values.to(torch.float64), (2, 0))
+    sent = F.pad(values.to(torch.float64), (2, 0))  # 0 for "no error", then the checksum
     sent[1].fill_(_checksum(signature))
     return _exchange(ranks, sent, signature)[:, 2:].sum(dim=0).to(values.dtype)
 
