@@ -7,14 +7,13 @@ the time of `custom_op`. They have no derivative of their own, and a second one 
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from momentum_distill._checks import bounds, may_ask
 from momentum_distill._contrast import engine
-from momentum_distill._contrast.formulas import Positives, PositivesFrom, Reduction
 from momentum_distill._contrast.problem import Bounds, Choices, Problem, problem_of
 from momentum_distill._group import find_ranks
 from momentum_distill._precision import as_variable, full_precision, sum_dtype
@@ -70,25 +69,15 @@ def _problem(
     temperature: Tensor,
     momentum_temperature: Tensor | None,
     alpha: Tensor,
-    positives: str,
-    reduction: str,
-    normalize: bool,
-    normalize_keys: bool,
-    ignore_index: int,
-    exclude_self: bool,
-    positives_from: str,
-    width: float,
-    hardness: float,
-    targets: Tensor | None,
-    key_targets: list[Tensor],
-    group: str,
+    *others: Any,  # noqa: ANN401
 ) -> Problem:
-    """What the arguments stand for, once there are numbers."""
+    """What the :func:`arguments` stand for, once there are numbers."""
+    *choices, targets, key_targets, group = others
     ranks = None
     if group:
         from torch.distributed import distributed_c10d as c10d
 
-        ranks = find_ranks(c10d._resolve_process_group(group))  # type: ignore[attr-defined, arg-type] # by its name
+        ranks = find_ranks(c10d._resolve_process_group(group))  # type: ignore[attr-defined] # by its name
 
     def look(labels: Tensor) -> Bounds:
         return bounds(labels) if labels.numel() and may_ask(labels) else None
@@ -103,17 +92,7 @@ def _problem(
         temperature,
         temperature if momentum_temperature is None else momentum_temperature,
         engine.known(alpha),
-        Choices(
-            cast(Positives, positives),
-            cast(Reduction, reduction),
-            normalize,
-            normalize_keys,
-            ignore_index,
-            exclude_self,
-            cast(PositivesFrom, positives_from),
-            width,
-            hardness,
-        ),
+        Choices(*choices),
         ranks,
         look(labels),
         [look(part) for part in key_labels],
