@@ -16,8 +16,8 @@ from momentum_distill._contrast import engine, operator
 from momentum_distill._contrast.autograd import check_versions, distinct, independent, second, versions, view
 from momentum_distill._contrast.formulas import Number, Rows, Terms, column, reduce_rows, row_gradients
 from momentum_distill._contrast.matrices import hidden_keys, joined, ready
-from momentum_distill._contrast.problem import Part, Problem, masked, negated
-from momentum_distill._contrast.tiles import tile_size
+from momentum_distill._contrast.problem import Part, Problem, masked
+from momentum_distill._contrast.tiles import Tile, tile_size, tiles
 from momentum_distill._group import Group, check_group, errors_shared_by_sum, find_ranks
 from momentum_distill._precision import as_variable, full_precision
 
@@ -224,36 +224,32 @@ class _Sweep:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Both sums over each row's pairs (N,), and the gradients of `_solve` from their `weights`, if given."""
         online = self.queries.online
-        size = min(tile_size(online), max(len(part.online) for part in self.base.keys))
+        size = max(1, min(tile_size(online), max(len(part.online) for part in self.base.keys)))
         self.scratch = online.new_empty(3 if self.queries.momentum is None else 6, len(online) * size)
         self.supervised, self.distill = online.new_zeros(2, len(online))
         self.pull, self.pull_bias = torch.zeros_like(online), online.new_zeros(len(online), 1)
         grad_keys = []
         for index, part in enumerate(self.base.keys):
             want = weights is not None and wanted[index]
-            starts = range(0, len(part.online), max(size, 1))
-            tiles = [self._tile(part, slice(start, start + size), weights, want=want) for start in starts]
+            grads = [self._tile(part, tile, weights, want=want) for tile in tiles(part, size)]
             if want:
-                found = [tile for tile in tiles if tile is not None]
+                found = [grad for grad in grads if grad is not None]
                 grad_keys.append(torch.cat(found) if found else torch.zeros_like(part.online, dtype=online.dtype))
         if weights is None:
             return self.supervised, self.distill, []
         query, temperature = self.queries.backward(self.pull)
         return self.supervised, self.distill, [temperature, self.pull_bias, query, *grad_keys]
 
-    def _tile(self, part: Part, chosen: slice, weights: tuple[Number, Number] | None, *, want: bool) -> Tensor | None:
+    def _tile(self, part: Part, tile: Tile, weights: tuple[Number, Number] | None, *, want: bool) -> Tensor | None:
         """Some keys of a part into all sums; and the gradient (B, d) for them, raw, if there is a `want` of it."""
         online, momentum = self.queries.online, self.queries.momentum
-        absent = negated(None if part.present is None else part.present[chosen])
-        keys, lengths = part.prepare(part.online[chosen], absent)
-        labels = part.labels[chosen]
-        own = torch.arange(chosen.start, chosen.start + len(keys), device=keys.device)[None] if part.own else None
+        keys, labels, absent = tile.keys, tile.labels, tile.absent
         shape = (len(self.scratch), len(online), len(keys))
         z, signs, scratch, *more = self.scratch[:, : shape[1] * shape[2]].view(shape)
 
         def seen(pairs: Tensor, hidden: Tensor | None) -> Tensor:
             pairs = pairs if hidden is None else pairs.masked_fill_(hidden, 0.0)
-            return pairs if own is None else pairs.scatter_(0, own, 0.0)
+            return pairs if tile.own is None else pairs.scatter_(0, tile.own, 0.0)
 
         torch.mm(online, keys.T, out=z).add_(self.bias)
         signs.copy_(self.base.labels[:, None] == labels).mul_(-2).add_(1)
@@ -263,9 +259,8 @@ class _Sweep:
         self.supervised += seen(_softplus(against, scratch), hidden).sum(dim=1)
         if weights is not None:
             seen(against.sigmoid_().mul_(signs), hidden).mul_(weights[0])
-        if momentum is not None and part.momentum is not None:
-            others = keys if part.momentum is part.online else part.prepare(part.momentum[chosen], absent)[0]
-            targets = torch.mm(momentum, others.T, out=more[1]).add_(self.bias)
+        if momentum is not None:
+            targets = torch.mm(momentum, tile.momentum.T, out=more[1]).add_(self.bias)
             signs.fill_(1).copysign_(targets.neg_())
             against, targets = z.mul_(signs), targets.abs_().neg_()
             pairs, shares = _divergence(against, targets, scratch, more[2], targets)
@@ -278,7 +273,7 @@ class _Sweep:
         self.pull_bias += grad.sum(dim=1, keepdim=True)
         if not want:
             return None
-        grad_keys = part.prepare.backward(keys, lengths, grad.T @ online)
+        grad_keys = part.prepare.backward(keys, tile.lengths, grad.T @ online)
         return grad_keys if absent is None else grad_keys.masked_fill_(absent[:, None], 0.0)
 
 

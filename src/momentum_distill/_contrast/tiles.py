@@ -92,15 +92,10 @@ class Way:
         if not self.softmax:
             p = p / found.positive_count.clamp(min=least_weight(problem))[:, None]
         class_pulls = queries.new_zeros(len(queries) + 1, queries.shape[1]).index_add(0, classes.rows, p * queries)
-        for start in range(0, len(part.online), tile_size(queries)):
-            chosen = slice(start, start + tile_size(queries))
-            absent = negated(None if part.present is None else part.present[chosen])
-            keys, lengths = part.prepare(part.online[chosen], absent)
-            own = torch.arange(start, start + len(keys), device=keys.device)[None] if part.own else None
-            labels = classes.of(part.labels[chosen])
-            logits = _hide(queries @ keys.T, absent, own)
-            targets = None if part.targets is None else part.targets[chosen]
-            weights = None if pairs is None else pairs.of(part.labels[chosen], targets, own)
+        for tile in tiles(part, tile_size(queries)):
+            labels = classes.of(tile.labels)
+            logits = _hide(queries @ tile.keys.T, tile.absent, tile.own)
+            weights = None if pairs is None else pairs.of(tile.labels, tile.targets, tile.own)
             if weights is not None and found.hard_lse is not None:
                 harder = logits + penalty(logits, weights, penalty_scale(problem))
                 scores = found.lse.off(logits).exp_() * u + found.hard_lse.off(harder).exp_() * hard_p
@@ -112,16 +107,16 @@ class Way:
             elif self.softmax:
                 others = classes.rows[:, None] != labels
                 scores = scores - found.positive_lse.off(logits.masked_fill(others, -torch.inf)).exp_() * p
-            elif own is not None:
-                scores = scores - classes.pairs(labels, own) * p
-            if self.momentum is not None and part.momentum is not None:
-                seen = _hide(self.momentum @ part.prepare(part.momentum[chosen], absent)[0].T, absent, own)
+            elif tile.own is not None:
+                scores = scores - classes.pairs(labels, tile.own) * p
+            if self.momentum is not None:
+                seen = _hide(self.momentum @ tile.momentum.T, tile.absent, tile.own)
                 scores = scores - found.momentum_lse.off(seen).exp_() * u
-            tile = scores.T @ queries
-            if not self.softmax and own is None and problem.targets is None:
-                tile = tile - class_pulls[labels]
-            tile = part.prepare.backward(keys, lengths, tile)
-            grads.append(tile if absent is None else tile.masked_fill_(absent[:, None], 0.0))
+            grad = scores.T @ queries
+            if not self.softmax and tile.own is None and problem.targets is None:
+                grad = grad - class_pulls[labels]
+            grad = part.prepare.backward(tile.keys, tile.lengths, grad)
+            grads.append(grad if tile.absent is None else grad.masked_fill_(tile.absent[:, None], 0.0))
         return torch.cat(grads) if grads else torch.zeros_like(part.online, dtype=queries.dtype)
 
 
@@ -154,7 +149,7 @@ def _run(problem: Problem, queries: Tensor, momentum: Tensor | None, *, online: 
     buffer = queries.new_empty(len(stacked) * longest)
     scores_buffer = queries.new_empty(0 if same_keys else len(teacher.total) * longest)
     for part in problem.keys:
-        for tile in _tiles(part, size):
+        for tile in tiles(part, size, present_alone=True):
             width = len(tile.keys)
             logits = buffer[: len(stacked) * width].view(len(stacked), width)
             torch.mm(stacked, tile.keys.T, out=logits)
@@ -245,7 +240,7 @@ class _Positives:
         self.own_counts = self.counts.new_zeros(own)
         self.own_sums = queries.new_zeros(0 if self.softmax else own, width)
 
-    def add(self, tile: "_Tile", logits: Tensor, _: Tensor | None) -> None:
+    def add(self, tile: "Tile", logits: Tensor, _: Tensor | None) -> None:
         """Take in the keys of a tile, whose logits are (N, B)."""
         labels = self.classes.of(tile.labels)
         pairs = None if tile.own is None else self.classes.pairs(labels, tile.own)
@@ -287,7 +282,7 @@ class _GradedPositives:
         self.sums = queries.new_zeros(0 if self.softmax else count, width)
         self.least = least_weight(problem)
 
-    def add(self, tile: "_Tile", logits: Tensor, weights: Tensor | None) -> None:
+    def add(self, tile: "Tile", logits: Tensor, weights: Tensor | None) -> None:
         """Take in the keys of a tile, whose logits and weights are (N, B)."""
         assert weights is not None
         self.total += weights.sum(dim=1)
@@ -332,10 +327,11 @@ class _Classes:
         return (self.rows[:, None] == classes).scatter_(0, own, False)
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Some keys of a part, prepared."""
 
     keys: Tensor  # (B, d)
+    lengths: Tensor | None  # (B, 1): by which these were divided
     momentum: Tensor  # (B, d)
     labels: Tensor  # (B,)
     targets: Tensor | None  # (B,) or (B, C)
@@ -343,33 +339,29 @@ class _Tile(NamedTuple):
     own: Tensor | None  # (1, B): which row does not see each key
 
 
-def _tiles(part: Part, size: int) -> Iterator[_Tile]:
+def tiles(part: Part, size: int, *, present_alone: bool = False) -> Iterator[Tile]:
     """The keys of a part, `size` at a time.
 
-    Where one may ask how many there are, absent keys are taken out, and nothing is left to mask. Else their rows become
-    zeros.
+    With `present_alone`, where one may ask how many there are, absent keys are taken out, and nothing is left to mask.
+    Else their rows become zeros.
     """
-    momentum = part.online if part.momentum is None else part.momentum
     for start in range(0, len(part.online), size):
-        stop = min(start + size, len(part.online))
-        chosen: slice | Tensor = slice(start, stop)
-        absent = None
-        if part.present is not None:
-            present = part.present[chosen]
-            if may_ask(present):
-                chosen = present.nonzero()[:, 0] + start
-                if len(chosen) == 0:
-                    continue
-            else:
-                absent = ~present
-        online = part.online[chosen]
-        rows = part.prepare(online, absent)[0]
-        other = rows if momentum is part.online else part.prepare(momentum[chosen], absent)[0]
+        chosen: slice | Tensor = slice(start, start + size)
+        absent = negated(None if part.present is None else part.present[chosen])
+        if present_alone and absent is not None and may_ask(absent):
+            chosen, absent = (~absent).nonzero()[:, 0] + start, None
+            if len(chosen) == 0:
+                continue
+        keys, lengths = part.prepare(part.online[chosen], absent)
+        momentum = keys
+        if part.momentum is not None and part.momentum is not part.online:
+            momentum = part.prepare(part.momentum[chosen], absent)[0]
         own = None
         if part.own:
-            own = (chosen if isinstance(chosen, Tensor) else torch.arange(start, stop, device=online.device))[None]
+            places = torch.arange(start, start + len(keys), device=keys.device) if isinstance(chosen, slice) else chosen
+            own = places[None]
         targets = None if part.targets is None else part.targets[chosen]
-        yield _Tile(rows, other, part.labels[chosen], targets, absent, own)
+        yield Tile(keys, lengths, momentum, part.labels[chosen], targets, absent, own)
 
 
 def tile_size(queries: Tensor) -> int:
