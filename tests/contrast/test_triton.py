@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from momentum_distill._contrast import kernel
+from momentum_distill._contrast.problem import Part, Prepare
 from tiers import TIER
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -55,8 +56,8 @@ def test_the_kernels_equal_the_formulas(interpret):
 
 def one_part(dtype):
     """One query, and a part of three keys."""
-    labels = torch.zeros(3, dtype=torch.int64)
-    return torch.zeros(1, 2), labels[:1], [kernel.Part(torch.zeros(3, 2, dtype=dtype), None, labels, None)]
+    labels, prepare = torch.zeros(3, dtype=torch.int64), Prepare(F32, normalize=False)
+    return torch.zeros(1, 2), labels[:1], [Part(torch.zeros(3, 2, dtype=dtype), None, labels, prepare, False, None)]
 
 
 @needs_triton

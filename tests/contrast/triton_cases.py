@@ -19,7 +19,7 @@ from torch.nn.functional import normalize as normalize_rows
 from loss_cases import RTOL, bits
 from momentum_distill import functional
 from momentum_distill._contrast import kernel
-from momentum_distill._contrast.kernel import Part
+from momentum_distill._contrast.problem import Part, Prepare
 from momentum_distill._contrast.statistics import LogSum, Statistics
 from momentum_distill._rows import row_lengths, shortest
 from tiers import times
@@ -54,7 +54,8 @@ def attend(
 ):
     """The kernel over one part of the keys; of each lse its value."""
     taught = momentum_query is not None
-    part = Part(keys, momentum_keys if taught else None, key_labels, present, normalize)
+    prepare = Prepare(F32, normalize)
+    part = Part(keys, momentum_keys if taught else None, key_labels, prepare, own=False, targets=None, present=present)
     statistics = kernel.attend(
         query * scale,
         query_labels,

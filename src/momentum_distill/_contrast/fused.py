@@ -33,12 +33,8 @@ def attend(problem: Problem, queries: Tensor, momentum: Tensor | None) -> Statis
     """The statistics of prepared queries (N, d), divided by the temperature."""
     from momentum_distill._contrast import kernel
 
-    parts = [
-        kernel.Part(part.online, part.momentum, part.labels, part.present, part.prepare.normalize)
-        for part in problem.keys
-    ]
     inside = by_softmax(problem.choices.positives)
-    return kernel.attend(queries, problem.labels, parts, momentum_query=momentum, inside=inside)
+    return kernel.attend(queries, problem.labels, problem.keys, momentum_query=momentum, inside=inside)
 
 
 def normalize(raw: Tensor, eps: float) -> tuple[Tensor, Tensor]:

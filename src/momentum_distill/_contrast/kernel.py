@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import describe, wrong_type
+from momentum_distill._contrast.problem import Part
 from momentum_distill._contrast.statistics import LogSum, Statistics
 from momentum_distill._rows import shortest
 
@@ -71,16 +72,6 @@ elif triton is not None:
     constexpr = tl.constexpr
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Part(NamedTuple):
-    """One part of the keys. Features are float32, bfloat16 or float16; dtypes may differ."""
-
-    keys: Tensor  # (Q, d)
-    momentum: Tensor | None  # (Q, d); the same object as `keys` where they are the same keys
-    labels: Tensor  # (Q,) int64
-    present: Tensor | None  # (Q,) bool: the others are not read; None: all
-    normalize: bool = False  # raw rows, to unit length
 
 
 def available() -> bool:
@@ -615,7 +606,7 @@ def attend(
     Args:
         query: Queries, divided by the temperature, float32, shape `(N, d)`.
         query_labels: int64, shape `(N,)`. Positive for a query: a present key of the same label, not negative.
-        parts: The keys.
+        parts: The keys, in float32, bfloat16 or float16; dtypes may differ.
         momentum_query: Queries of the momentum model, float32, shape `(N, d)`; then every part has momentum keys.
         inside: Whether the positive keys are weighed by the softmax over them; else alike.
         num_splits: Into how many splits to cut each part, about; by default as many as fill the GPU.
@@ -630,14 +621,14 @@ def attend(
     if triton is None:
         raise RuntimeError("attend: expected Triton to be installed, got an ImportError; `pip install triton`")
     for part in parts:
-        for x in (part.keys, part.momentum):
+        for x in (part.online, part.momentum):
             if x is not None and x.dtype not in DTYPES:
                 wrong_type("keys", "float32, bfloat16 or float16", describe(x))
 
     n, d = query.shape
     taught = momentum_query is not None
     kinds = 3 if taught else 2
-    parts = [part for part in parts if part.keys.shape[0]]
+    parts = [part for part in parts if part.online.shape[0]]
     new = query.new_empty if n and parts else query.new_zeros
     lse, mean = new((kinds, n)), new((kinds, n, d))
     mean_logit, count = new(n), new(n, dtype=torch.int64)
@@ -648,7 +639,7 @@ def attend(
         plans = [
             _plan(
                 n,
-                len(part.keys),
+                len(part.online),
                 d,
                 _widest(part),
                 kinds=kinds,
@@ -804,7 +795,7 @@ def _readable(part: Part) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, T
 
     def ready(raw: Tensor) -> tuple[Tensor, Tensor | None]:
         raw = _rows_contiguous(raw)
-        if not part.normalize:
+        if not part.prepare.normalize:
             return raw, None
         inverse = _inverse_lengths(raw, shortest(raw))
         if raw.dtype != torch.float16:
@@ -813,15 +804,15 @@ def _readable(part: Part) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, T
         power = torch.where(inverse > 0, inverse.log2().floor_().exp2_(), 1.0)
         return (raw * power[:, None]).to(raw.dtype), inverse / power
 
-    keys = ready(part.keys)
-    if part.momentum is None or part.momentum is part.keys:
+    keys = ready(part.online)
+    if part.momentum is None or part.momentum is part.online:
         return keys, keys
     return keys, ready(part.momentum)
 
 
 def _widest(part: Part) -> torch.dtype:
     """float32 where a part has any: its tiles take the most room."""
-    dtypes = [part.keys.dtype] if part.momentum is None else [part.keys.dtype, part.momentum.dtype]
+    dtypes = [part.online.dtype] if part.momentum is None else [part.online.dtype, part.momentum.dtype]
     return torch.float32 if torch.float32 in dtypes else dtypes[0]
 
 
