@@ -738,20 +738,13 @@ def normalize(raw: Tensor, shortest: float) -> tuple[Tensor, Tensor]:
     return unit, lengths
 
 
-def _inverse_lengths(raw: Tensor, shortest: float) -> Tensor:
-    """One over the lengths of rows (N,), float32; 0 for a row without direction."""
-    inverse = raw.new_empty(len(raw), dtype=torch.float32)
-    _normalize(raw, shortest, inverse, None)
-    return inverse
-
-
 def _normalize(raw: Tensor, shortest: float, lengths: Tensor, unit: Tensor | None) -> None:
+    """Into `lengths` and `unit`; without `unit` one over the lengths, 0 for a row without direction."""
     n, d = raw.shape
     if n == 0:
         return
     raw = _rows_contiguous(raw)
-    columns = min(_NORMALIZE_COLUMNS, max(16, 1 << (d - 1).bit_length()))
-    rows = _NORMALIZE_NUMBERS // columns
+    rows, columns = _block(d)
     with _current(raw.device):
         _normalize_kernel[(triton.cdiv(n, rows),)](
             raw,
@@ -767,13 +760,18 @@ def _normalize(raw: Tensor, shortest: float, lengths: Tensor, unit: Tensor | Non
         )
 
 
+def _block(width: int) -> tuple[int, int]:
+    """Rows and columns of a program that is all memory traffic."""
+    columns = min(_NORMALIZE_COLUMNS, max(16, 1 << (width - 1).bit_length()))
+    return _NORMALIZE_NUMBERS // columns, columns
+
+
 def _state(present: Tensor | None, keys: Tensor, momentum: Tensor) -> Tensor:
     """Which keys count, (Q + 1,), as the kernel reads it."""
     q, d = keys.shape
     state = keys.new_zeros(q + 1, dtype=torch.float32)
     if present is not None:
-        columns = min(_NORMALIZE_COLUMNS, max(16, 1 << (d - 1).bit_length()))
-        rows = _NORMALIZE_NUMBERS // columns
+        rows, columns = _block(d)
         _state_kernel[(triton.cdiv(q, rows),)](
             present,
             keys,
@@ -797,7 +795,8 @@ def _readable(part: Part) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, T
         raw = _rows_contiguous(raw)
         if not part.prepare.normalize:
             return raw, None
-        inverse = _inverse_lengths(raw, shortest(raw))
+        inverse = raw.new_empty(len(raw), dtype=torch.float32)
+        _normalize(raw, shortest(raw), inverse, None)
         if raw.dtype != torch.float16:
             return raw, inverse
         # A softmax weight over a length may leave the range of float16: a copy takes the power of two, losing nothing.
@@ -825,7 +824,7 @@ def works(device: torch.device) -> bool:
     if triton is None or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        unit, _ = normalize(torch.ones(1, 16, device=device), 1e-6)
+        normalize(torch.ones(1, 16, device=device), 1e-6)
     except Exception as error:  # whatever Triton or its compiler raise
         warnings.warn(
             f"momentum_distill goes without its fused kernel on {device}, which is slower: Triton does not work there "
@@ -834,7 +833,7 @@ def works(device: torch.device) -> bool:
             stacklevel=2,
         )
         return False
-    return unit.shape == (1, 16)
+    return True
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
