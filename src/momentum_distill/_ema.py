@@ -173,7 +173,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
         self.module.requires_grad_(False)
         self.module.zero_grad(set_to_none=True)
         self.train()
-        self.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(unshare)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_restore_precision)  # type: ignore[no-untyped-call]
 
     @property
@@ -560,11 +560,6 @@ def _move(tensors: list[Tensor], values: list[Tensor]) -> None:
 def _recast_input(value: Any, *, dtype: torch.dtype | None) -> Any:  # noqa: ANN401 - a leaf of any pytree
     """A floating tensor in the dtype the average reads; anything else as it is."""
     return value.to(wide_dtype(value, dtype)) if isinstance(value, Tensor) else value
-
-
-def _unshare(ema: EMAWrapper, *_: object) -> None:
-    """Before `load_state_dict`, which would write into what the average shares with the online model."""
-    unshare(ema.module)
 
 
 def _restore_precision(ema: EMAWrapper, incompatible_keys: object) -> None:

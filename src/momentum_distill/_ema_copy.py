@@ -80,9 +80,9 @@ def _has_average(tensor: Tensor) -> bool:
     return works("average" if is_averageable(tensor) else "copy", tensor, tensor)
 
 
-def unshare(module: nn.Module) -> None:
-    """Give an average a copy of its own of what it shares with the online model."""
-    tree = Tree(module)
+def unshare(ema: nn.Module, *_: object) -> None:
+    """Give an average its own copy of what it shares with the online model, where `load_state_dict` would write."""
+    tree = Tree(ema)
     for slot in (tree.parameters | tree.buffers).values():
         if slot.tensor is not None and not _has_average(slot.tensor):
             slot.put(copy.deepcopy(slot.tensor))
