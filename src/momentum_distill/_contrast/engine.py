@@ -37,8 +37,9 @@ class Solved:
         self.problem = problem = masked(problem)
         kernel = fused.takes(problem)
         self.queries = Queries(problem, kernel=kernel)
-        way = matrices.Way if is_small(problem) and not kernel else tiles.Way
-        self.way = way(problem, self.queries.online, self.queries.momentum)
+        rows = self.queries.online, self.queries.momentum
+        small = is_small(problem) and not kernel
+        self.way = matrices.Way(problem, *rows) if small else tiles.Way(problem, *rows, kernel=kernel)
         self.rows = Rows.of(self.way.sums, problem.choices.positives, problem.present)
 
     def terms(self) -> Terms:

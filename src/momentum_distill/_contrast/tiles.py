@@ -41,14 +41,11 @@ class Way:
     where $v_i = p_i + u_i$; with a weight on hard negatives $p_i$ has an $O_i$ of its own.
     """
 
-    def __init__(self, problem: Problem, queries: Tensor, momentum: Tensor | None) -> None:
-        """From prepared queries (N, d), divided by the temperature."""
+    def __init__(self, problem: Problem, queries: Tensor, momentum: Tensor | None, *, kernel: bool) -> None:
+        """From prepared queries (N, d), divided by the temperature; with the `kernel`, or by plain operations."""
         self.problem, self.queries, self.momentum = problem, queries, momentum
         self.softmax = by_softmax(problem.choices.positives)
-        if fused.takes(problem):
-            self.statistics = fused.attend(problem, queries, momentum)
-        else:
-            self.statistics = attend(problem, queries, momentum)
+        self.statistics = (fused.attend if kernel else attend)(problem, queries, momentum)
         self.sums = self._sums(self.statistics)
 
     def _sums(self, found: Statistics) -> Sums:
