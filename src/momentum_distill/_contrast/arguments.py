@@ -124,10 +124,7 @@ def read_problem(
             every_label = (query_labels, *labels)
             _check_weights(query_targets, target_parts, every_label, ignore_index, positives_from, validate=validate)
 
-    choices = Choices(
-        *(positives, reduction, bool(normalize), normalize is True, ignore_index, exclude_self),
-        *(positives_from, 1.0 if width is None else float(width), float(hardness)),
-    )
+    sigma = 1.0 if width is None else float(width)
     momentum_temperature = temperature if momentum_temperature is None else momentum_temperature
     problem = problem_of(
         query,
@@ -139,7 +136,10 @@ def read_problem(
         temperature,
         momentum_temperature,
         alpha,
-        choices,
+        Choices(positives, reduction, ignore_index, positives_from, sigma, float(hardness)),
+        bool(normalize),
+        normalize is True,
+        exclude_self,
         ranks,
         seen,
         seen_keys,

@@ -21,8 +21,8 @@ from momentum_distill._precision import as_variable, full_precision, sum_dtype
 ARGUMENTS = (
     "Tensor query, Tensor[] keys, Tensor query_labels, Tensor[] key_labels, Tensor? momentum_query, "
     "Tensor[] momentum_keys, bool same_keys, Tensor temperature, Tensor? momentum_temperature, Tensor alpha, "
-    "str positives, str reduction, bool normalize, bool normalize_keys, int ignore_index, bool exclude_self, "
-    "str positives_from, float width, float hardness, Tensor? query_targets, Tensor[] key_targets, "
+    "str positives, str reduction, int ignore_index, str positives_from, float width, float hardness, "
+    "bool normalize, bool normalize_keys, bool exclude_self, Tensor? query_targets, Tensor[] key_targets, "
     "str group, bool[] wanted"
 )
 torch.library.define("momentum_distill::contrast", f"({ARGUMENTS}) -> Tensor[]")
@@ -52,6 +52,9 @@ def arguments(problem: Problem) -> tuple[Any, ...]:
         as_variable(problem.momentum_temperature, like).detach() if own_temperature else None,
         as_variable(problem.alpha, like).detach(),
         *problem.choices,
+        problem.prepare.normalize,
+        problem.keys[0].prepare.normalize,
+        problem.keys[0].own,
         problem.targets,
         [part.targets for part in problem.keys if part.targets is not None],
         "" if problem.ranks is None else problem.ranks.group.group_name,
@@ -72,7 +75,7 @@ def _problem(
     *others: Any,  # noqa: ANN401
 ) -> Problem:
     """What the :func:`arguments` stand for, once there are numbers."""
-    *choices, targets, key_targets, group = others
+    *choices, normalize, normalize_keys, exclude_self, targets, key_targets, group = others
     ranks = None
     if group:
         from torch.distributed import distributed_c10d as c10d
@@ -93,6 +96,9 @@ def _problem(
         temperature if momentum_temperature is None else momentum_temperature,
         engine.known(alpha),
         Choices(*choices),
+        normalize,
+        normalize_keys,
+        exclude_self,
         ranks,
         look(labels),
         [look(part) for part in key_labels],

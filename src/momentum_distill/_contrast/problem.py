@@ -55,14 +55,11 @@ Bounds: TypeAlias = tuple[float, float] | None
 
 
 class Choices(NamedTuple):
-    """What a loss is, but for its tensors."""
+    """What a loss is, but for its tensors, and for how these are prepared."""
 
     positives: Positives
     reduction: Reduction
-    normalize: bool  # the rows of the queries
-    normalize_keys: bool
     ignore_index: int
-    exclude_self: bool
     positives_from: PositivesFrom
     width: float
     hardness: float
@@ -137,6 +134,9 @@ def problem_of(
     momentum_temperature: float | Tensor,
     alpha: float | Tensor,
     choices: Choices,
+    normalize: bool,  # the rows of the queries
+    normalize_keys: bool,
+    exclude_self: bool,
     ranks: Ranks | None,
     seen: Bounds,
     seen_keys: Sequence[Bounds],
@@ -145,7 +145,7 @@ def problem_of(
 ) -> Problem:
     """From checked arguments and int64 labels."""
     dtype = sum_dtype(query, *keys, *momentum_keys, momentum_query)
-    prepare_keys = Prepare(dtype, choices.normalize_keys)
+    prepare_keys = Prepare(dtype, normalize_keys)
     every = (seen, *seen_keys)
     parts = [
         Part(
@@ -153,7 +153,7 @@ def problem_of(
             momentum_keys[index] if momentum_keys else None,
             key_labels[index],
             prepare_keys,
-            own=choices.exclude_self and index == 0,
+            own=exclude_self and index == 0,
             targets=key_targets[index].detach().to(dtype) if key_targets else None,
         )
         for index, part in enumerate(keys)
@@ -169,7 +169,7 @@ def problem_of(
         temperature,
         momentum_temperature,
         0.0 if momentum_query is None else alpha,
-        Prepare(dtype, choices.normalize),
+        Prepare(dtype, normalize),
         choices,
         ranks,
         None if targets is None else targets.detach().to(dtype),
@@ -203,7 +203,7 @@ def masked(problem: Problem, *, classes_alone: bool = False) -> Problem:
         for part in problem.keys
     ]
     present = _present(problem.labels, absent, classes_alone)
-    return changed(problem, problem.query, parts, problem.momentum_query, problem.prepare, problem.choices, present)
+    return changed(problem, problem.query, parts, problem.momentum_query, problem.prepare, present)
 
 
 def changed(
@@ -212,7 +212,6 @@ def changed(
     keys: list[Part],
     momentum_query: Tensor | None,
     prepare: Prepare,
-    choices: Choices,
     present: Tensor | None = None,
 ) -> Problem:
     """The same with these: field by field, for the compiler of torch 2.8 looks neither into _replace nor at a slice."""
@@ -228,7 +227,7 @@ def changed(
         problem.momentum_temperature,
         problem.alpha,
         prepare,
-        choices,
+        problem.choices,
         problem.ranks,
         problem.targets,
         present,

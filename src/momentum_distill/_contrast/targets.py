@@ -13,7 +13,7 @@ from torch import Tensor
 from momentum_distill._checks import may_ask
 from momentum_distill._contrast import engine
 from momentum_distill._contrast.matrices import ready
-from momentum_distill._contrast.problem import Choices, Part, Prepare, Problem, changed, masked
+from momentum_distill._contrast.problem import Part, Prepare, Problem, changed, masked
 from momentum_distill._contrast.tiles import tile_size
 from momentum_distill._group import Ranks, all_gather, sum_over_ranks
 from momentum_distill._precision import as_variable
@@ -31,7 +31,7 @@ def centred(problem: Problem, centre: Tensor) -> Problem:
     present = masked(problem).present
     query = ready(problem.query, present, problem.prepare)
     momentum = ready(problem.momentum_query.detach(), present, problem.prepare) - centre.detach().to(query.dtype)
-    return _given(problem, query, momentum, problem.keys, normalize_keys=problem.choices.normalize_keys)
+    return changed(problem, query, problem.keys, momentum, Prepare(query.dtype, normalize=False))
 
 
 def balanced(problem: Problem, ranks: Ranks | None) -> Problem:
@@ -55,7 +55,7 @@ def balanced(problem: Problem, ranks: Ranks | None) -> Problem:
         )
     one = query.new_ones(query.shape[0], 1)
     query, momentum = torch.cat([query, one * 0], dim=1), torch.cat([momentum, one], dim=1)
-    return _given(problem, query, momentum, parts, normalize_keys=False)
+    return changed(problem, query, parts, momentum, Prepare(query.dtype, normalize=False))
 
 
 def _momentum_rows(part: Part, online: Tensor) -> Tensor:
@@ -135,20 +135,3 @@ def _signature(problem: Problem) -> str:
     if may_ask(labels):
         number = f" whose labels, by place, add up to {int((labels * torch.arange(1, len(labels) + 1)).sum())}"
     return f"SupConDistillLoss with momentum_targets='sinkhorn' and {len(labels)} keys{number}"
-
-
-def _given(problem: Problem, query: Tensor, momentum: Tensor, keys: list[Part], *, normalize_keys: bool) -> Problem:
-    """The same with these prepared queries, and with these keys."""
-    old = problem.choices
-    choices = Choices(
-        old.positives,
-        old.reduction,
-        normalize=False,
-        normalize_keys=normalize_keys,
-        ignore_index=old.ignore_index,
-        exclude_self=old.exclude_self,
-        positives_from=old.positives_from,
-        width=old.width,
-        hardness=old.hardness,
-    )
-    return changed(problem, query, keys, momentum, Prepare(problem.prepare.dtype, normalize=False), choices)
