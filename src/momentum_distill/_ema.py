@@ -309,23 +309,21 @@ class EMAWrapper(WideModule, Generic[M_co]):
             raise RuntimeError("swap: expected a call outside swap(), got one inside it")
         plan = self._match(model)
         registries = [_Registry(module, lends=plan.lends) for module in plan.online_modules()]
-        moved, copied, apart, own = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-        places = list[Tensor]()
+        moved, apart, copied = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor, Tensor]]()
         self._swapped = True
         try:
             with torch.inference_mode(False), torch.no_grad():
                 pairs = self._lend(model, plan)
             with torch.no_grad():
                 movable = _movable([online for _, online in pairs])
-                targets = [online for (_, online), moves in zip(pairs, movable, strict=True) if moves]
+                moving = [pair for pair, moves in zip(pairs, movable, strict=True) if moves]
                 others = [pair for pair, moves in zip(pairs, movable, strict=True) if not moves]
-                values = [torch.empty_like(online) for online in targets]
+                values = [torch.empty_like(online) for _, online in moving]
                 if values:
-                    sources = [average for (average, _), moves in zip(pairs, movable, strict=True) if moves]
-                    torch._foreach_copy_(values, sources)
-                apart, own = [online.detach() for online in targets], [online.clone() for _, online in others]
-                moved, copied = targets, [online for _, online in others]
-                places = [online.detach() for online in copied]
+                    torch._foreach_copy_(values, [average for average, _ in moving])
+                apart = [online.detach() for _, online in moving]
+                copied = [(online, online.detach(), online.clone()) for _, online in others]
+                moved = [online for _, online in moving]
                 _move(moved, values)
                 for average, online in others:
                     online.copy_(average)
@@ -337,7 +335,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
             _move(moved, apart)
             torch.clear_autocast_cache()
             with torch.no_grad():
-                for online, place, value in zip(copied, places, own, strict=True):
+                for online, place, value in copied:
                     if is_plain(online) and _place(online) != _place(place):  # it was cast or moved meanwhile
                         online.data = place
                     online.copy_(value)
