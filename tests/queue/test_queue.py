@@ -443,6 +443,21 @@ def test_padded_read_is_a_live_view_of_one_storage(filled):
     assert (labels >= 0).sum() == min(6, filled)
 
 
+@pytest.mark.parametrize("filled", [2, 6, 9], ids=["part", "full", "wrapped"])
+def test_a_padded_read_may_be_stored_again(filled):
+    queue, other = make_queue(6), make_queue(6)
+    for each in (queue, other):
+        each.enqueue(*batch(filled))
+    reads = {stream: queue.read(stream, padded=True) for stream in DIMS}
+    copies = {stream: keys.clone() for stream, (keys, _) in reads.items()}
+    labels = reads["t"][1]
+    other.enqueue(labels.clone(), copies)
+    queue.enqueue(labels, {stream: keys for stream, (keys, _) in reads.items()})
+    for stream in DIMS:
+        for found, expected in zip(queue.read(stream), other.read(stream), strict=True):
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("stream", DIMS)
 def test_every_stream_keeps_its_storage(stream):
     queue = make_queue(6)
