@@ -234,7 +234,7 @@ class ClassQueue(WideModule):
         for bank, rows, unit in banks:
             bank.index_copy_(1, slots, _stack(rows, unit=unit).to(bank.dtype))
         torch._foreach_zero_([bank[:, self.size] for bank, *_ in banks])
-        marks = marks.clone() if stored is None else torch.where(stored, marks, EMPTY)  # `read` may have returned it
+        marks = marks if stored is None else torch.where(stored, marks, EMPTY)
         self._buffer("labels").index_copy_(1, slots, marks.expand(len(self.dims), -1))
         self._buffer("count").copy_(count)
 

@@ -622,3 +622,16 @@ def test_flops_of_the_operators_are_those_of_their_matrix_products():
     # As without a compiler, through the matrices.
     leaves = with_leaves(given, LEARNED)
     assert flops(lambda: F.supcon_distill_loss(**leaves).backward()) == whole
+
+
+@pytest.mark.parametrize("kind", [md.SupConDistillLoss, md.SigmoidDistillLoss])
+def test_a_batch_that_is_its_own_keys_is_one_graph(kind):
+    """Of more scores than are taken as formulas."""
+    loss = kind(exclude_self=True)
+    rows = torch.randn(160, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.arange(160) % 5
+    expected = loss(rows, rows, labels, labels)
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(rows, rows, labels, labels)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(value, rows)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)

@@ -141,3 +141,42 @@ def test_gradient_scales_with_what_comes_from_above():
         (gradient,) = torch.autograd.grad(weight * loss[i], case.query)
         alone.append(gradient)
     torch.testing.assert_close(together, sum(alone), rtol=1e-12, atol=1e-14)
+
+
+def made_of(x):
+    """Inputs that are made of one another, by what is: `{name: loss of x}`."""
+    x = x.detach()
+    labels, other, matrix = torch.tensor([0, 0, 1, 1, 2]), x.flip(0), x[:3]
+    both = {"momentum_query": other, "momentum_keys": other, "alpha": 0.3}
+
+    def of(loss, query, keys, **options):
+        sizes = [labels] * len(keys) if isinstance(keys, tuple) else labels
+        return loss(query, keys, labels, sizes, **{"temperature": 0.5, **options})
+
+    supcon, sigmoid = F.supcon_distill_loss, F.sigmoid_distill_loss
+    return {
+        "the key is the query": lambda x: of(supcon, x, x),
+        "the key sees the same memory": lambda x: of(supcon, x, x.view_as(x), **both),
+        "the key is made of the query": lambda x: of(supcon, x, x @ matrix),
+        "the query is made of the key": lambda x: of(supcon, x @ matrix, (x, other)),
+        "temperature and alpha are made of the query": lambda x: of(
+            supcon, x, x * 2, **{**both, "alpha": x[0, 0].sigmoid(), "temperature": 0.3 + x.square().mean()}
+        ),
+        "centred": lambda x: of(supcon, x, x, **both, momentum_targets="centred", centre=other[0]),
+        "sinkhorn": lambda x: of(supcon, x, x, **both, momentum_targets="sinkhorn", reduction="none").sum(),
+        "sigmoid, the key is the query": lambda x: of(sigmoid, x, x, bias=-1.0, exclude_self=True),
+        "sigmoid, the bias is made of the query": lambda x: of(sigmoid, x, x * 2, bias=x[0, 1], **both),
+    }
+
+
+@pytest.mark.parametrize("how", made_of(torch.ones(5, 3)))
+def test_inputs_that_are_made_of_one_another_are_counted_once(how):
+    """With create_graph=True as well; a penalty on the gradient and a Hessian are made of that one."""
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = made_of(x)[how]
+    (plain,) = torch.autograd.grad(loss(x), x)
+    (kept,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    torch.testing.assert_close(kept, plain, rtol=1e-12, atol=1e-13)
+    rows = [torch.autograd.grad(entry, x, retain_graph=True)[0].flatten() for entry in kept.flatten()]
+    hessian = torch.func.hessian(loss)(x.detach()).reshape(15, 15)
+    torch.testing.assert_close(torch.stack(rows), hessian, rtol=1e-10, atol=1e-12)

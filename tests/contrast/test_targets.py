@@ -432,3 +432,13 @@ def test_transforms_give_what_backward_gives(kind):
     queries = torch.stack([case.query.detach(), case.query.detach() + 1])
     rows = vmap(grad(loss))(queries, torch.stack([case.momentum_query, case.momentum_query + 1]))
     torch.testing.assert_close(rows[0], expected, rtol=1e-11, atol=1e-13)
+
+
+def test_a_state_without_this_loss_leaves_its_centre():
+    system = torch.nn.ModuleDict(
+        {"backbone": torch.nn.Linear(1, 1), "loss": md.SupConDistillLoss(momentum_targets="centred")}
+    )
+    system["loss"].centre = torch.tensor([1.0, 2.0])
+    part = {name: value for name, value in system.state_dict().items() if name.startswith("backbone")}
+    system.load_state_dict(part, strict=False)
+    assert system["loss"].centre.tolist() == [1.0, 2.0]

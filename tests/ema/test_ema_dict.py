@@ -187,3 +187,13 @@ def test_it_belongs_to_a_model_as_a_wrapper_does():
     del model
     assert gone() is None
     assert not averages._plans
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_layouts_beside_plain_ones_are_averaged_number_by_number(dtype):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(4, 8, 3)).to(dtype).to(memory_format=torch.channels_last)
+    single, averages = md.EMAWrapper(model, decay=0.9), md.EMADict(model, {"a": 0.9})
+    redraw(model, torch.Generator().manual_seed(0))
+    single.update(model)
+    averages.update(model)
+    assert_same(averages, {"a": single})

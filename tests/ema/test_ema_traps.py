@@ -1406,3 +1406,65 @@ def test_a_model_without_numbers_is_refused_by_name():
     ema = md.EMAWrapper(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"^model: expected numbers in 'weight', got none: it is on the device meta"):
         ema.update(empty)
+
+
+@pytest.mark.parametrize("tied", ["memory of other processes", "storage"])
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.bfloat16(), lambda m: m.double(), lambda m: setattr(m[0].weight, "data", torch.zeros(3))]
+)
+def test_weights_that_are_copied_come_back_whatever_was_done_inside(cast, tied):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    fill(model, 1 / 3)
+    if tied == "storage":
+        model[1].weight.data = model[0].weight.data.t()
+    else:
+        model.share_memory()
+    ema = md.EMAWrapper(model, decay=0.5)
+    before = [(p.data_ptr(), p.dtype, p.shape, p.detach().clone()) for p in model.parameters()]
+    with ema.swap(model):
+        fill(model, 7.0)
+        cast(model)
+    for p, (place, dtype, shape, value) in zip(model.parameters(), before, strict=True):
+        assert (p.data_ptr(), p.dtype, p.shape) == (place, dtype, shape)
+        assert torch.equal(p, value)
+    ema.update(model)
+
+
+def test_the_average_takes_the_place_of_a_buffer_made_in_inference_mode():
+    model = nn.Linear(2, 2)
+    model.register_buffer("cache", torch.zeros(3))
+    ema = md.EMAWrapper(model)
+    with torch.inference_mode():
+        model.cache = torch.ones(3)
+    ema.update(model)
+    with torch.inference_mode():
+        model.cache = torch.full((3,), 7.0)
+        with ema.swap(model):
+            assert model.cache.tolist() == [1.0] * 3
+    assert model.cache.tolist() == [7.0] * 3
+
+
+def test_an_average_in_another_layout_or_dtype_goes_on():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(2, 2))
+    ema = md.EMAWrapper(model, decay=0.5)
+    ema.update(model)
+    for change in (lambda m: m.to(memory_format=torch.channels_last), lambda m: m[1].double()):
+        change(ema.module)
+        expected = [0.5 * old.detach() for old in ema.module.parameters()]
+        fill(model, 0.0)
+        ema.update(model)
+        for new, value in zip(ema.module.parameters(), expected, strict=True):
+            torch.testing.assert_close(new, value)
+
+
+def test_one_memory_under_two_tensors_moves_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.decoder.weight.data = self.encoder.weight.data.t()
+
+    model, teacher = Tied(), Tied()
+    fill(model, 1.0), fill(teacher, 0.0)
+    md.EMAWrapper(model, teacher=teacher, decay=0.9).update(model)
+    torch.testing.assert_close(teacher.encoder.weight.detach(), torch.full((3, 3), 0.1))

@@ -165,6 +165,7 @@ def test_lightning_moves_the_average_once_in_a_step(lightning_callback, flavour)
     assert callback.ema.step == module.record.steps == 4
     torch.testing.assert_close(callback.ema.module.head.weight.double(), module.record.average, rtol=0, atol=1e-6)
     assert module.net.fuse.factors()["body"] != 1
+    assert torch.equal(callback.ema.module.fuse.average, module.net.fuse.average)  # which moved first
     module.record.steps = 0
     trainer.optimizers[0].step()  # a loop that goes on elsewhere is none of its business
     assert (module.record.steps, callback.ema.step) == (1, 4)

@@ -383,3 +383,16 @@ def test_the_mixture_is_that_of_the_equation():
     rest, *_ = np.linalg.lstsq(differences, profile(90, 0.15) - basis[:, 0], rcond=None)
     np.testing.assert_allclose(factors, [1 - rest.sum(), *rest], atol=2e-3)
     assert factors.sum() == pytest.approx(1)
+
+
+class Own(Cosine):
+    """Somebody's own."""
+
+
+@pytest.mark.parametrize("decay", [Own(10), WarmUp(Own(10))], ids=str)
+def test_a_subclass_of_a_schedule_is_saved_as_any_function(decay):
+    ema = md.EMAWrapper(nn.Linear(1, 1), decay=decay)
+    ema.update(nn.Linear(1, 1))
+    again = md.EMAWrapper(nn.Linear(1, 1), decay=decay)
+    again.load_state_dict(ema.state_dict())
+    assert (again.step, again.decay) == (1, decay)

@@ -254,3 +254,36 @@ class Fused(torch.nn.Module):
 
     def forward(self, text):
         return self.fuse({"text": text})["text"]
+
+
+@pytest.mark.parametrize("names", [["a", "t"], ["t", "v"], ["t", "a", "v"]], ids=str)
+def test_a_state_of_other_modalities_or_in_another_order_is_refused(names):
+    state = md.MomentumFusionFactors(["t", "a"], init={"t": 2.0, "a": 0.5}).state_dict()
+    fuse = md.MomentumFusionFactors(names)
+    with pytest.raises(ValueError, match=r"^state_dict: expected modalities \[.*\], got \['t', 'a'\]"):
+        fuse.load_state_dict(state)
+    assert set(averages(fuse)) == {1.0}
+
+
+def test_a_state_from_before_names_were_saved_is_loaded():
+    state = md.MomentumFusionFactors(["t", "a"], init={"t": 2.0, "a": 0.5}).state_dict()
+    del state["_extra_state"]
+    fuse = md.MomentumFusionFactors(["t", "a"])
+    fuse.load_state_dict(state)
+    assert averages(fuse) == [2.0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_is_learned_in_small_steps_is_never_in_16_bits(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        made = [md.MomentumFusionFactors(["t"]), md.SupConDistillLoss(), md.SigmoidDistillLoss()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for module in made:
+        narrow = {name: x.to(dtype) if x.is_floating_point() else x for name, x in module.state_dict().items()}
+        for _ in range(2):
+            tensors = [*module.parameters(), *module.buffers()]
+            assert all(x.dtype in (torch.float32, torch.int64) for x in tensors)
+            module.load_state_dict(narrow, assign=True)
+        assert all(isinstance(x, torch.nn.Parameter) for x in module.parameters())

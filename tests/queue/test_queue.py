@@ -1135,3 +1135,28 @@ def test_a_state_shares_no_memory_within_itself_or_with_the_queue():
     before = keys["keys_text"].clone()
     queue.reset()
     assert torch.equal(keys["keys_text"], before)
+
+
+@pytest.mark.parametrize("order", [("t", "a"), ("a", "t")])
+def test_rows_of_one_stream_may_be_stored_in_another(order):
+    """Also where the batch wraps around, and other streams are written first."""
+    streams = {"t": 1, "a": 1, "wide": 2}
+    queue, other = (md.ClassQueue(4, streams, normalize=False) for _ in range(2))
+    first = {
+        "t": torch.tensor([[1.0], [2.0], [3.0]]),
+        "a": torch.tensor([[4.0], [5.0], [6.0]]),
+        "wide": torch.eye(3)[:, :2],
+    }
+    for each in (queue, other):
+        each.enqueue(torch.tensor([1, 2, 3]), first)
+    views = {stream: queue.read(source, padded=True)[0][:3] for stream, source in zip(("t", "a"), order, strict=True)}
+    rows = {**views, "wide": queue.read("wide", padded=True)[0][:3]}
+    other.enqueue(torch.tensor([1, 2, 3]), {stream: x.clone() for stream, x in rows.items()})
+    queue.enqueue(torch.tensor([1, 2, 3]), rows)
+    for stream in streams:
+        assert torch.equal(queue.read(stream)[0], other.read(stream)[0])
+
+
+def test_half_leaves_a_bfloat16_queue_as_it_is():
+    queue = md.ClassQueue(4, {"t": 2}, dtype=torch.bfloat16).half()
+    assert queue.read("t")[0].dtype == queue.dtype == torch.bfloat16
