@@ -36,9 +36,9 @@ from common import (
 sys.path.insert(0, str(ROOT / "examples"))
 
 from mtmd.data.batches import Batch
-from mtmd.model import MODALITIES, MTMD, STUDENTS, Outputs
+from mtmd.model import MTMD, Outputs
 from mtmd.objective import Objective, ground_truth_loss
-from mtmd.settings.config import Config
+from mtmd.settings.config import MODALITIES, STUDENTS, Config
 
 WIDTHS = {"text": 768, "audio": 5, "vision": 20}  # as in CMU-MOSI
 SMALL_MODEL = {"width": 16, "fused_width": 16, "audio_hidden": 8, "vision_hidden": 8, "text_hidden": 8, "layers": 1}

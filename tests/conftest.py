@@ -67,3 +67,11 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile, which remembers nothing of other tests."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

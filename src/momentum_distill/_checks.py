@@ -42,14 +42,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or in_transform()
 
 
-def is_plain(tensor: Tensor) -> bool:
+def has_numbers(tensor: Tensor) -> bool:
     """Whether it has numbers; tensors of another type may have none, as those that tracing works with."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_traced()
 
 
 def may_ask(tensor: Tensor) -> bool:
     """Whether values may be looked at: free on the CPU, while an accelerator would have to be waited for."""
-    return tensor.is_cpu and is_plain(tensor)
+    return tensor.is_cpu and has_numbers(tensor)
 
 
 def bounds(tensor: Tensor) -> tuple[float, float]:

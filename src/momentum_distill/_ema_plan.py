@@ -67,15 +67,16 @@ class Plan(_Checked):
             list({id(tensor): tensor for slot in slots.values() if (tensor := slot.tensor) is not None}.values())
             for slots in (pairing.online.parameters, pairing.online.buffers, pairing.average.buffers)
         )
-        averaged = list({id(tensor): tensor for pair in pairing.averaged for tensor in pair}.values())
+        averaged = list({id(new): new for _, new in pairing.averaged}.values())
+        own = [old for old, _ in pairing.averaged]  # which .to() gives other memory
         others = [t for t in parameters + buffers if not is_plain(t) or t.is_meta]
         asked = [
-            (Tensor.data_ptr, [t for t in averaged if is_plain(t) and not t.is_meta]),
+            (Tensor.data_ptr, [t for t in own + averaged if is_plain(t) and not t.is_meta]),
             (Tensor.numel, [t for t in parameters + own_buffers if t.dim() < 2]),
             (_shape, buffers + [t for t in parameters + own_buffers if t.dim() > 1]),
             (Tensor.is_contiguous, [t for t in averaged if t.dim() > 1]),
             (_form, others),
-            (_kind, [group.average[0] for group in self.averages]),  # .to() moves all
+            (_kind, [t for t in own if not is_plain(t) or t.is_meta]),
         ]
         super().__init__(
             _Contents([pairing.average.root], online),

@@ -20,6 +20,7 @@ from momentum_distill._checks import (
     check_mask,
     check_names,
     describe,
+    has_numbers,
     may_ask,
     wrong_type,
     wrong_value,
@@ -218,7 +219,7 @@ class ClassQueue(WideModule):
             (self._buffer(bank), [features[s] for s in streams], bank.startswith("bank"))
             for bank, streams in self._banks.items()
         ]
-        if not torch.compiler.is_compiling():  # there memory has no address
+        if has_numbers(marks):  # else memory has no address
             own = {self._buffer(name).untyped_storage().data_ptr() for name in ("labels", *self._banks)}
             marks = _apart(marks, own)
             banks = [(bank, [_apart(x, own) for x in rows], unit) for bank, rows, unit in banks]

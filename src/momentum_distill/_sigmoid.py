@@ -13,8 +13,8 @@ from momentum_distill._checks import (
     check_choice,
     check_int,
     check_number,
+    has_numbers,
     in_transform,
-    is_plain,
 )
 from momentum_distill._contrast.arguments import Normalize, Parts, check_normalize
 from momentum_distill._contrast.formulas import Reduction
@@ -203,7 +203,7 @@ class SigmoidDistillLoss(TemperatureModule):
 
     @override
     def extra_repr(self) -> str:
-        bias = f"{self.bias.item():g}" if is_plain(self.bias) else "?"
+        bias = f"{self.bias.item():g}" if has_numbers(self.bias) else "?"
         return (
             f"temperature={self._describe_temperature()}, "
             f"bias={bias} ({'learned' if self.bias.requires_grad else 'fixed'}), alpha={self.alpha:g}, "

@@ -13,8 +13,8 @@ from momentum_distill._checks import (
     check_bool,
     check_number,
     describe,
+    has_numbers,
     in_transform,
-    is_plain,
     may_ask,
     wrong_type,
     wrong_value,
@@ -96,7 +96,7 @@ class TemperatureModule(WideModule):
         learned = self.log_temperature_ratio
         if learned is None:
             return f"{self.initial_temperature:g} (fixed)"
-        now = float(self.temperature) if is_plain(learned) else self.initial_temperature
+        now = float(self.temperature) if has_numbers(learned) else self.initial_temperature
         return f"{now:g} (learned in [{low:g}, {high:g}])"
 
     def _temperature(self, *features: object) -> float | Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from momentum_distill._checks import is_plain, is_traced
+from momentum_distill._checks import has_numbers, is_traced
 
 
 def warn(message: str) -> None:
@@ -29,7 +29,7 @@ class Values:
 
     def stand(self, tensor: Tensor) -> bool | None:
         """Whether it still holds that; None where one cannot see. Waits for the device."""
-        if not is_plain(tensor) or (tensor.device, tensor.dtype) != (self.kept.device, self.kept.dtype):
+        if not has_numbers(tensor) or (tensor.device, tensor.dtype) != (self.kept.device, self.kept.dtype):
             return None
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return None

@@ -14,6 +14,7 @@ from momentum_distill import _group
 # The compiler's own, about what it does itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_compiler"),
     numbers_alone,
 ]
 
@@ -150,13 +151,6 @@ LOSSES = {
 
 MORE = ("supcon inside", "supcon by row, unit keys", "supcon, no momentum, fixed temperature", "supcon terms")
 """What is traced as its neighbour is, but for a branch."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiling_ends(step):

@@ -18,18 +18,12 @@ from momentum_distill._contrast.arguments import read_problem
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_compiler"),
     numbers_alone,
 ]
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 CONTRAST, GRADIENTS = torch.ops.momentum_distill.contrast.default, torch.ops.momentum_distill.contrast_gradients.default
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(params=["operator", pytest.param("formulas", marks=pytest.mark.long)])

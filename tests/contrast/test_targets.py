@@ -368,13 +368,6 @@ def test_the_module_is_the_function(kind):
 # Compilers and transforms
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("fused_scores", [2**14, -1], ids=["formulas", "operator"])

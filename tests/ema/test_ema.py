@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import momentum_distill as md
+from module_state import assert_same_state, clone_state
 
 FLOAT_DTYPES = [
     pytest.param(torch.float32, id="float32"),
@@ -81,19 +82,6 @@ def redraw_all(module, generator):
             b.copy_(torch.rand(b.shape, generator=generator) + 0.5)
         else:
             b.add_(1)
-
-
-def clone_state(module):
-    """Every parameter and buffer, the ones that are not saved included."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def assert_same_state(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert actual[name].dtype == expected[name].dtype, name
-        assert torch.equal(actual[name], expected[name]), name
 
 
 def closed_form(start, values, decay):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import momentum_distill as md
+from module_state import assert_same_state, clone_state
 from momentum_distill import _ema_plan
 
 
@@ -58,17 +59,6 @@ def number_parameters(module):
 def values(module):
     """One number per parameter."""
     return [p.detach().flatten()[0].item() for p in module.parameters()]
-
-
-def clone_state(module):
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def assert_same_state(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.fixture

@@ -192,9 +192,6 @@ CONTRADICTIONS = {
                 "--balanced-queue": "a queue",
                 "--alpha 0": "momentum models",
                 "--decay 0.1": "momentum models or factors",
-                "--audio-hidden 8": "audio as a modality",
-                "--unimodal-lr 1": "audio or vision as a modality",
-                "--fused-width 8": "several modalities",
                 "--fusion-start text": "text beside other modalities",
             },
             "--without text_task": {

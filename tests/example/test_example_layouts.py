@@ -20,7 +20,7 @@ from conftest import ROOT
 UNCASED = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 UNCASED |= {"##s": 2015, "good": 2204, "movie": 3185}
 OTHER = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "good": 5, "##s": 6, "movie": 7}
-TINY = ["--epochs", 1, "--queue-size", 8, "--batch-size", 256, "--layers", 1, "--heads", 2, "--device", "cpu"]
+TINY = ["--epochs", 1, "--batch-size", 256, "--layers", 1, "--heads", 2, "--device", "cpu"]
 TINY += ["--width", 4, "--fused-width", 4, "--audio-hidden", 4, "--vision-hidden", 4, "--seeds", 1]
 
 

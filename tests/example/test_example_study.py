@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -215,13 +216,9 @@ def test_another_seed_of_the_other_experiment_is_named(experiments, tmp_path):
     assert "before: other, seed 7 and after: full, seed 1 (Fig. 6)" in (tmp_path / "report.md").read_text()
 
 
-def test_one_utterance_has_a_report_without_its_plane(tmp_path):
-    fake_experiment(Config(out=tmp_path, seeds=[1]), utterances=2)
-    path = tmp_path / "representations_seed1.npz"
-    with np.load(path) as arrays:
-        np.savez(path, **{name: array[:1] for name, array in arrays.items()})
-    assert mtmd_mosi.main(["report", str(tmp_path), "--resamples", "10"]) == 0
-    assert "tsne" not in (tmp_path / "report" / "report.md").read_text()
+def test_one_utterance_has_no_plane(tmp_path):
+    one = types.SimpleNamespace(representations={1: {"ids": np.array(["test0"]), "scores": np.ones(1)}})
+    assert report.draw_embedding(one, None, 1, tmp_path / "tsne.svg") == ""
 
 
 def test_a_disk_that_is_full_leaves_the_report_before(experiments, tmp_path, capsys):

@@ -314,14 +314,7 @@ def test_transforms_give_the_same():
     torch.testing.assert_close(vmap(loss)(both), torch.stack([loss(rows) for rows in both]))
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiler_takes_it_whole_and_gives_the_same(monkeypatch):
     def value_and_gradients(f, case, options):
         case, numbers = case.requires_grad(), scalars()
@@ -341,7 +334,7 @@ def test_a_compiler_takes_it_whole_and_gives_the_same(monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_second_derivative_under_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setattr(engine, "FUSED_SCORES", -1)
     case = supcon_case(0, N, Q).requires_grad()

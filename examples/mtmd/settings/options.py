@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from mtmd.files.checks import shown, unknown
 from mtmd.files.reading import read_toml
-from mtmd.settings.config import FORMATS, MODALITIES, STUDENTS, SYNTHETIC, TEACHER, TERMS, Config
+from mtmd.settings.config import FORMATS, MODALITIES, SYNTHETIC, TEACHER, TERMS, Config
 
 # Options that say nothing beside others are refused on the command line, where somebody meant them, if they are not at
 # their default. A file may have them: one serves for all arms of the study.
@@ -22,12 +22,10 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[["Config"], bool]], ...] = (
     ),
     (("text_hidden",), "--text-encoder features", lambda config: not config.reads_tokens),
     *(
-        ((f"drop_{name}", f"{name}_hidden"), f"{name} as a modality", lambda config, name=name: name in config.used)
+        ((f"drop_{name}",), f"{name} as a modality", lambda config, name=name: name in config.used)
         for name in MODALITIES
     ),
     (("text_encoder",), "text as a modality", lambda config: TEACHER in config.used),
-    (("unimodal_lr",), "audio or vision as a modality", lambda config: bool({*STUDENTS} & {*config.used})),
-    (("fused_width",), "several modalities", lambda config: len(config.used) > 1),
     (("fusion_start",), "text beside other modalities", lambda config: {TEACHER} < {*config.used}),
     *(((f"gamma_{term}",), f"L_{term}", lambda config, term=term: term not in config.off) for term in TERMS),
     (("score_width",), "--sampling distance", lambda config: config.sampling == "distance"),

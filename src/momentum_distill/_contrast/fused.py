@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from momentum_distill._checks import is_plain
+from momentum_distill._checks import has_numbers
 from momentum_distill._contrast.formulas import by_softmax
 from momentum_distill._contrast.problem import Problem
 from momentum_distill._contrast.statistics import Statistics
@@ -20,7 +20,7 @@ def takes(problem: Problem) -> bool:
     asked = os.environ.get("MOMENTUM_DISTILL_TRITON")
     if problem.keys[0].own or problem.weighs or problem.prepare.dtype != torch.float32:
         return False
-    if asked == "0" or not is_plain(problem.query):
+    if asked == "0" or not has_numbers(problem.query):
         return False
     if problem.query.is_cuda:
         from momentum_distill._contrast import kernel
