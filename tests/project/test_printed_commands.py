@@ -78,6 +78,9 @@ LONG = {
     f"python {SCRIPT} search --trials 50": "`search --grid` is run; test_example_study.py has --final-seeds",
     f"python {SCRIPT} search --config": "the same, and `ablate --config`",
     f"python {SCRIPT} --config examples/configs/mos": "`train --config` is the same",
+    f"python {SCRIPT} --data mosi.pkl --text-encoder bert-base-uncased --seeds 1 2 3": "docs/example.md has others",
+    f"python {SCRIPT} --epochs 20 --seeds 1111 1112 1113 1114 1115 --sampling": "test_example_switches.py",
+    f"python {SCRIPT} --epochs 20 --seeds 1111 1112 1113 1114 1115 --hardness": "the same",
 }
 
 SMALL = "--epochs 1 --seeds 1111 --layers 1 --width 16 --fused-width 16 --audio-hidden 8 --vision-hidden 8"
