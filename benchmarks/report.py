@@ -139,10 +139,20 @@ PROMISES = (
         line="decay by a schedule, 0.44 M",
     ),
     Promise(
-        "queue, 5 streams, N=64, Q=65536", "queue", "cpu", QUEUE, UNIT, line="`ClassQueue`, 5 streams, N=64, Q=65,536"
+        "queue, 5 streams, N=64, Q=65536",
+        "queue",
+        "cpu",
+        QUEUE,
+        UNIT,
+        line="`ClassQueue(normalize=False)`, 5 streams, N=64, Q=65,536",
     ),
     Promise(
-        "queue, 5 streams, N=64, Q=65536", "queue", "cuda", QUEUE, UNIT, line="`ClassQueue`, 5 streams, N=64, Q=65,536"
+        "queue, 5 streams, N=64, Q=65536",
+        "queue",
+        "cuda",
+        QUEUE,
+        UNIT,
+        line="`ClassQueue(normalize=False)`, 5 streams, N=64, Q=65,536",
     ),
     Promise("step of MTMD, text features", "step", "cpu", STEP, "with distillation", line="training step of MTMD"),
 )

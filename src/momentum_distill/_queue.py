@@ -314,7 +314,8 @@ class ClassQueue(WideModule):
                 later `enqueue` touches; asks the device how much that is. True: all slots in their places,
                 without a copy and without waiting, in static shapes for `torch.compile`. These are live views: a
                 gradient that was to flow through them after the next `enqueue` is refused by autograd
-                (`SupConDistillLoss` has its gradient after the forward pass: the order does not matter to it).
+                (`SupConDistillLoss` has its gradient after the forward pass: the order does not matter to it, but where
+                `torch.compile` fuses few scores).
 
         Returns:
             Keys `(M, d)` and labels `(M,)` with M the slots that hold something for this stream; or `(Q, d)` and

@@ -251,8 +251,8 @@ def supcon_distill_loss(
     and nothing of size N×Q is kept, forward or backward, no weights of pairs either. Four cases take the N×Q matrices:
     fewer of both, which is faster so; the transforms of `torch.func` (grad, jvp, vmap); a backward pass with
     `create_graph=True`; and a function as `positives_from` under `torch.compile`.
-    `torch.compile` fuses the formula of up to $2^{14}$ scores and takes more as one operator, which does the same; it
-    has no second derivative. On an NVIDIA GPU a fused kernel (Triton) takes all sizes, but in float64 and with
+    `torch.compile` fuses the formula of up to $2^{14}$ scores and takes more as one operator, which does the same;
+    neither has a second derivative. On an NVIDIA GPU a fused kernel (Triton) takes all sizes, but in float64 and with
     `exclude_self`, `positives_from` or `hardness`: keys in 16 bits are multiplied as they are, and queries rounded to
     their dtype.
 
@@ -424,7 +424,7 @@ def sigmoid_distill_loss(
 
     All keys are met tile by tile, once, and nothing of size N×Q is kept, forward or backward; but by the transforms of
     `torch.func`, a backward pass with `create_graph=True`, and up to $2^{14}$ scores by `torch.compile`, which takes
-    more as one operator without a second derivative.
+    more as one operator; compiled, there is no second derivative.
 
     Args:
         query: Features $q$ of the batch, shape `(N, d)`.

@@ -93,7 +93,8 @@ class WarmUp(Schedule):
     $$\eta_t = \min\Big(\eta,\; 1 - \Big(1 + \frac{t + 1}{\gamma}\Big)^{-p}\Big)$$
 
     The default is TensorFlow's, $(1 + t) / (10 + t)$, which looks back over a ninth of the updates made and so comes to
-    0.995 after 1,790. Timm's and ema-pytorch's is `WarmUp(decay, inv_gamma=1, power=2 / 3)`.
+    0.995 after 1,790. Timm's and ema-pytorch's is `WarmUp(decay, inv_gamma=1, power=2 / 3)`, an
+    update later (timm's, counted from step 0, two): they copy before.
 
     Args:
         decay: $\eta$, in [0, 1], or another schedule of this module.
