@@ -334,6 +334,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
             plan.reshard()
             _move(moved, apart)
             torch.clear_autocast_cache()
+            _cast_back(model, [(online, place) for online, place, _ in copied])
             with torch.no_grad():
                 for online, place, value in copied:
                     if is_plain(online) and _place(online) != _place(place):  # it was cast or moved meanwhile
@@ -367,7 +368,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
         for name, tensor in Tree(self.module).tensors().items():
             for index, part in enumerate(_local_parts(tensor)):
                 whole[f"{name}, part {index}" if index else name] = part
-        require_in_sync(find_ranks(group), {**whole, "number of updates": torch.tensor(self._step)}, what="EMAWrapper")
+        step = torch.tensor(self._step, device="cpu")
+        require_in_sync(find_ranks(group), {**whole, "number of updates": step}, what="EMAWrapper")
 
     @override
     def train(self, mode: bool = True) -> EMAWrapper[M_co]:
@@ -500,6 +502,17 @@ def _local_parts(tensor: Any) -> list[Tensor]:  # noqa: ANN401 - a Tensor, or a 
     if hasattr(tensor, "placements"):
         return [tensor.to_local()] if all(placement.is_replicate() for placement in tensor.placements) else []
     return [part for part in parts(tensor) if is_plain(part)] or [tensor.to_dense()]
+
+
+def _cast_back(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Give subclasses their dtype and device again, which a cast exchanges in place, the way that took them."""
+    kinds: dict[int, tuple[torch.device, torch.dtype]] = {}
+    for online, place in pairs:
+        kind = place.device, place.dtype
+        if not is_plain(online) and (online.device, online.dtype) != kind:
+            kinds |= {id(tensor): kind for tensor in (online, online.grad) if tensor is not None}
+    if kinds:
+        model._apply(lambda x: x.to(*kinds[id(x)]) if id(x) in kinds else x)  # type: ignore[no-untyped-call]
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -154,7 +154,7 @@ class MomentumFusionFactors(WideModule):
     @override
     def get_extra_state(self) -> Tensor:
         """The names, in whose order the weights stand."""
-        return torch.tensor(list(json.dumps(self.modalities).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps(self.modalities).encode()), dtype=torch.uint8, device="cpu")
 
     @override
     def set_extra_state(self, state: Tensor) -> None:

@@ -397,7 +397,7 @@ class ClassQueue(WideModule):
     @override
     def get_extra_state(self) -> Tensor:
         """The streams in their order, which is that of the rows of `labels`."""
-        return torch.tensor(list(json.dumps(self.streams).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps(self.streams).encode()), dtype=torch.uint8, device="cpu")
 
     @override
     def set_extra_state(self, state: Tensor) -> None:

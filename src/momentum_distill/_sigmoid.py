@@ -195,7 +195,7 @@ class SigmoidDistillLoss(TemperatureModule):
     @override
     def get_extra_state(self) -> Tensor:
         """The initial temperature, without which the saved ratio means nothing."""
-        return torch.tensor(self.initial_temperature, dtype=torch.float64)
+        return torch.tensor(self.initial_temperature, dtype=torch.float64, device="cpu")
 
     @override
     def set_extra_state(self, state: Tensor) -> None:

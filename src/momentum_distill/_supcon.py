@@ -326,7 +326,7 @@ class SupConDistillLoss(TemperatureModule):
     @_disable_dynamo  # torch.compiler.disable would load the compiler, seconds, with this module
     def _scheduled_outside_graphs(self) -> Tensor:
         """The same, of which a compiler would make a constant."""
-        return torch.tensor(self._scheduled(), dtype=torch.float64)
+        return torch.tensor(self._scheduled(), dtype=torch.float64, device="cpu")
 
     def _learned(self, query: Tensor, keys: Parts, momentum_query: Tensor | None, query_labels: Tensor) -> None:
         """After a call that went well, if it trains."""
@@ -351,7 +351,9 @@ class SupConDistillLoss(TemperatureModule):
     def get_extra_state(self) -> Tensor:
         """The initial temperature, without which the saved ratio means nothing; with a warm-up the calls so far."""
         state = [self.initial_temperature, int(self._calls)]
-        return torch.tensor(state if callable(self.momentum_temperature) else state[0], dtype=torch.float64)
+        return torch.tensor(
+            state if callable(self.momentum_temperature) else state[0], dtype=torch.float64, device="cpu"
+        )
 
     @override
     def set_extra_state(self, state: Tensor) -> None:

@@ -84,7 +84,7 @@ class TemperatureModule(WideModule):
     def temperature(self) -> Tensor:
         """The temperature in use, inside its range: detached, float64, shape (), on the CPU (the host waits)."""
         if self.log_temperature_ratio is None:
-            return torch.tensor(self.initial_temperature, dtype=torch.float64)
+            return torch.tensor(self.initial_temperature, dtype=torch.float64, device="cpu")
         ratio = self.log_temperature_ratio.detach().cpu().to(torch.float64, copy=True)  # not all devices have it
         bounds = (self.initial_temperature, *self.temperature_range)
         project_(ratio, *bounds)

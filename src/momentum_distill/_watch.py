@@ -36,6 +36,11 @@ class Values:
         return torch.equal(tensor, self.kept)
 
 
+def _is_recorded() -> bool:
+    """Whether what is looked at would become a part of a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 class IdleWatch:
     """Warns, once, of a learned parameter that gets gradients and is moved by nobody."""
 
@@ -48,7 +53,7 @@ class IdleWatch:
 
     def look(self, parameter: nn.Parameter) -> None:
         """Before it is used: has it been written to since `left`, although it has a gradient?"""
-        if torch.compiler.is_compiling() or self.looks > self.patience or parameter.grad is None:
+        if _is_recorded() or self.looks > self.patience or parameter.grad is None:
             return
         self.looks = self.looks + 1 if parameter._version == self.version else 0
         if self.looks == 1:
@@ -81,7 +86,7 @@ class UpdateWatch:
 
     def look(self, weights: Iterable[Tensor], *, training: bool = False) -> None:
         """Before the average is used: is this a training, or have the weights changed since the last call?"""
-        if torch.compiler.is_compiling() or self.done:
+        if _is_recorded() or self.done:
             return
         if not training:
             seen = [weight for weight in weights if not weight.is_inference()]

@@ -280,7 +280,7 @@ def _gamma(sigma_rel: float) -> float:
 def pack(step: int, decay: object) -> Tensor:
     """The number of updates, and with a schedule its text, letter by letter: a state stays one of tensors."""
     text = repr(decay) if _is_ours(decay) else ""
-    return torch.tensor([step, *text.encode()] if text else step)
+    return torch.tensor([step, *text.encode()] if text else step, device="cpu")
 
 
 def _is_ours(decay: object) -> bool:

@@ -1,6 +1,8 @@
 """Derivatives of SupConDistillLoss against finite differences, in double precision."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -180,3 +182,27 @@ def test_inputs_that_are_made_of_one_another_are_counted_once(how):
     rows = [torch.autograd.grad(entry, x, retain_graph=True)[0].flatten() for entry in kept.flatten()]
     hessian = torch.func.jacrev(torch.func.grad(loss))(x.detach()).reshape(15, 15)
     torch.testing.assert_close(torch.stack(rows), hessian, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", [md.SupConDistillLoss, md.SigmoidDistillLoss])
+def test_a_loss_lets_go_of_its_inputs_when_its_graph_has_gone(kind, reduction):
+    """As torch frees what it has saved: a sum of losses that nobody detached does not hold the keys of every step."""
+    start = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    query, keys = start.tanh(), torch.randn(6, 3)
+    loss = kind(reduction=reduction)(query, keys, labels, labels).sum()
+    alive = weakref.ref(query), weakref.ref(keys)
+    del query, keys
+    (once,) = torch.autograd.grad(loss, start, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, start, create_graph=True)
+    torch.testing.assert_close(once, again)
+    assert all(reference() is not None for reference in alive)
+    torch.autograd.grad(again.square().sum(), start, retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(start.grad, once)
+    del again, once
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()

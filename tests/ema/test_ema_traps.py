@@ -1458,3 +1458,61 @@ def test_one_memory_under_two_tensors_moves_once():
     fill(model, 1.0), fill(teacher, 0.0)
     md.EMAWrapper(model, teacher=teacher, decay=0.9).update(model)
     torch.testing.assert_close(teacher.encoder.weight.detach(), torch.full((3, 3), 0.1))
+
+
+def test_a_model_with_an_average_and_factors_inside_is_traced():
+    class Taught(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fuse = nn.Linear(3, 3), md.MomentumFusionFactors(["a"])
+            self.average = md.EMAWrapper(self.body)
+
+        def forward(self, x):
+            return self.fuse({"a": self.body(x)})["a"] + self.average(x)
+
+    model, x = Taught().eval(), torch.randn(5, 3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, torch.randn(2, 3))
+    assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_shards_that_were_cast_inside_swap_come_back(gradients):
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    mesh, model = DeviceMesh("cpu", [0]), nn.Linear(4, 4)
+    for name, parameter in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)])))
+    if gradients:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    ema = md.EMAWrapper(model, decay=0.5)
+    before = {name: parameter.full_tensor().clone() for name, parameter in model.named_parameters()}
+    with ema.swap(model):
+        model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter.full_tensor(), before[name])
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
+    ema.update(model)
+
+
+def test_states_lie_on_the_cpu_whatever_device_is_the_default():
+    blocks = {
+        "ema": md.EMAWrapper(nn.Linear(1, 1)),
+        "queue": md.ClassQueue(4, {"a": 1}),
+        "fuse": md.MomentumFusionFactors(["a"]),
+        "supcon": md.SupConDistillLoss(),
+        "fixed": md.SupConDistillLoss(learnable_temperature=False),
+        "sigmoid": md.SigmoidDistillLoss(),
+    }
+    with torch.device("meta"):
+        states = {name: block.state_dict() for name, block in blocks.items()}
+        assert all(blocks[name].temperature.device.type == "cpu" for name in ("supcon", "fixed", "sigmoid"))
+    for name, block in blocks.items():
+        assert {tensor.device.type for tensor in states[name].values()} == {"cpu"}
+        block.load_state_dict(states[name])

@@ -84,7 +84,10 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        call, wanted = ctx.call, ctx.needs_input_grad[1:]
+        _ = ctx.saved_tensors  # there are none, but here torch refuses to go through a graph a second time
+        call, difference, wanted = ctx.call, ctx.difference, ctx.needs_input_grad[1:]
+        if graph_ends():
+            ctx.call = ctx.difference = None
         problem = call.problem
         if all(grad is None for grad in upstream):
             return (None,) * len(ctx.needs_input_grad)
@@ -98,7 +101,7 @@ class _Contrast(torch.autograd.Function):
                 check_versions(call.versions)
                 shares = _shares(problem, *(0.0 if grad is None else grad for grad in upstream))
                 grads, scale = engine.Solved(problem).gradients(call.counts, shares, wanted[3:]), None
-            return None, *_delivered(problem, ctx.difference, grads, scale, upstream[0], wanted)
+            return None, *_delivered(problem, difference, grads, scale, upstream[0], wanted)
 
 
 class _Compiled(torch.autograd.Function):
@@ -180,6 +183,12 @@ def _inputs(problem: Problem) -> list[Tensor | None]:
     """What a gradient may be for: alpha and temperature if they are tensors, query, parts of the keys."""
     learned = [x if isinstance(x, Tensor) else None for x in (problem.alpha, problem.temperature)]
     return [*learned, problem.query, *(part.online for part in problem.keys)]
+
+
+def graph_ends() -> bool:
+    """Whether autograd lets go of a graph when it has gone through it: then what is kept for it is to go, too."""
+    keeps: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return not keeps
 
 
 def independent(problem: Problem) -> Problem:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from momentum_distill._checks import check_choice, check_number, check_scalar, in_transform, may_ask
 from momentum_distill._contrast import engine, operator
-from momentum_distill._contrast.autograd import check_versions, distinct, independent, second, versions, view
+from momentum_distill._contrast.autograd import (
+    check_versions,
+    distinct,
+    graph_ends,
+    independent,
+    second,
+    versions,
+    view,
+)
 from momentum_distill._contrast.formulas import Number, Rows, Terms, column, reduce_rows, row_gradients
 from momentum_distill._contrast.matrices import hidden_keys, joined, ready
 from momentum_distill._contrast.problem import Part, Problem, masked
@@ -124,15 +132,17 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        problem, wanted, scale = ctx.problem, ctx.wanted, column(upstream)
+        problem, wanted, seen, scale = ctx.problem, ctx.wanted, ctx.versions, column(upstream)
         difference, *grads = ctx.saved_tensors
+        if not ctx.compiled and graph_ends():
+            ctx.problem = ctx.versions = None
         with full_precision(problem.base.query):  # backward() may be called under autocast
             if not ctx.compiled and torch.is_grad_enabled():  # create_graph=True: the gradient is to have one itself
-                check_versions(ctx.versions, "sigmoid_distill")
+                check_versions(seen, "sigmoid_distill")
                 apart = problem._replace(base=independent(problem.base), bias=view(problem.bias))
                 return None, None, *second([_by_autograd(apart)], [upstream], apart.inputs(), wanted)
             if ctx.late:
-                check_versions(ctx.versions, "sigmoid_distill")
+                check_versions(seen, "sigmoid_distill")
                 grads, scale = _answer(problem, [True, *wanted[4:]], upstream, compiled=ctx.compiled)[2:], 1.0
         temperature, bias, query, *keys = [grad * scale for grad in grads]
         parts = iter(keys)
