@@ -815,7 +815,9 @@ OF_BASE_SIZE = {
     "mosi_mpnet_float32": {
         "full": "MTMD, in float32",
         "no_feat": "the same, w/o L_feat",
+        "no_queue": "the same, w/o queue",
         "no_momentum_dmd": "the same, w/o MoM of DMD",
+        "no_hard_attention": "the same, w/o HardAtt",
         "no_fusion": "the same, w/o L_fusion",
         "no_text_task": "the same, w/o t subtask",
         "instance_sampling": "the same, i ≠ j",
