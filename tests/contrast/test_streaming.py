@@ -280,7 +280,7 @@ def test_a_number_that_is_overwritten_before_a_single_term_has_its_gradient_is_n
     terms = F.supcon_distill_terms(*case.args, **case.momentum, **numbers)
     terms.total.backward(retain_graph=True)
     numbers[name].mul_(2)
-    terms.total.backward()  # which the forward pass has made
+    terms.total.backward(retain_graph=True)  # which the forward pass has made
     with pytest.raises(RuntimeError, match=CHANGED):
         terms.supervised.backward()
 
