@@ -120,16 +120,24 @@ class EMACallback(Callback):
             self._following.enter(pl_module, _all_following(trainer))
 
     @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._following.enter(pl_module, _all_following(trainer))
-
-    on_predict_start = on_test_start
-
-    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._following.leave()
 
-    on_test_end = on_predict_end = on_validation_end
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.enter(pl_module, _all_following(trainer))
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.leave()
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.enter(pl_module, _all_following(trainer))
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._following.leave()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
