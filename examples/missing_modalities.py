@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 from mtmd.data.synthetic import WIDTHS, make_synthetic
-from study_tools import RunLog, StudyParser, count, paired_interval, write_results
+from mtmd.settings.options import at_least
+from study_tools import RunLog, StudyParser, paired_interval, write_results
 
 MODALITIES = tuple(WIDTHS)
 SIZES = (600, 300, 1000)  # samples to train with, for validation and for the test
@@ -254,7 +255,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser = StudyParser(__doc__, "runs/missing_modalities")
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="samples with a score")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=count(), default=STEPS)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS)
     parser.add_argument("--valid", action="store_true", help="score the validation fold")
     options = parser.parse_args(arguments)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

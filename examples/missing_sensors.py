@@ -57,7 +57,9 @@ from torch import Tensor, nn
 
 import momentum_distill as md
 import watch
-from study_tools import RunLog, StudyParser, count, paired_interval, save_figure, summary, write_results
+from mtmd.results.plots import save_figure
+from mtmd.settings.options import at_least
+from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
 from watch import CLASSES, FOLDS, WIDTH, Windows, scores
 
 STEPS = 400
@@ -297,7 +299,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS), help="labels per class")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=count(), default=STEPS)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS)
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
     options = parser.parse_args(arguments)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

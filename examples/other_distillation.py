@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import two_views_digits as study
-from study_tools import StudyParser, count, write_results
+from mtmd.settings.options import at_least
+from study_tools import StudyParser, write_results
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ FEW = list(study.SETTINGS)[1]
 def main(arguments: list[str] | None = None) -> list[study.Result]:
     parser = StudyParser(__doc__, "runs/other_distillation")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--epochs", type=count(), default=50)
+    parser.add_argument("--epochs", type=at_least(1), default=50)
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
     options = parser.parse_args(arguments)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

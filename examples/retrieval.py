@@ -48,7 +48,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import RunLog, StudyParser, count, paired_interval, save_figure, summary, write_results
+from mtmd.results.plots import save_figure
+from mtmd.settings.options import at_least
+from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
 from two_views_digits import load_views
 from watch_data import load_windows
 
@@ -501,8 +503,8 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument(
         "--data", choices=DATA, nargs="+", default=list(DATA), help="; ".join(map(": ".join, DATA.items()))
     )
-    parser.add_argument("--epochs", type=count(), default=10)
-    parser.add_argument("--train", type=count(most=TRAIN), default=TRAIN, metavar="N", help="pairs to train with")
+    parser.add_argument("--epochs", type=at_least(1), default=10)
+    parser.add_argument("--train", type=at_least(1, most=TRAIN), default=TRAIN, metavar="N", help="pairs to train with")
     options = parser.parse_args(arguments)
     seeds, results = range(options.seeds), Results()
     for data in options.data:

@@ -20,8 +20,9 @@ from torch import nn
 
 import momentum_distill as md
 import retrieval
+from mtmd.settings.options import at_least
 from retrieval import VIEWS, Encoders, Objective
-from study_tools import RunLog, StudyParser, count, paired_interval, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
 
 BASELINE = "InfoNCE"
 ARMS: dict[str, dict[str, Any]] = {
@@ -125,9 +126,13 @@ def from_rows(rows: list[dict[str, Any]]) -> Results:
 
 def main(arguments: list[str] | None = None) -> Results:
     parser = StudyParser(__doc__, "runs/sigmoid_pairs")
-    parser.add_argument("--epochs", type=count(), default=10)
+    parser.add_argument("--epochs", type=at_least(1), default=10)
     parser.add_argument(
-        "--train", type=count(most=retrieval.TRAIN), default=retrieval.TRAIN, metavar="N", help="pairs to train with"
+        "--train",
+        type=at_least(1, most=retrieval.TRAIN),
+        default=retrieval.TRAIN,
+        metavar="N",
+        help="pairs to train with",
     )
     options = parser.parse_args(arguments)
     done = runs(options.out / "digits.jsonl", seeds=range(options.seeds), epochs=options.epochs, size=options.train)

@@ -2,19 +2,18 @@
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
 
-from mtmd.files.writing import replacing, write_text
+from mtmd.files.writing import write_text
+from mtmd.settings.options import at_least
 
 PACKAGES = ("torch", "numpy", "scikit-learn")
 Row = TypeVar("Row")
@@ -25,7 +24,7 @@ class StudyParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, out: str, *, figure: bool = False) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--seeds", type=count(2), default=10, help="how many, two or more for a deviation")
+        self.add_argument("--seeds", type=at_least(2), default=10, help="how many, two or more for a deviation")
         self.add_argument("--out", type=Path, default=Path(out))
         if figure:
             self.add_argument("--format", choices=["svg", "pdf", "png"], default="svg", help="of the figure")
@@ -34,18 +33,6 @@ class StudyParser(argparse.ArgumentParser):
         options = super().parse_args(arguments)
         options.out.mkdir(parents=True, exist_ok=True)
         return options
-
-
-def count(least: int = 1, most: float = math.inf) -> Callable[[str], int]:
-    """A whole number in this range, for argparse."""
-
-    def check(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            bound = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {bound}, got {text!r}")
-        return int(text)
-
-    return check
 
 
 def paired_interval(values: ArrayLike, baseline: ArrayLike) -> tuple[float, float]:
@@ -99,14 +86,6 @@ class RunLog:
         for key, found in self.items():
             if key[0] in settings and key[1] in arms and key[2] in seeds:
                 yield key, found
-
-
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    """In the format that the name says, with the same bytes each time."""
-    with plt.rc_context({"svg.hashsalt": "momentum-distill"}), replacing(path) as part:
-        dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata=dated.get(path.suffix))
-    plt.close(figure)
 
 
 def write_results(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -49,7 +49,9 @@ from torch.nn import functional as F
 
 import momentum_distill as md
 from momentum_distill.schedules import Cosine, Schedule, WarmUp
-from study_tools import StudyParser, count, paired_interval, save_figure, write_results
+from mtmd.results.plots import save_figure
+from mtmd.settings.options import at_least
+from study_tools import StudyParser, paired_interval, write_results
 
 CLASSES, WIDTH = 10, 32  # digits, features of a view
 TEST, TRAIN = 500, 1000  # rows; those left, 297, served to choose the settings of the arms
@@ -340,7 +342,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser = StudyParser(__doc__, "runs/two_views_digits", figure=True)
     parser.add_argument("--views", choices=PAIRS, default="halves", help="strong and weak view")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--epochs", type=count(), default=50)
+    parser.add_argument("--epochs", type=at_least(1), default=50)
     parser.add_argument("--valid", action="store_true", help="score the validation rows, to choose settings")
     parser.add_argument("--hard-attention", action="store_true", help="weigh the fusion term as the paper does")
     parser.add_argument("--decays", action="store_true", help="the momentum model's decay, with few labels")

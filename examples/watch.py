@@ -61,7 +61,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momentum_distill as md
-from study_tools import RunLog, StudyParser, count, paired_interval, save_figure, summary, write_results
+from mtmd.results.plots import save_figure
+from mtmd.settings.options import at_least
+from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
 from watch_data import load_windows
 
 CLASSES, PEOPLE, FOLDS = 7, 10, 5
@@ -475,7 +477,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     parser.add_argument("--labels", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="labels per class")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="but these")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=count(), default=STEPS, help="with labels alone, and again in each arm")
+    parser.add_argument("--steps", type=at_least(1), default=STEPS, help="with labels alone, and again in each arm")
     parser.add_argument("--valid", action="store_true", help="score people of the training folds")
     options = parser.parse_args(arguments)
     seeds = range(options.first_seed, options.first_seed + options.seeds)

@@ -18,7 +18,7 @@ def figures(monkeypatch):
         figure.savefig(path, dpi=50)
         kept.append(figure)
 
-    monkeypatch.setattr(plots, "finish", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     yield kept
     for figure in kept:
         plt.close(figure)

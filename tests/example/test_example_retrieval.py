@@ -71,9 +71,12 @@ def test_tables_figure_and_results_come_out_and_no_run_is_repeated(tmp_path, mon
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--seeds=1", "--seeds: expected 2 or more, got '1'"),
-        ("--epochs=0", "--epochs: expected 1 or more, got '0'"),
-        ("--train=1001", "--train: expected 1 to 1000, got '1001'"),  # the others are for validation
+        ("--seeds=1", "--seeds: expected a whole number of at least 2, got '1'"),
+        ("--epochs=0", "--epochs: expected a whole number of at least 1, got '0'"),
+        (
+            "--train=1001",
+            "--train: expected a whole number of at least 1, at most 1000, got '1001'",
+        ),  # the others are for validation
     ],
 )
 def test_counts_that_cannot_be_are_refused(option, said, capsys):

@@ -15,7 +15,6 @@ words is docs/your_data.md. Two commands belong to it: `convert` makes such a fo
 and names what is odd about either.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from mtmd.data.values import key_names
 from mtmd.files import safe_pickle
 from mtmd.files.checks import SWITCH, Rule, check_layout, is_number, is_plain, shown
 from mtmd.files.reading import read_json, read_npz
+from mtmd.files.writing import naming
 
 __all__ = ["load_dataset", "load_fold", "open_dataset", "save_dataset"]
 
@@ -224,8 +224,8 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str]) -> None:
         partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):  # a full disk names no file
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder)) from error
+        if isinstance(error, OSError):
+            raise naming(error, folder) from error
         raise
 
 

@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 
+def naming(error: OSError, path: Path) -> OSError:
+    """The same about `path`: a full disk names no file."""
+    return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, to be written to inside the context; it becomes `path` at the end, or never.
@@ -38,8 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):  # what went wrong first is what to tell
             part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and str(error.filename) in ("None", str(part)):  # a full disk names no file
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(part)):
+            raise naming(error, path) from error
         raise
     sync_folder(path.parent)
 
@@ -58,7 +63,7 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise naming(error, path) from error
 
 
 def sync_folder(folder: Path) -> None:

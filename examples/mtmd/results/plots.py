@@ -52,7 +52,7 @@ def plot_losses(steps: Steps | Sequence[Steps], path: Path, *, chosen: Sequence[
             label_lines(axes)
         else:
             say_switched_off(axes)
-    finish(figure, path)
+    save_figure(figure, path)
     write_columns(path, drawn)
 
 
@@ -68,7 +68,7 @@ def plot_factors(steps: Steps | Sequence[Steps], path: Path, *, chosen: Sequence
         label_lines(axes)
     else:
         say_switched_off(axes)
-    finish(figure, path)
+    save_figure(figure, path)
     write_columns(path, drawn)
 
 
@@ -164,7 +164,7 @@ def plot_embedding(panels: Mapping[str, np.ndarray], scores: np.ndarray, ids: Se
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = every[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    finish(figure, path)
+    save_figure(figure, path)
     records = []
     for place, name in enumerate(ids):
         record = {"id": name, "target": float(scores[place])}
@@ -191,7 +191,7 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], path: Path) -> No
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.85)
-    finish(figure, path)
+    save_figure(figure, path)
     write_csv(
         path.with_suffix(".csv"),
         [
@@ -233,7 +233,7 @@ def plot_errors(errors: Mapping[str, np.ndarray], classes: Sequence[str], sizes:
     axes.set_axisbelow(True)
     if len(errors) > 1:
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(4, len(errors)))
-    finish(figure, path)
+    save_figure(figure, path)
     write_csv(path.with_suffix(".csv"), records)
 
 
@@ -248,7 +248,8 @@ def tidy(axes: plt.Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def finish(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """In the format that the name says, with the same bytes each time."""
     dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with replacing(path) as part:
         figure.savefig(part, format=path.suffix[1:], dpi=150, metadata=dated.get(path.suffix))

@@ -279,7 +279,7 @@ def write_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Three panels over the share of samples that lose a modality, a line for each; bands: standard deviations."""
-    from mtmd.results.plots import COLOURS, STYLES, finish, label_lines, plt, tidy
+    from mtmd.results.plots import COLOURS, STYLES, label_lines, plt, save_figure, tidy
 
     panels = curve_metrics(curves)
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 4.2), layout="constrained")
@@ -296,4 +296,4 @@ def draw_curves(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set(xlabel="samples that lose it (%)", ylabel=label)
         tidy(panel)
     label_lines(axes[-1])
-    finish(figure, path)
+    save_figure(figure, path)

@@ -47,20 +47,21 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[["Config"], bool]], ...] = (
 # Options. argparse puts the name of the option before what these say.
 
 
-def whole(text: str, *, least: int | None = None) -> int:
+def whole(text: str, *, least: int | None = None, most: int | None = None) -> int:
     """A whole number, for argparse."""
     try:
         value = int(text)
     except ValueError:
         value = None
-    if value is None or (least is not None and value < least):
+    if value is None or (least is not None and value < least) or (most is not None and value > most):
         bound = "" if least is None else f" of at least {least}"
+        bound += "" if most is None else f", at most {most}"
         raise argparse.ArgumentTypeError(f"expected a whole number{bound}, got {shown(text)}")
     return value
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    return functools.partial(whole, least=least)
+def at_least(least: int, *, most: int | None = None) -> Callable[[str], int]:
+    return functools.partial(whole, least=least, most=most)
 
 
 def a_number(text: str) -> float:

@@ -72,7 +72,7 @@ def _problem(
     temperature: Tensor,
     momentum_temperature: Tensor | None,
     alpha: Tensor,
-    *others: Any,  # noqa: ANN401
+    *others: Any,  # noqa: ANN401 - what they are stands in ARGUMENTS
 ) -> Problem:
     """What the :func:`arguments` stand for, once there are numbers."""
     *choices, normalize, normalize_keys, exclude_self, targets, key_targets, group = others
