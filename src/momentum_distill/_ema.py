@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import TypeVar, override
 
 from momentum_distill._checks import (
+    check_bool,
     check_choice,
     check_device_name,
     check_module,
@@ -83,13 +84,20 @@ class EMAWrapper(WideModule, Generic[M_co]):
             an output. Pre-forward hooks come along either way, for they make weights (older norms, pruning) and inputs;
             so do methods and objects, each copied, and the hooks of torch itself. Hooks for the average alone are
             registered on `ema.module`.
+        share_frozen: Whether parameters of `model` that require no gradient now, as those of a frozen encoder or of
+            the base below LoRA adapters, are shared with it: one memory, in the dtype of the model, on which no update
+            spends time. What is written there reaches both, inside a `swap` as well. They are taken anew at the first
+            update after they were moved or cast. One that is trained later becomes the average's own at the first
+            update then, from its value at that time. Where one has 16 bits, inputs are not widened. Excludes `teacher`
+            and `dtype`.
 
     Raises:
         TypeError: If an argument has the wrong type; `model` cannot be deep-copied and no `teacher` is given; it is a
             `torch.jit.ScriptModule`, or has no parameter and no buffer (as after `quantize_dynamic`); or a parameter
             that requires a gradient is of a tensor type that cannot be averaged.
         ValueError: If a number or choice is wrong, a name in `buffers` is none, `model` has uninitialised (lazy)
-            parameters or buffers, or `teacher` does not match its parameters by names and shapes.
+            parameters or buffers, `teacher` does not match its parameters by names and shapes, or `share_frozen` stands
+            beside `teacher` or `dtype`.
 
     Example:
         >>> import torch
@@ -111,6 +119,9 @@ class EMAWrapper(WideModule, Generic[M_co]):
 
     module: M_co
     """The averaged module."""
+
+    _common: frozenset[str] = frozenset()
+    """Names of the parameters that the average has in common with the model as long as that does not train them."""
 
     _differing: tuple[Schedule, Decay, Decay] | None = None
     """The schedule that was loaded, the decay it was built with, and which of the two it has, until that is told."""
@@ -134,6 +145,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
         mode: Literal["eval", "train"] = "eval",
         teacher: nn.Module | None = None,
         hooks: Literal["drop", "keep"] = "drop",
+        share_frozen: bool = False,
     ) -> None:
         super().__init__()
         check_python("model", model)
@@ -144,6 +156,9 @@ class EMAWrapper(WideModule, Generic[M_co]):
         buffers = _checked_buffers(buffers, model)
         check_choice("mode", mode, ("eval", "train"))
         check_choice("hooks", hooks, ("drop", "keep"))
+        check_bool("share_frozen", share_frozen)
+        if share_frozen and (teacher is not None or dtype is not None):
+            wrong_value("share_frozen", "False beside `teacher` and `dtype`", "True")
         if dtype is not None:
             if not isinstance(dtype, torch.dtype):
                 wrong_type("dtype", "a torch.dtype or None", describe(dtype))
@@ -161,19 +176,24 @@ class EMAWrapper(WideModule, Generic[M_co]):
             self._watch.stop()
         check_device_name(device)
         self.dtype = dtype
+        if share_frozen:
+            slots = Tree(model).parameters.items()
+            self._common = frozenset(name for name, slot in slots if (t := slot.tensor) is not None and _is_frozen(t))
         average: Any
         if teacher is None:
-            name, average = "model", deepcopy(model, hooks)
+            name, average = "model", deepcopy(model, hooks, self._common)
         else:
             check_python("teacher", teacher)
             name, average = "teacher", teacher
-        Pairing(average, model, self.buffers_mode, blame=name)  # refuses a mismatch before anything is changed
+        Pairing(
+            average, model, self.buffers_mode, self._common, blame=name
+        )  # refuses a mismatch before anything is changed
         self.module = average
         self._recast(device)
         self.module.requires_grad_(False)
         self.module.zero_grad(set_to_none=True)
         self.train()
-        self.register_load_state_dict_pre_hook(unshare)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_restore_precision)  # type: ignore[no-untyped-call]
 
     @property
@@ -205,7 +225,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
             self._watch.look(trained, training=model.training and torch.is_grad_enabled())
         with torch.no_grad():
-            args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
+            if not (self._common and any(is_16_bit(parameter.dtype) for parameter in self.module.parameters())):
+                args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
             return self.module(*args, **kwargs)
 
     @torch.inference_mode()
@@ -410,12 +431,13 @@ class EMAWrapper(WideModule, Generic[M_co]):
         if plan is not None:
             plan.reshard()  # whole weights are other tensors, for which the plan would not be current
         if plan is None or not plan.is_current() or (follow and plan.behind):
-            pairing = Pairing(self.module, model, self.buffers_mode, blame="model")
+            pairing = self._pair(model)
             shares = plan.shares if plan is not None else {}
-            if follow and (pairing.unlike or pairing.shared):
+            if follow and (pairing.unlike or pairing.shared or pairing.trained or pairing.astray):
                 with torch.inference_mode(False), torch.no_grad():
                     shares = pairing.follow(self.dtype, shares)
-                pairing = Pairing(self.module, model, self.buffers_mode, blame="model")
+                self._common -= pairing.trained
+                pairing = self._pair(model)
             plan = self._plans[model] = Plan(pairing, shares)
         return plan
 
@@ -423,16 +445,25 @@ class EMAWrapper(WideModule, Generic[M_co]):
         """Pairs of average and online tensors to write into; what cannot be written is in its place by then."""
         if not plan.lends:
             return plan.written
-        Pairing(self.module, model, self.buffers_mode, blame="model").lend()
-        return Pairing(self.module, model, self.buffers_mode, blame="model").written
+        self._pair(model).lend()
+        return self._pair(model).written
+
+    def _pair(self, model: nn.Module) -> Pairing:
+        """The average and `model`, tensor by tensor."""
+        return Pairing(self.module, model, self.buffers_mode, self._common, blame="model")
 
     def _recast(self, device: torch.device | str | None = None) -> None:
         """Give every floating tensor of the average the dtype it is to have, and move it where `device` says."""
-        tensors = Tree(self.module).tensors().values()
-        if device is not None or any(wide_dtype(t, self.dtype) != t.dtype for t in tensors):
+        tensors = Tree(self.module).tensors()
+        kept = {id(tensor) for name, tensor in tensors.items() if name in self._common}
+
+        def dtype(tensor: Tensor) -> torch.dtype:
+            return tensor.dtype if id(tensor) in kept else wide_dtype(tensor, self.dtype)
+
+        if device is not None or any(dtype(tensor) != tensor.dtype for tensor in tensors.values()):
 
             def recast(tensor: Tensor) -> Tensor:
-                return cast(tensor, device, wide_dtype(tensor, self.dtype))
+                return cast(tensor, device, dtype(tensor))
 
             self.module._apply(recast)  # type: ignore[no-untyped-call]
 
@@ -566,6 +597,16 @@ def _move(tensors: list[Tensor], values: list[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.data = value
     torch.autograd.graph.increment_version(tensors)  # a graph made before or inside must not go on with them
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Of a kind that the average can have in common with the model."""
+    return is_plain(tensor) and not tensor.requires_grad
+
+
+def _unshare(ema: EMAWrapper, *_: object) -> None:
+    """Before `load_state_dict` writes into the average."""
+    unshare(ema.module, ema._common)
 
 
 def _recast_input(value: Any, *, dtype: torch.dtype | None) -> Any:  # noqa: ANN401 - a leaf of any pytree

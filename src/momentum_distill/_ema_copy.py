@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -25,8 +26,11 @@ def check_python(name: str, module: object) -> None:
             wrong_type(name, "a module of Python, no torch.jit.ScriptModule", f"{type(child).__name__}{where}")
 
 
-def deepcopy(model: nn.Module, hooks: str) -> nn.Module:
-    """A copy of the module that wrappers hold; what cannot be averaged and is not trained is shared with it."""
+def deepcopy(model: nn.Module, hooks: str, common: Collection[str]) -> nn.Module:
+    """A copy of the module that wrappers hold.
+
+    Parameters named in `common` are shared with it, and those that cannot be averaged and are not trained.
+    """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -37,7 +41,7 @@ def deepcopy(model: nn.Module, hooks: str) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, slot in Tree(model).parameters.items():
         parameter = slot.tensor
-        if parameter is None or is_lazy(parameter) or _has_average(parameter):
+        if parameter is None or is_lazy(parameter) or (_has_average(parameter) and name not in common):
             continue
         if parameter.requires_grad:
             refuse_to_average(name, parameter)
@@ -80,9 +84,10 @@ def _has_average(tensor: Tensor) -> bool:
     return works("average" if is_averageable(tensor) else "copy", tensor, tensor)
 
 
-def unshare(ema: nn.Module, *_: object) -> None:
+def unshare(average: nn.Module, common: Collection[str]) -> None:
     """Give an average its own copy of what it shares with the online model, where `load_state_dict` would write."""
-    tree = Tree(ema)
-    for slot in (tree.parameters | tree.buffers).values():
-        if slot.tensor is not None and not _has_average(slot.tensor):
-            slot.put(copy.deepcopy(slot.tensor))
+    tree = Tree(average)
+    memo: dict[int, Any] = {}
+    for name, slot in (tree.parameters | tree.buffers).items():
+        if slot.tensor is not None and (name in common or not _has_average(slot.tensor)):
+            slot.put(copy.deepcopy(slot.tensor, memo))

@@ -36,6 +36,7 @@ class EMADict(TypedModule, Generic[M_co]):
         device: Where they live.
         mode: `"eval"` or `"train"`.
         hooks: `"drop"` or `"keep"`.
+        share_frozen: Whether all averages share with the model what is frozen in it.
 
     Raises:
         TypeError: If an argument has the wrong type, or as for `EMAWrapper`. A model that cannot be deep-copied needs
@@ -69,6 +70,7 @@ class EMADict(TypedModule, Generic[M_co]):
         device: torch.device | str | None = None,
         mode: Literal["eval", "train"] = "eval",
         hooks: Literal["drop", "keep"] = "drop",
+        share_frozen: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(decays, Mapping):
@@ -83,7 +85,14 @@ class EMADict(TypedModule, Generic[M_co]):
         self.averages = nn.ModuleDict(
             {
                 name: EMAWrapper(
-                    model, decay=decay, buffers=buffers, dtype=dtype, device=device, mode=mode, hooks=hooks
+                    model,
+                    decay=decay,
+                    buffers=buffers,
+                    dtype=dtype,
+                    device=device,
+                    mode=mode,
+                    hooks=hooks,
+                    share_frozen=share_frozen,
                 )
                 for name, decay in decays.items()
             }

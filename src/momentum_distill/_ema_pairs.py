@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
@@ -32,8 +32,10 @@ class Slot(NamedTuple):
 
     def put(self, tensor: Tensor) -> None:
         """Hold another tensor there."""
-        entries: dict[str, Any] = self.owner._parameters if self.key in self.owner._parameters else self.owner._buffers
-        entries[self.key] = tensor
+        if self.key in self.owner._parameters:
+            setattr(self.owner, self.key, tensor)  # so that an RNN, which keeps a list of them, hears of it
+        else:
+            self.owner._buffers[self.key] = tensor
 
 
 class Tree:
@@ -101,6 +103,11 @@ def _seen_from(path: str, depth: int) -> str:
     return "^." * depth + path
 
 
+def _is_one(old: Tensor, new: Tensor) -> bool:
+    """Whether two plain tensors are one memory, seen alike."""
+    return old.data_ptr() == new.data_ptr() and old.shape == new.shape and old.stride() == new.stride()
+
+
 def _memory(tensor: Tensor) -> tuple[int, int]:
     """Where its numbers lie; its own name where that is not to be asked."""
     known = is_plain(tensor) and not tensor.is_meta and tensor.numel()
@@ -113,9 +120,14 @@ class Pairing:
     A parameter has its counterpart of the same shape, or it is an error. A buffer need not: forward passes let caches
     grow, size masks to the batch and register what was not there. `unlike` are the buffers that the average takes over
     at its next update, `lent` what the online model takes over where it is to carry the average.
+
+    Parameters named in `common` were frozen when the average was made, and are one memory as long as they are frozen.
+    `trained` are those that no longer are; `astray` those that lie apart although frozen, or together although trained.
     """
 
-    def __init__(self, average: nn.Module, online: nn.Module, buffers: Buffers, *, blame: str) -> None:
+    def __init__(
+        self, average: nn.Module, online: nn.Module, buffers: Buffers, common: Collection[str] = (), *, blame: str
+    ) -> None:
         self.sharded = [*_sharded_modules(average), *_sharded_modules(online)]
         for module in self.sharded:
             # A forward pass may leave whole weights in the place of shards. Those are copies: what is written there is
@@ -128,8 +140,12 @@ class Pairing:
         self.copied: list[tuple[Tensor, Tensor]] = []
         self.written: list[tuple[Tensor, Tensor]] = []
         self.shared: dict[str, Shared] = {}
+        self.frozen: list[tuple[Tensor, Tensor]] = []
+        self.trained: set[str] = set()
+        self.astray: list[str] = []
         self.unlike: list[str] = []
         self.lent: list[str] = []
+        self._common = common
         self._frozen = buffers == "frozen"
         self._statistics: tuple[str, ...] = ()
         if buffers not in ("copy", "frozen"):
@@ -154,6 +170,7 @@ class Pairing:
                 wrong_value(blame, f"shape {expected} for {name!r}", str(got))
             if new.is_meta and not old.is_meta:
                 wrong_value(blame, f"numbers in {name!r}", "none: it is on the device meta")
+            common = name in self._common and self._in_common(name, old, new)
             if id(old) in seen:
                 first, tied = seen[id(old)]
                 if tied is not new:
@@ -164,11 +181,23 @@ class Pairing:
             if old is new:
                 wrong_value(blame, "tensors of its own", f"{name!r} shared with the {_other(blame)}")
             seen[id(old)] = (name, new)
-            if self._place(name, old, new, "ema" if name in self.online.parameters else self._treatment(name)):
+            if common:
+                self.frozen.append((old, new))
+                self.written += [] if _is_one(old, new) else [(old, new)]
+            elif self._place(name, old, new, "ema" if name in self.online.parameters else self._treatment(name)):
                 self.written.append((old, new))
             else:
                 self.shared[name] = Shared(old, new, [(mine, theirs)])
                 self.lent.append(name)
+
+    def _in_common(self, name: str, old: Tensor, new: Tensor) -> bool:
+        """Whether a parameter that was frozen when the average was made is to be one memory now."""
+        can = is_plain(old) and is_plain(new) and old.device == new.device
+        if new.requires_grad:
+            self.trained.add(name)
+        if can and _is_one(old, new) == new.requires_grad:
+            self.astray.append(name)
+        return can and not new.requires_grad
 
     def _name_mismatch(self, blame: str, name: str, *, in_average: bool) -> NoReturn:
         """Say which of the two has the tensor `name` and which has not; `blame` is the argument that came."""
@@ -248,6 +277,14 @@ class Pairing:
             return device, wide_dtype(new, dtype)
 
         _take_over(self.average, self.online, self.unlike, kind)
+        made: dict[int, Tensor] = {}
+        for name in self.astray:
+            new = self.online.parameters[name].tensor
+            assert new is not None
+            if id(new) not in made:
+                own = cast(new.detach().clone(), *kind(new, new)) if new.requires_grad else new.detach()
+                made[id(new)] = nn.Parameter(own, requires_grad=False)
+            self.average.parameters[name].put(made[id(new)])
         result = {}
         for name, shared in self.shared.items():
             share = shares.get(name)

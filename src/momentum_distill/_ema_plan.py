@@ -59,7 +59,7 @@ class Plan(_Checked):
         self.shares = shares
         shared = pairing.shared.items()
         taken = [name in shares and shares[name].is_current(old, new) for name, (old, new, _) in shared]
-        self.behind = bool(pairing.unlike) or not all(taken)
+        self.behind = bool(pairing.unlike or pairing.astray) or not all(taken)
         online = pairing.online.root
         self._online = [ref(module) for module in online.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self._sharded = [ref(module) for module in pairing.sharded]
@@ -72,6 +72,8 @@ class Plan(_Checked):
         others = [t for t in parameters + buffers if not is_plain(t) or t.is_meta]
         asked = [
             (Tensor.data_ptr, [t for t in own + averaged if is_plain(t) and not t.is_meta]),
+            (Tensor.data_ptr, [t for pair in pairing.frozen for t in pair]),
+            (_requires_grad, [new for _, new in pairing.frozen]),
             (Tensor.numel, [t for t in parameters + own_buffers if t.dim() < 2]),
             (_shape, buffers + [t for t in parameters + own_buffers if t.dim() > 1]),
             (Tensor.is_contiguous, [t for t in averaged if t.dim() > 1]),
@@ -136,6 +138,7 @@ class JointPlan(_Checked):
 _shape = attrgetter("shape")
 _form = attrgetter("shape", "dtype", "device")
 _kind = attrgetter("dtype", "device")
+_requires_grad = attrgetter("requires_grad")
 
 
 class _Group:

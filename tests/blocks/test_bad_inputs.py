@@ -883,6 +883,9 @@ bad("EMAWrapper()", "decay", wrong_numbers(0, 1))
 bad("EMAWrapper()", "buffers", [*choices(), ("is 'none'", "none", V), ("is a list of numbers", [1], T)])
 bad("EMAWrapper()", "mode", [*choices(), ("is a bool", True, EITHER)])
 bad("EMAWrapper()", "hooks", [*choices(), ("is 'none'", "none", V), ("is a bool", True, EITHER)])
+bad(["EMAWrapper()", "EMADict()"], "share_frozen", FLAGS)
+bad(["EMAWrapper()", "EMADict()"], "share_frozen", [("stands beside dtype", True, V)], dtype=torch.float64)
+bad("EMAWrapper()", "share_frozen", [("stands beside teacher", True, V)], teacher=nn.Linear(2, 2))
 bad(
     "EMAWrapper()",
     "dtype",
