@@ -182,10 +182,22 @@ def test_a_rank_without_rows_gives_ddp_every_gradient(ranks, case):
             close(grads[leaf], expected, 1e-12, leaf)
 
 
-@pytest.mark.parametrize("fused_scores", [2**14, -1], ids=["formulas", "operator"])
-def test_losses_compile_to_one_graph(fused_scores, ranks):
+FORMULAS, OPERATOR = 2**14, -1
+
+
+@pytest.mark.parametrize(
+    ("fused_scores", "names"),
+    [
+        (FORMULAS, ("supcon, centred", "classification", "hard sample distance mean", "mean of rows")),
+        (OPERATOR, ("supcon, sinkhorn",)),
+        pytest.param(FORMULAS, ("supcon inside mean", "supcon, sinkhorn", "supervised"), marks=pytest.mark.long),
+        pytest.param(OPERATOR, ("supcon inside mean", "supcon, centred", "supervised"), marks=pytest.mark.long),
+    ],
+    ids=["formulas", "operator", "more formulas", "more of the operator"],
+)
+def test_losses_compile_to_one_graph(fused_scores, names, ranks):
     case = LossCase((3, 5))
-    first, second = ranks.run(2, "rank_blocks:compiled", case, fused_scores)
+    first, second = ranks.run(2, "rank_blocks:compiled", case, fused_scores, names)
     alone = rank_blocks.losses(case)
     for name, (value, far) in first.items():
         assert value == second[name][0]

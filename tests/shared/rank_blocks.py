@@ -505,21 +505,12 @@ def losses_under_ddp(case: LossCase) -> dict[str, list[float] | None]:
     return {name: None if leaf.grad is None else leaf.grad.reshape(-1).tolist() for name, leaf in model.learned.items()}
 
 
-def compiled(case: LossCase, fused_scores: int) -> dict[str, tuple[float, float]]:
+def compiled(case: LossCase, fused_scores: int, names: tuple[str, ...]) -> dict[str, tuple[float, float]]:
     """Value of each loss in one graph, and how far value and gradients are from those without a compiler.
 
     The contrastive loss is an operator of that graph for more than `fused_scores` scores.
     """
     engine.FUSED_SCORES = fused_scores
-    names = [
-        "supcon inside mean",
-        "supcon, centred",
-        "supcon, sinkhorn",
-        "supervised",
-        "classification",
-        "hard sample distance mean",
-        "mean of rows",
-    ]
     found = {}
     for name in names:
         given = outputs(case, leaves(case))
