@@ -515,7 +515,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undistur
 def test_killed_at_its_nth_operation_on_the_disk_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
     """A process dies at its nth write, sync, rename or removal, the next at a later one: while it saves each time."""
     expected, _ = undisturbed
-    for attempt in range(1, 200, times(9, 3, 1)):
+    for attempt in range(1, 200, times(14, 3, 1)):
         arguments = (tmp_path, attempt > 1, attempt, tmp_path / "log.txt")
         process = processes.Process(target=experiment_process, args=arguments)
         process.start()
