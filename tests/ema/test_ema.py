@@ -1,6 +1,6 @@
-"""EMAWrapper: values against closed forms, decay and its step, state, forward, swap, wrong arguments.
+"""EMAWrapper: values against closed forms, decay and its step, state, forward, wrong arguments.
 
-What other libraries get wrong has its own file, test_ema_traps.py.
+What other libraries get wrong stands in test_ema_traps.py and those that follow it by name.
 """
 
 import copy
@@ -16,72 +16,11 @@ from torch import nn
 
 import momentum_distill as md
 from module_state import assert_same_state, clone_state
+from small_models import FLOAT_DTYPES, Normed, flat, redraw, redraw_all, set_parameters, small_model
 
-FLOAT_DTYPES = [
-    pytest.param(torch.float32, id="float32"),
-    pytest.param(torch.bfloat16, id="bfloat16"),
-    pytest.param(torch.float16, id="float16"),
-]
-SIXTEEN_BIT = FLOAT_DTYPES[1:]
-EPS32 = torch.finfo(torch.float32).eps
-
-
-class Scalar(nn.Module):
-    """One parameter, so that an expected value can be written down."""
-
-    def __init__(self, value=0.0, dtype=torch.float32):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((3,), value, dtype=dtype))
-
-    def forward(self, x):
-        return x * self.weight
-
-
-class Normed(nn.Module):
-    """Parameters, floating buffers and an integer buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.lin = nn.Linear(3, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x):
-        return self.drop(self.norm(self.lin(x)))
-
-
-def small_model(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype)
-
-
-def flat(module):
-    """All parameters of a module as one float64 vector (a copy)."""
-    return torch.cat([p.detach().double().flatten() for p in module.parameters()])
-
-
-@torch.no_grad()
-def set_parameters(module, value):
-    for p in module.parameters():
-        p.fill_(value)
-
-
-@torch.no_grad()
-def redraw(module, generator, centre=0.3):
-    """New parameter values of the same order of magnitude, as a training step would leave them."""
-    for p in module.parameters():
-        p.copy_(centre + torch.rand(p.shape, generator=generator) - 0.5)
-
-
-@torch.no_grad()
-def redraw_all(module, generator):
-    """New parameters and floating buffers; integer buffers count on."""
-    redraw(module, generator)
-    for b in module.buffers():
-        if b.is_floating_point():
-            b.copy_(torch.rand(b.shape, generator=generator) + 0.5)
-        else:
-            b.add_(1)
+# ---------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------
 
 
 def closed_form(start, values, decay):
@@ -89,11 +28,6 @@ def closed_form(start, values, decay):
     values = torch.stack(values)
     age = torch.arange(len(values) - 1, -1, -1, dtype=torch.float64)
     return decay ** len(values) * start + torch.tensordot((1 - decay) * decay**age, values, dims=1)
-
-
-# ---------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -110,6 +44,20 @@ def test_average_of_a_changing_model_is_the_closed_form_after_thousands_of_updat
     torch.testing.assert_close(flat(ema.module), closed_form(start, seen, decay), rtol=0, atol=1e-6)
 
 
+EPS32 = torch.finfo(torch.float32).eps
+
+
+class Scalar(nn.Module):
+    """One parameter, so that an expected value can be written down."""
+
+    def __init__(self, value=0.0, dtype=torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), value, dtype=dtype))
+
+    def forward(self, x):
+        return x * self.weight
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("decay", [0.5, 0.995, 0.9995])
 def test_average_of_a_constant_model_is_the_closed_form_after_thousands_of_updates(dtype, decay):
@@ -123,6 +71,9 @@ def test_average_of_a_constant_model_is_the_closed_form_after_thousands_of_updat
     # A step smaller than half a unit in the last place is lost, so any float32 average stops
     # about eps / (1 - decay) short of a constant target.
     torch.testing.assert_close(flat(ema.module), expected, rtol=0, atol=EPS32 / (1 - decay))
+
+
+SIXTEEN_BIT = FLOAT_DTYPES[1:]
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
@@ -260,10 +211,6 @@ class Recorder:
         return self.schedule(step)
 
 
-def cosine(step, total=10):
-    return 1 - 0.1 * (math.cos(math.pi * min(step, total) / total) + 1) / 2
-
-
 def test_callable_decay_gets_the_number_of_updates_made_before():
     model, decay = Scalar(), Recorder()
     ema = md.EMAWrapper(model, decay=decay)
@@ -273,6 +220,10 @@ def test_callable_decay_gets_the_number_of_updates_made_before():
     assert decay.steps[asked_by_the_constructor:] == [0, 1, 2, 3]
     assert all(isinstance(step, int) for step in decay.steps)
     assert ema.step == 4
+
+
+def cosine(step, total=10):
+    return 1 - 0.1 * (math.cos(math.pi * min(step, total) / total) + 1) / 2
 
 
 def test_callable_decay_follows_its_schedule():
@@ -571,186 +522,6 @@ def test_forward_of_a_16_bit_model_takes_its_own_inputs(dtype):
 
 
 # ---------------------------------------------------------------------------------------------
-# Swap and copy_to
-# ---------------------------------------------------------------------------------------------
-
-
-def swapped(dtype=torch.float32, **kwargs):
-    """A model and an average that differ in every parameter and buffer."""
-    torch.manual_seed(0)
-    model = Normed().to(dtype)
-    ema = md.EMAWrapper(model, **({"decay": 0.5, "buffers": "ema"} | kwargs))
-    redraw_all(model, torch.Generator().manual_seed(3))
-    ema.update(model)
-    redraw_all(model, torch.Generator().manual_seed(4))
-    return model, ema
-
-
-def as_dtypes_of(state, like):
-    return {name: value.to(like[name].dtype) for name, value in state.items()}
-
-
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_swap_puts_the_average_in_and_restores_bit_for_bit(dtype):
-    model, ema = swapped(dtype)
-    online, average = clone_state(model), clone_state(ema.module)
-    assert not torch.equal(online["lin.weight"].float(), average["lin.weight"])
-    assert not torch.equal(online["norm.running_mean"].float(), average["norm.running_mean"])
-    with ema.swap(model):
-        assert_same_state(clone_state(model), as_dtypes_of(average, online))
-    assert_same_state(clone_state(model), online)
-    assert_same_state(clone_state(ema.module), average)
-
-
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_swap_restores_bit_for_bit_after_an_exception(dtype):
-    model, ema = swapped(dtype)
-    online = clone_state(model)
-    with pytest.raises(KeyError, match="inside"), ema.swap(model):
-        raise KeyError("inside")
-    assert_same_state(clone_state(model), online)
-    with ema.swap(model):  # and the wrapper can be used again
-        pass
-    ema.update(model)
-
-
-def test_state_dict_inside_swap_has_the_averaged_weights():
-    model, ema = swapped()
-    with ema.swap(model):
-        saved = copy.deepcopy(model.state_dict())
-    assert_same_state(saved, ema.module.state_dict())
-
-
-def test_autocast_sees_the_weights_that_are_there():
-    """It keeps 16-bit copies of weights until its region ends."""
-    model, x = nn.Linear(4, 3), torch.randn(5, 4)
-    ema = md.EMAWrapper(model)
-    nn.init.ones_(model.weight)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        own = model(x)
-        with ema.swap(model):
-            assert torch.equal(model(x), ema(x))
-        assert torch.equal(model(x), own)
-        ema.copy_to(model)
-        assert torch.equal(model(x), ema(x))
-        assert not torch.equal(model(x), own)
-
-
-def test_the_wrapper_itself_is_unchanged_inside_swap():
-    model, ema = swapped()
-    before, x = copy.deepcopy(ema.state_dict()), torch.randn(4, 3)
-    expected = ema(x)
-    with ema.swap(model):
-        inside = copy.deepcopy(ema.state_dict())
-        assert torch.equal(ema(x), expected)
-        with torch.no_grad():
-            assert torch.equal(model.eval()(x), expected)
-    for name, value in before.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(inside[name], value), name
-
-
-def test_swap_keeps_the_parameter_objects_and_their_flags():
-    model, ema = swapped()
-    model.lin.bias.requires_grad_(False)
-    objects = list(model.parameters())
-    with ema.swap(model):
-        inside = list(model.parameters())
-    assert all(a is b is c for a, b, c in zip(objects, inside, model.parameters(), strict=True))
-    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
-    assert not any(p.requires_grad for p in ema.parameters())
-
-
-def test_training_goes_on_after_swap_as_if_it_had_not_been():
-    def train(with_swap):
-        torch.manual_seed(0)
-        model = small_model()
-        ema = md.EMAWrapper(model, decay=0.5)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(torch.randn(8, 3)).square().mean().backward()
-            optimizer.step()
-            ema.update(model)
-            if with_swap:
-                with ema.swap(model), torch.no_grad():
-                    model(torch.zeros(1, 3))
-        return flat(model), flat(ema.module)
-
-    plain, interrupted = train(False), train(True)
-    assert torch.equal(plain[0], interrupted[0])
-    assert torch.equal(plain[1], interrupted[1])
-
-
-def test_swap_inside_swap_is_refused_and_the_model_is_still_restored():
-    model, ema = swapped()
-    online, average = clone_state(model), clone_state(ema.module)
-    with ema.swap(model):
-        with pytest.raises(RuntimeError, match="swap"), ema.swap(model):
-            pass
-        assert_same_state(clone_state(model), average)
-    assert_same_state(clone_state(model), online)
-
-
-def test_update_inside_swap_is_refused_and_nothing_moves():
-    model, ema = swapped()
-    online, average, step = clone_state(model), clone_state(ema.module), ema.step
-    with ema.swap(model), pytest.raises(RuntimeError, match="swap"):
-        ema.update(model)
-    assert_same_state(clone_state(model), online)
-    assert_same_state(clone_state(ema.module), average)
-    assert ema.step == step
-
-
-def test_swap_with_a_model_that_does_not_fit_changes_nothing():
-    _, ema = swapped()
-    other = Normed()
-    other.extra = nn.Parameter(torch.ones(2))
-    before = clone_state(other)
-    with pytest.raises(ValueError, match="extra"), ema.swap(other):
-        pytest.fail("the body must not run")
-    assert_same_state(clone_state(other), before)
-    with ema.swap(Normed()):  # a refused swap is not an open one
-        pass
-
-
-def test_swap_of_tied_weights_keeps_the_tie():
-    model = nn.Module()
-    model.a, model.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-    model.b.weight = model.a.weight
-    ema = md.EMAWrapper(model, decay=0.5)
-    set_parameters(model, 7.0)
-    with ema.swap(model):
-        assert model.b.weight is model.a.weight
-        assert torch.equal(model.a.weight, ema.module.a.weight)
-    assert model.b.weight is model.a.weight
-    assert torch.equal(model.a.weight, torch.full((2, 2), 7.0))
-
-
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_copy_to_writes_the_average_into_the_model(dtype):
-    model, ema = swapped(dtype)
-    objects = list(model.parameters())
-    average = clone_state(ema.module)
-    ema.copy_to(model)
-    assert_same_state(clone_state(model), as_dtypes_of(average, clone_state(model)))
-    assert all(a is b for a, b in zip(objects, model.parameters(), strict=True))
-    assert all(p.requires_grad and p.grad_fn is None for p in model.parameters())
-    redraw_all(model, torch.Generator().manual_seed(8))  # no storage is shared
-    assert_same_state(clone_state(ema.module), average)
-
-
-def test_copy_to_a_model_that_does_not_fit_changes_nothing():
-    _, ema = swapped()
-    other = Normed()
-    other.norm = nn.BatchNorm1d(5)
-    before = clone_state(other)
-    with pytest.raises(ValueError, match=r"norm\."):
-        ema.copy_to(other)
-    assert_same_state(clone_state(other), before)
-
-
-# ---------------------------------------------------------------------------------------------
 # Wrong arguments
 # ---------------------------------------------------------------------------------------------
 
@@ -809,13 +580,18 @@ def test_wrong_decay_of_one_update_is_refused_and_nothing_moves(value, error):
 # Any module tree
 # ---------------------------------------------------------------------------------------------
 
+
 # `module` and `_orig` are ordinary names of ordinary submodules here.
 NAMES = st.sampled_from(["a", "b", "weight", "module", "modules_", "_orig", "mean"])
+
+
 LEAVES = st.tuples(
     st.sampled_from(["parameter", "frozen", "tied", "buffer", "volatile", "counter", "none"]),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     st.sampled_from([(), (0,), (1,), (3,), (2, 3)]),
 )
+
+
 TREES = st.dictionaries(
     NAMES,
     LEAVES | st.dictionaries(NAMES, LEAVES | st.dictionaries(NAMES, LEAVES, max_size=3), max_size=3),
