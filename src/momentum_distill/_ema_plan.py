@@ -59,7 +59,7 @@ class Plan(_Checked):
         self.shares = shares
         shared = pairing.shared.items()
         taken = [name in shares and shares[name].is_current(old, new) for name, (old, new, _) in shared]
-        self.behind = bool(pairing.unlike or pairing.astray) or not all(taken)
+        self.behind = bool(pairing.unlike or pairing.trained or pairing.astray) or not all(taken)
         online = pairing.online.root
         self._online = [ref(module) for module in online.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self._sharded = [ref(module) for module in pairing.sharded]

@@ -198,6 +198,34 @@ def test_what_is_trained_later_is_averaged_from_then_on(dtype):
     assert ema.module[2].base.weight.unique().tolist() == [1.4375]
 
 
+def test_a_swap_while_something_is_trained_for_a_moment_changes_nothing():
+    model = lora()
+    ema = md.EMAWrapper(model, share_frozen=True)
+    replace(model)
+    model[0].base.weight.requires_grad_(True)
+    with ema.swap(model):
+        pass
+    model[0].base.weight.requires_grad_(False)
+    ema.update(model)
+    assert shared(model, ema) == frozen(model)
+
+
+def test_a_swap_before_the_update_does_not_hide_what_is_trained():
+    model = lora()
+    ema = md.EMAWrapper(model, decay=0.5, share_frozen=True)
+    replace(model)
+    model[0].base.weight.requires_grad_(True)
+    nn.init.ones_(model[0].base.weight)
+    with ema.swap(model):
+        pass
+    ema.update(model)
+    model[0].base.weight.requires_grad_(False)
+    nn.init.zeros_(model[0].base.weight)
+    model[2].up = nn.Linear(2, 3, bias=False)  # something else that is to be looked at anew
+    ema.update(model, decay=1.0)
+    assert not bool((ema.module[0].base.weight == 0).any())
+
+
 def test_loading_writes_nothing_into_the_model():
     model = Tagger()
     before = copy.deepcopy(model.state_dict())
