@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
@@ -85,11 +84,13 @@ class EMAWrapper(WideModule, Generic[M_co]):
             so do methods and objects, each copied, and the hooks of torch itself. Hooks for the average alone are
             registered on `ema.module`.
         share_frozen: Whether parameters of `model` that require no gradient now, as those of a frozen encoder or of
-            the base below LoRA adapters, are shared with it: one memory, in the dtype of the model, on which no update
-            spends time. What is written there reaches both, inside a `swap` as well. They are taken anew at the first
-            update after they were moved or cast. One that is trained later becomes the average's own at the first
-            update then, from its value at that time. Where one has 16 bits, inputs are not widened. Excludes `teacher`
-            and `dtype`.
+            the base below LoRA adapters, are shared with it: one memory, in the dtype of the model, which no update
+            reads or writes. Buffers beside them keep their dtype, too. What is written there reaches both, inside a
+            `swap` as well. Where the two were moved, cast or loaded apart, they are one again at the next update. (Load
+            into the average, not its `module`.) One that is trained later becomes the average's own at the next update,
+            from its value then. Where some have 16 bits, inputs are not widened, and what is averaged meets them in
+            float32: a model that does not cast between them needs autocast. Tensor subclasses, and an average on
+            another device, have copies. Excludes `teacher` and `dtype`.
 
     Raises:
         TypeError: If an argument has the wrong type; `model` cannot be deep-copied and no `teacher` is given; it is a
@@ -194,6 +195,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
         self.module.zero_grad(set_to_none=True)
         self.train()
         self.register_load_state_dict_pre_hook(_unshare)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_save_apart)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_restore_precision)  # type: ignore[no-untyped-call]
 
     @property
@@ -205,8 +207,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The averaged module's output, without gradient.
 
-        The average is never in 16 bits, so 16-bit floating inputs are widened to float32; with a `dtype` given,
-        floating inputs are cast to it.
+        The average is never in 16 bits, so 16-bit floating inputs are widened to float32, but where it shares 16-bit
+        weights (`share_frozen`); with a `dtype` given, floating inputs are cast to it.
 
         Args:
             *args: Passed to the averaged module.
@@ -225,9 +227,15 @@ class EMAWrapper(WideModule, Generic[M_co]):
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
             self._watch.look(trained, training=model.training and torch.is_grad_enabled())
         with torch.no_grad():
-            if not (self._common and any(is_16_bit(parameter.dtype) for parameter in self.module.parameters())):
-                args, kwargs = tree_map(partial(_recast_input, dtype=self.dtype), (args, kwargs))
+            args, kwargs = tree_map(self._recast_input, (args, kwargs))
             return self.module(*args, **kwargs)
+
+    def _recast_input(self, value: Any) -> Any:  # noqa: ANN401 - a leaf of any pytree
+        """A floating tensor in the dtype the average reads; anything else as it is."""
+        if not isinstance(value, Tensor) or (dtype := wide_dtype(value, self.dtype)) == value.dtype:
+            return value
+        narrow = self._common and any(is_16_bit(parameter.dtype) for parameter in self.module.parameters())
+        return value if narrow else value.to(dtype)
 
     @torch.inference_mode()
     def update(self, model: nn.Module, *, decay: float | None = None) -> None:
@@ -299,11 +307,12 @@ class EMAWrapper(WideModule, Generic[M_co]):
 
         What `model` carries is a copy: the average is still there for `ema(...)`, and whatever is done to the tensors
         of `model` inside (a step of an optimizer, `load_state_dict`, a cache that grows) does not reach it and is
-        undone on exit. On CPU the model's own storage is set aside meanwhile, which takes one copy instead of three;
-        views of its weights made outside keep showing the model's own values then. Tensors on other devices keep their
-        place, for captured graphs and flattened RNN weights, and so do tensor subclasses and tensors that share their
-        storage: all these are copied back and forth. Buffers of another shape than the average's, and quantised
-        weights, are exchanged for other tensors.
+        undone on exit, but for what is written into memory that the two share (`share_frozen`). On CPU the model's own
+        storage is set aside meanwhile, which takes one copy instead of three; views of its weights made outside keep
+        showing the model's own values then. Tensors on other devices keep their place, for captured graphs and
+        flattened RNN weights, and so do tensor subclasses and tensors that share their storage: all these are copied
+        back and forth. Buffers of another shape than the average's, and quantised weights, are exchanged for other
+        tensors.
 
         Args:
             model: The online module.
@@ -330,7 +339,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
             raise RuntimeError("swap: expected a call outside swap(), got one inside it")
         plan = self._match(model)
         registries = [_Registry(module, lends=plan.lends) for module in plan.online_modules()]
-        moved, apart, copied = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor, Tensor]]()
+        moved, apart, copied = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor, Tensor | None]]()
         self._swapped = True
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -344,6 +353,7 @@ class EMAWrapper(WideModule, Generic[M_co]):
                     torch._foreach_copy_(values, [average for average, _ in moving])
                 apart = [online.detach() for _, online in moving]
                 copied = [(online, online.detach(), online.clone()) for _, online in others]
+                copied += [(online, online.detach(), None) for online in plan.frozen]
                 moved = [online for _, online in moving]
                 _move(moved, values)
                 for average, online in others:
@@ -360,7 +370,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
                 for online, place, value in copied:
                     if is_plain(online) and _place(online) != _place(place):  # it was cast or moved meanwhile
                         online.data = place
-                    online.copy_(value)
+                    if value is not None:
+                        online.copy_(value)
             for registry in registries:
                 registry.restore()
 
@@ -435,8 +446,10 @@ class EMAWrapper(WideModule, Generic[M_co]):
             shares = plan.shares if plan is not None else {}
             if follow and (pairing.unlike or pairing.shared or pairing.trained or pairing.astray):
                 with torch.inference_mode(False), torch.no_grad():
-                    shares = pairing.follow(self.dtype, shares)
-                self._common -= pairing.trained
+                    self._common -= pairing.trained
+                    shares = pairing.follow(self._dtypes(), shares)
+                    if pairing.trained:
+                        self._recast()
                 pairing = self._pair(model)
             plan = self._plans[model] = Plan(pairing, shares)
         return plan
@@ -452,18 +465,19 @@ class EMAWrapper(WideModule, Generic[M_co]):
         """The average and `model`, tensor by tensor."""
         return Pairing(self.module, model, self.buffers_mode, self._common, blame="model")
 
+    def _dtypes(self) -> Callable[[str, Tensor], torch.dtype]:
+        """Which dtype a tensor of the average is to have, by its name and what it is of."""
+        kept = Tree(self.module).frozen(self._common)
+        return lambda name, tensor: tensor.dtype if name in kept else wide_dtype(tensor, self.dtype)
+
     def _recast(self, device: torch.device | str | None = None) -> None:
         """Give every floating tensor of the average the dtype it is to have, and move it where `device` says."""
-        tensors = Tree(self.module).tensors()
-        kept = {id(tensor) for name, tensor in tensors.items() if name in self._common}
-
-        def dtype(tensor: Tensor) -> torch.dtype:
-            return tensor.dtype if id(tensor) in kept else wide_dtype(tensor, self.dtype)
-
-        if device is not None or any(dtype(tensor) != tensor.dtype for tensor in tensors.values()):
+        dtype_of, tensors = self._dtypes(), Tree(self.module).tensors()
+        dtypes = {id(tensor): dtype_of(name, tensor) for name, tensor in tensors.items()}
+        if device is not None or any(dtypes[id(tensor)] != tensor.dtype for tensor in tensors.values()):
 
             def recast(tensor: Tensor) -> Tensor:
-                return cast(tensor, device, dtype(tensor))
+                return cast(tensor, device, dtypes.get(id(tensor), wide_dtype(tensor, self.dtype)))
 
             self.module._apply(recast)  # type: ignore[no-untyped-call]
 
@@ -609,9 +623,13 @@ def _unshare(ema: EMAWrapper, *_: object) -> None:
     unshare(ema.module, ema._common)
 
 
-def _recast_input(value: Any, *, dtype: torch.dtype | None) -> Any:  # noqa: ANN401 - a leaf of any pytree
-    """A floating tensor in the dtype the average reads; anything else as it is."""
-    return value.to(wide_dtype(value, dtype)) if isinstance(value, Tensor) else value
+def _save_apart(ema: EMAWrapper, state: dict[str, Any], prefix: str, _: object) -> None:
+    """In the state of model and average together: of what is one memory, safetensors drops a name, or refuses it."""
+    if prefix and ema._common:
+        shared = {t.data_ptr() for name, t in Tree(ema.module).tensors().items() if name in ema._common}
+        for key, value in state.items():
+            if key.startswith(prefix) and type(value) is Tensor and value.data_ptr() in shared:
+                state[key] = value.clone()
 
 
 def _restore_precision(ema: EMAWrapper, incompatible_keys: object) -> None:

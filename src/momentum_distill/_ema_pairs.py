@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from momentum_distill._checks import wrong_type, wrong_value
-from momentum_distill._precision import wide_dtype
 from momentum_distill.functional import lerp_
 
 Buffers: TypeAlias = Literal["copy", "ema", "frozen"] | list[str] | tuple[str, ...]
@@ -74,6 +73,20 @@ class Tree:
         """The parameter of that name, or else the buffer."""
         return self.parameters.get(name) or self.buffers.get(name)
 
+    def frozen(self, parameters: Collection[str]) -> set[str]:
+        """These parameters, and the buffers of modules that have no others."""
+        trained = [name for name in self.parameters if name not in parameters]
+        return {*parameters, *(name for name in self.buffers if parameters and not self._stands_beside(name, trained))}
+
+    def _stands_beside(self, buffer: str, parameters: list[str]) -> bool:
+        """Whether the module of a buffer, or the next one around it that has any parameter, has one of these."""
+        path = buffer
+        while path:
+            path = path[: path.rstrip(".").rfind(".") + 1]
+            if any(name.startswith(path) for name in self.parameters):
+                return any(name.startswith(path) for name in parameters)
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers."""
         return {name: slot.tensor for name, slot in (self.parameters | self.buffers).items() if slot.tensor is not None}
@@ -121,8 +134,9 @@ class Pairing:
     grow, size masks to the batch and register what was not there. `unlike` are the buffers that the average takes over
     at its next update, `lent` what the online model takes over where it is to carry the average.
 
-    Parameters named in `common` were frozen when the average was made, and are one memory as long as they are frozen.
-    `trained` are those that no longer are; `astray` those that lie apart although frozen, or together although trained.
+    Parameters named in `common` were frozen when the average was made (`untrained`), and are one memory as long as they
+    are (`frozen`). `trained` are those that no longer are; `astray` those that lie apart although frozen, or together
+    although trained.
     """
 
     def __init__(
@@ -141,6 +155,7 @@ class Pairing:
         self.written: list[tuple[Tensor, Tensor]] = []
         self.shared: dict[str, Shared] = {}
         self.frozen: list[tuple[Tensor, Tensor]] = []
+        self.untrained: list[Tensor] = []
         self.trained: set[str] = set()
         self.astray: list[str] = []
         self.unlike: list[str] = []
@@ -182,8 +197,7 @@ class Pairing:
                 wrong_value(blame, "tensors of its own", f"{name!r} shared with the {_other(blame)}")
             seen[id(old)] = (name, new)
             if common:
-                self.frozen.append((old, new))
-                self.written += [] if _is_one(old, new) else [(old, new)]
+                (self.frozen if _is_one(old, new) else self.written).append((old, new))
             elif self._place(name, old, new, "ema" if name in self.online.parameters else self._treatment(name)):
                 self.written.append((old, new))
             else:
@@ -193,6 +207,8 @@ class Pairing:
     def _in_common(self, name: str, old: Tensor, new: Tensor) -> bool:
         """Whether a parameter that was frozen when the average was made is to be one memory now."""
         can = is_plain(old) and is_plain(new) and old.device == new.device
+        can = can and name in self.average.parameters and name in self.online.parameters  # one may be a buffer by now
+        self.untrained.append(new)
         if new.requires_grad:
             self.trained.add(name)
         if can and _is_one(old, new) == new.requires_grad:
@@ -268,13 +284,13 @@ class Pairing:
         self.copied.append((old, new))
         return True
 
-    def follow(self, dtype: torch.dtype | None, shares: dict[str, Share]) -> dict[str, Share]:
+    def follow(self, dtype: Callable[[str, Tensor], torch.dtype], shares: dict[str, Share]) -> dict[str, Share]:
         """Give the average buffers like those of the online model, and anew what it shares with it and has changed."""
         devices = {new.device: old.device for old, new in self.averaged}
 
-        def kind(old: Tensor | None, new: Tensor) -> tuple[torch.device, torch.dtype]:
+        def kind(name: str, old: Tensor | None, new: Tensor) -> tuple[torch.device, torch.dtype]:
             device = devices.get(new.device, new.device) if old is None else old.device
-            return device, wide_dtype(new, dtype)
+            return device, dtype(name, new)
 
         _take_over(self.average, self.online, self.unlike, kind)
         made: dict[int, Tensor] = {}
@@ -282,14 +298,14 @@ class Pairing:
             new = self.online.parameters[name].tensor
             assert new is not None
             if id(new) not in made:
-                own = cast(new.detach().clone(), *kind(new, new)) if new.requires_grad else new.detach()
+                own = new.detach().clone() if new.requires_grad else new.detach()
                 made[id(new)] = nn.Parameter(own, requires_grad=False)
             self.average.parameters[name].put(made[id(new)])
         result = {}
         for name, shared in self.shared.items():
             share = shares.get(name)
             if share is None or not share.is_current(shared.old, shared.new):
-                alias = _alias(shared.new, *kind(shared.old, shared.new))
+                alias = _alias(shared.new, *kind(name, shared.old, shared.new))
                 for mine, _ in shared.places:
                     mine.put(alias)
                 share = Share(alias, shared.new)
@@ -301,13 +317,13 @@ class Pairing:
         devices = {old.device: new.device for old, new in self.averaged}
         dtypes = {old.dtype: new.dtype for old, new in self.averaged}
 
-        def kind(new: Tensor | None, old: Tensor) -> tuple[torch.device, torch.dtype]:
+        def kind(_: str, new: Tensor | None, old: Tensor) -> tuple[torch.device, torch.dtype]:
             device = devices.get(old.device, old.device) if new is None else new.device
             return device, new.dtype if new is not None and _same_kind(new, old) else dtypes.get(old.dtype, old.dtype)
 
         _take_over(self.online, self.average, [name for name in self.lent if name not in self.shared], kind)
-        for shared in self.shared.values():
-            alias = _alias(shared.old, *kind(shared.new, shared.old))
+        for name, shared in self.shared.items():
+            alias = _alias(shared.old, *kind(name, shared.new, shared.old))
             for _, theirs in shared.places:
                 theirs.put(alias)
 
@@ -316,7 +332,7 @@ def _take_over(
     target: Tree,
     source: Tree,
     names: list[str],
-    kind: Callable[[Tensor | None, Tensor], tuple[torch.device, torch.dtype]],
+    kind: Callable[[str, Tensor | None, Tensor], tuple[torch.device, torch.dtype]],
 ) -> None:
     """Give `target` buffers of its own like those of `source`, or none where that has none."""
     made: dict[int, Tensor] = {}
@@ -334,7 +350,7 @@ def _take_over(
             if own is not None and works("copy", own, new):
                 made[id(new)] = own  # its own values go on, in a tensor that can be written to
             else:
-                made[id(new)] = cast(new.detach(), *kind(old, new)).clone()
+                made[id(new)] = cast(new.detach(), *kind(name, old, new)).clone()
         vars(owner).pop(key, None)  # a plain attribute, which would hide the buffer
         owner._buffers[key] = None if new is None else made[id(new)]
         change = owner._non_persistent_buffers_set

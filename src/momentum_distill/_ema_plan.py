@@ -55,6 +55,7 @@ class Plan(_Checked):
         self.averages = _grouped(pairing.averaged)
         self.copies = _grouped(pairing.copied)
         self.written = pairing.written
+        self.frozen = [new for _, new in pairing.frozen]
         self.lends = bool(pairing.lent)
         self.shares = shares
         shared = pairing.shared.items()
@@ -73,10 +74,10 @@ class Plan(_Checked):
         asked = [
             (Tensor.data_ptr, [t for t in own + averaged if is_plain(t) and not t.is_meta]),
             (Tensor.data_ptr, [t for pair in pairing.frozen for t in pair]),
-            (_requires_grad, [new for _, new in pairing.frozen]),
+            (_requires_grad, pairing.untrained),
             (Tensor.numel, [t for t in parameters + own_buffers if t.dim() < 2]),
             (_shape, buffers + [t for t in parameters + own_buffers if t.dim() > 1]),
-            (Tensor.is_contiguous, [t for t in averaged if t.dim() > 1]),
+            (Tensor.is_contiguous, [t for t in averaged + self.frozen if t.dim() > 1]),
             (_form, others),
             (_kind, [t for t in own if not is_plain(t) or t.is_meta]),
         ]

@@ -98,6 +98,31 @@ def test_what_is_frozen_is_one_memory_and_the_average_is_the_same(make):
     assert torch.equal(ema(x), whole(x))
 
 
+@pytest.mark.parametrize("average_first", [False, True])
+def test_model_and_average_in_one_file_of_safetensors(average_first, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            model = lora()
+            average = md.EMAWrapper(model, share_frozen=True)
+            parts = {"model": model, "average": average}
+            for name in sorted(parts, reverse=not average_first):
+                self.add_module(name, parts[name])
+
+    saved, loaded = Whole(), Whole()
+    step(saved.model)
+    saved.average.update(saved.model)
+    assert shared(saved.model, saved.average) == frozen(saved.model)
+    safetensors.save_file(saved.state_dict(), tmp_path / "file")
+    safetensors.save_model(saved, tmp_path / "model")
+    safetensors.load_model(loaded, tmp_path / "model")
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert is_one(saved.average.state_dict()["module.0.base.weight"], saved.model[0].base.weight)  # by itself, no copy
+
+
 def test_by_default_nothing_is_shared():
     model = lora()
     assert not shared(model, md.EMAWrapper(model))
@@ -146,13 +171,17 @@ def assign(model):
     model[2].base.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [replace, give_data, cast_there_and_back, assign])
+def transpose(model):
+    model[0].base.weight.data = model[0].base.weight.data.T
+
+
+@pytest.mark.parametrize("change", [replace, give_data, cast_there_and_back, assign, transpose])
 def test_what_was_replaced_is_taken_anew_at_the_next_update(change):
     model, x = lora(), torch.randn(2, 4)
     ema = md.EMAWrapper(model, decay=0.5, share_frozen=True)
     ema.update(model)
     change(model)
-    assert shared(model, ema) != frozen(model)  # else this test says nothing
+    assert change is transpose or shared(model, ema) != frozen(model)  # else this test says nothing
     for _ in range(2):
         ema.update(model)
         assert shared(model, ema) == frozen(model)
@@ -196,6 +225,29 @@ def test_what_is_trained_later_is_averaged_from_then_on(dtype):
     model[2].base.weight.requires_grad_(False)  # what was averaged once stays an average
     ema.update(model)
     assert ema.module[2].base.weight.unique().tolist() == [1.4375]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_lay_apart_or_elsewhere_in_16_bits_is_averaged_in_32(device):
+    model = nn.Sequential(nn.Linear(2, 2).bfloat16().requires_grad_(False), nn.Linear(2, 2))
+    ema = md.EMAWrapper(model, decay=0.5, share_frozen=True, device=device)
+    ema.update(model)
+    if device == "cpu":
+        ema.load_state_dict(ema.state_dict())  # after which it has its own
+    model[0].requires_grad_(True)
+    ema.update(model)
+    assert all(parameter.dtype == torch.float32 for parameter in ema.parameters())
+
+
+def test_what_became_a_buffer_is_copied():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    ema = md.EMAWrapper(model, share_frozen=True)
+    weight = model[0].weight.detach() + 1
+    del model[0].weight
+    model[0].register_buffer("weight", weight)
+    ema.update(model, decay=0.0)
+    assert torch.equal(ema.module[0].weight, weight)
+    assert not is_one(ema.module[0].weight, weight)
 
 
 def test_a_swap_while_something_is_trained_for_a_moment_changes_nothing():
@@ -286,6 +338,20 @@ def test_swap_and_copy_to():
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("inside", [nn.Module.bfloat16, give_data, cast_there_and_back])
+def test_what_is_cast_or_exchanged_inside_swap_is_the_model_s_own_afterwards(inside):
+    model = lora()
+    ema = md.EMAWrapper(model, share_frozen=True)
+    before, places = copy.deepcopy(model.state_dict()), [p.data_ptr() for p in model.parameters()]
+    with ema.swap(model):
+        inside(model)
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert shared(model, ema) == frozen(model)
+
+
 def test_a_swap_with_a_model_that_was_moved_since_the_last_update():
     model, x = lora(), torch.randn(2, 4)
     ema = md.EMAWrapper(model, share_frozen=True)
@@ -315,6 +381,34 @@ def test_a_base_of_16_bits_keeps_them_and_gets_inputs_as_they_come():
     assert torch.equal(ema(x), model(x))
     wide = md.EMAWrapper(lora(), share_frozen=True)
     assert wide(torch.randn(2, 4).bfloat16()).dtype == torch.float32  # as without the option
+
+
+class Encoded(nn.Module):
+    """A frozen encoder in 16 bits, with buffers of its own and of what has no parameter, and a trained head in 32."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Identity()).bfloat16()
+        self.encoder[2].register_buffer("place", torch.ones(4, dtype=torch.bfloat16))
+        self.encoder.requires_grad_(False).eval()
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        return self.head((self.encoder(x) + self.encoder[2].place).float())
+
+
+def test_buffers_of_what_is_frozen_in_16_bits_keep_them():
+    model, x = Encoded().eval(), torch.randn(3, 4, dtype=torch.bfloat16)
+    ema = md.EMAWrapper(model, share_frozen=True)
+    for _ in range(2):
+        assert torch.equal(ema(x), model(x))
+        assert [b.dtype for b in ema.module.buffers()] == [b.dtype for b in model.buffers()]
+        model.encoder[2].place = torch.ones(1, 4, dtype=torch.bfloat16)  # of another shape
+        ema.update(model)
+    model.encoder[1].requires_grad_(True)
+    ema.update(model)
+    norm = ema.module.encoder[1]
+    assert {norm.weight.dtype, norm.running_mean.dtype} == {torch.float32}
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -446,6 +446,23 @@ def test_trainer_resumes_to_the_same_bits(make_trainer, trainer_callback, tmp_pa
         run(tmp_path / "without", 3, str(tmp_path / "whole/checkpoint-8"))
 
 
+def test_trainer_saves_an_average_inside_the_model_that_shares_what_is_frozen(make_trainer, trainer_callback, tmp_path):
+    def run(out, epochs, resume=None):
+        net = Net()
+        net.body[0].requires_grad_(False)
+        net.average = md.EMAWrapper(net.body, decay=DECAY, share_frozen=True)
+        trainer = make_trainer(net, out=out, num_train_epochs=epochs, save_strategy="epoch")
+        trainer.add_callback(trainer_callback(trainer, ema=net.average, swap=True))
+        trainer.train(resume_from_checkpoint=resume)
+        return net
+
+    whole = run(tmp_path / "whole", 2)
+    again = run(tmp_path / "again", 2, str(tmp_path / "whole/checkpoint-4"))
+    assert same(weights(again), weights(whole))
+    assert again.average.step == whole.average.step == 8
+    assert again.average.module[0].weight.data_ptr() == again.body[0].weight.data_ptr()
+
+
 def test_trainer_ends_with_the_average_of_the_best_checkpoint(make_trainer, trainer_callback):
     options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
     trainer = make_trainer(num_train_epochs=3, metric_for_best_model="eval_one_loss", greater_is_better=True, **options)
