@@ -448,8 +448,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
                 with torch.inference_mode(False), torch.no_grad():
                     self._common -= pairing.trained
                     shares = pairing.follow(self._dtypes(), shares)
-                    if pairing.trained:
-                        self._recast()
+                    if pairing.trained or pairing.astray:
+                        self._recast(like=model)
                 pairing = self._pair(model)
             plan = self._plans[model] = Plan(pairing, shares)
         return plan
@@ -465,14 +465,17 @@ class EMAWrapper(WideModule, Generic[M_co]):
         """The average and `model`, tensor by tensor."""
         return Pairing(self.module, model, self.buffers_mode, self._common, blame="model")
 
-    def _dtypes(self) -> Callable[[str, Tensor], torch.dtype]:
+    def _dtypes(self, like: nn.Module | None = None) -> Callable[[str, Tensor], torch.dtype]:
         """Which dtype a tensor of the average is to have, by its name and what it is of."""
-        kept = Tree(self.module).frozen(self._common)
-        return lambda name, tensor: tensor.dtype if name in kept else wide_dtype(tensor, self.dtype)
+        kept, theirs = Tree(self.module).frozen(self._common), {} if like is None else Tree(like).tensors()
+        return lambda name, own: theirs.get(name, own).dtype if name in kept else wide_dtype(own, self.dtype)
 
-    def _recast(self, device: torch.device | str | None = None) -> None:
-        """Give every floating tensor of the average the dtype it is to have, and move it where `device` says."""
-        dtype_of, tensors = self._dtypes(), Tree(self.module).tensors()
+    def _recast(self, device: torch.device | str | None = None, like: nn.Module | None = None) -> None:
+        """Give every floating tensor of the average the dtype it is to have, and move it where `device` says.
+
+        What stands with shared weights has that of the model `like`, or if there is none its own.
+        """
+        dtype_of, tensors = self._dtypes(like), Tree(self.module).tensors()
         dtypes = {id(tensor): dtype_of(name, tensor) for name, tensor in tensors.items()}
         if device is not None or any(dtypes[id(tensor)] != tensor.dtype for tensor in tensors.values()):
 

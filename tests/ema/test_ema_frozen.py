@@ -405,6 +405,9 @@ def test_buffers_of_what_is_frozen_in_16_bits_keep_them():
         assert [b.dtype for b in ema.module.buffers()] == [b.dtype for b in model.buffers()]
         model.encoder[2].place = torch.ones(1, 4, dtype=torch.bfloat16)  # of another shape
         ema.update(model)
+    ema.float()  # a user's own cast lasts until the next update
+    ema.update(model)
+    assert [b.dtype for b in ema.module.buffers()] == [b.dtype for b in model.buffers()]
     model.encoder[1].requires_grad_(True)
     ema.update(model)
     norm = ema.module.encoder[1]
