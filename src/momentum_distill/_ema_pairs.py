@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
@@ -74,22 +74,22 @@ class Tree:
         return self.parameters.get(name) or self.buffers.get(name)
 
     def frozen(self, parameters: Collection[str]) -> set[str]:
-        """These parameters, and the buffers of modules that have no others."""
-        trained = [name for name in self.parameters if name not in parameters]
-        return {*parameters, *(name for name in self.buffers if parameters and not self._stands_beside(name, trained))}
-
-    def _stands_beside(self, buffer: str, parameters: list[str]) -> bool:
-        """Whether the module of a buffer, or the next one around it that has any parameter, has one of these."""
-        path = buffer
-        while path:
-            path = path[: path.rstrip(".").rfind(".") + 1]
-            if any(name.startswith(path) for name in self.parameters):
-                return any(name.startswith(path) for name in parameters)
-        return False
+        """These parameters, and the buffers of modules, or of modules around them, that have no others."""
+        inside = {path for name in self.parameters for path in _around(name)}
+        trained = {path for name in self.parameters if name not in parameters for path in _around(name)}
+        nearest = {name: next((path for path in _around(name) if path in inside), "") for name in self.buffers}
+        return {*parameters, *(name for name, path in nearest.items() if path not in trained and parameters)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers."""
         return {name: slot.tensor for name, slot in (self.parameters | self.buffers).items() if slot.tensor is not None}
+
+
+def _around(name: str) -> Iterator[str]:
+    """The paths of the modules that a tensor stands in, its own first and "" last."""
+    while name:
+        name = name[: name.rstrip(".").rfind(".") + 1]
+        yield name
 
 
 def _unwrapped(root: nn.Module) -> list[tuple[str, nn.Module, bool]]:
