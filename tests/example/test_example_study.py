@@ -814,9 +814,12 @@ OF_BASE_SIZE = {
     "mosi_mpnet": {"text_only": "text alone", "no_distillation": "all modalities, no distillation", "full": "MTMD"},
     "mosi_mpnet_float32": {
         "full": "MTMD, in float32",
+        "no_reg": "the same, w/o L_reg",
+        "no_cls": "the same, w/o L_cls",
         "no_feat": "the same, w/o L_feat",
         "no_queue": "the same, w/o queue",
         "no_momentum_dmd": "the same, w/o MoM of DMD",
+        "no_fusion_factors": "the same, w/o w_t/a/v",
         "no_hard_attention": "the same, w/o HardAtt",
         "no_fusion": "the same, w/o L_fusion",
         "no_text_task": "the same, w/o t subtask",
