@@ -1,6 +1,6 @@
 """EMAWrapper: values against closed forms, decay and its step, state, forward, wrong arguments.
 
-What other libraries get wrong stands in test_ema_traps.py and those that follow it by name.
+What other libraries get wrong stands in test_ema_names.py, _plan, _swap, _teacher and _traps.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch import nn
 
 import momentum_distill as md
 from module_state import assert_same_state, clone_state
-from small_models import FLOAT_DTYPES, Normed, flat, redraw, redraw_all, set_parameters, small_model
+from small_models import FLOAT_DTYPES, Normed, fill, flat, redraw, redraw_all, small_model
 
 # ---------------------------------------------------------------------------------------------
 # Values
@@ -64,7 +64,7 @@ def test_average_of_a_constant_model_is_the_closed_form_after_thousands_of_updat
     updates = 4000
     model = Scalar(1.0, dtype)
     ema = md.EMAWrapper(model, decay=decay)
-    set_parameters(model, 1.25)
+    fill(model, 1.25)
     for _ in range(updates):
         ema.update(model)
     expected = torch.full((3,), 1.25 - 0.25 * decay**updates, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_average_of_a_16_bit_model_moves_where_a_16_bit_average_stands_still(dty
     model = Scalar(1.0, dtype)
     ema = md.EMAWrapper(model, decay=decay)
     in_16_bit = model.weight.detach().clone()
-    set_parameters(model, 1.25)
+    fill(model, 1.25)
     for _ in range(updates):
         ema.update(model)
         in_16_bit.lerp_(model.weight.detach(), 1 - decay)
@@ -95,7 +95,7 @@ def test_average_of_a_16_bit_model_moves_where_a_16_bit_average_stands_still(dty
 def test_decay_is_the_share_of_the_old_average():
     model = Scalar(0.0)
     ema = md.EMAWrapper(model, decay=0.9)
-    set_parameters(model, 1.0)
+    fill(model, 1.0)
     ema.update(model)
     assert ema.module.weight.tolist() == pytest.approx([0.1] * 3, rel=1e-6)
 
@@ -103,7 +103,7 @@ def test_decay_is_the_share_of_the_old_average():
 def test_default_decay_is_0995():
     model = Scalar(0.0)
     ema = md.EMAWrapper(model)
-    set_parameters(model, 1.0)
+    fill(model, 1.0)
     ema.update(model)
     assert ema.module.weight.tolist() == pytest.approx([0.005] * 3, rel=1e-5)
 
@@ -112,7 +112,7 @@ def test_first_update_averages_and_does_not_copy():
     model = Scalar(4.0)
     ema = md.EMAWrapper(model, decay=0.5)
     assert ema.module.weight.tolist() == [4.0] * 3
-    set_parameters(model, 8.0)
+    fill(model, 8.0)
     ema.update(model)
     assert ema.module.weight.tolist() == [6.0] * 3
 
@@ -143,7 +143,7 @@ def test_decay_one_freezes(dtype):
 def test_integer_decay_at_the_border_is_a_number(decay):
     model = Scalar(2.0)
     ema = md.EMAWrapper(model, decay=decay)
-    set_parameters(model, 3.0)
+    fill(model, 3.0)
     ema.update(model)
     assert ema.module.weight.tolist() == [3.0 - decay] * 3
 
@@ -172,7 +172,7 @@ def test_constructor_leaves_the_online_model_alone():
 def test_float64_model_keeps_a_float64_average():
     model = Scalar(0.0, torch.float64)
     ema = md.EMAWrapper(model, decay=1 / 3)
-    set_parameters(model, 1.0)
+    fill(model, 1.0)
     ema.update(model)
     assert ema.module.weight.dtype == torch.float64
     assert ema.module.weight.tolist() == pytest.approx([2 / 3] * 3, rel=1e-14)
@@ -183,7 +183,7 @@ def test_float64_model_keeps_a_float64_average():
 def test_dtype_argument_sets_the_dtype_of_the_average(dtype, average):
     model = Scalar(0.0, dtype)
     ema = md.EMAWrapper(model, decay=0.75, dtype=average)
-    set_parameters(model, 1.0)
+    fill(model, 1.0)
     ema.update(model)
     assert ema.module.weight.dtype == average
     assert ema.module.weight.tolist() == [0.25] * 3
@@ -231,7 +231,7 @@ def test_callable_decay_follows_its_schedule():
     ema = md.EMAWrapper(model, decay=cosine)
     expected = 0.0
     for step in range(25):
-        set_parameters(model, float(step))
+        fill(model, float(step))
         ema.update(model)
         expected = cosine(step) * expected + (1 - cosine(step)) * step
     assert ema.module.weight.tolist() == pytest.approx([expected] * 3, rel=1e-6)
@@ -240,7 +240,7 @@ def test_callable_decay_follows_its_schedule():
 def test_callable_decay_may_return_an_integer_at_the_border():
     model = Scalar(1.0)
     ema = md.EMAWrapper(model, decay=lambda _: 0)
-    set_parameters(model, 3.0)
+    fill(model, 3.0)
     ema.update(model)
     assert ema.module.weight.tolist() == [3.0] * 3
 
@@ -272,10 +272,10 @@ def test_saved_step_goes_on_after_a_reload():
 def test_per_call_decay_overrides_once():
     model = Scalar(0.0)
     ema = md.EMAWrapper(model, decay=0.5)
-    set_parameters(model, 8.0)
+    fill(model, 8.0)
     ema.update(model, decay=0.0)
     assert ema.module.weight.tolist() == [8.0] * 3
-    set_parameters(model, 0.0)
+    fill(model, 0.0)
     ema.update(model, decay=1.0)
     assert ema.module.weight.tolist() == [8.0] * 3
     ema.update(model)

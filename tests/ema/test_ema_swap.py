@@ -19,7 +19,6 @@ from small_models import (
     number_parameters,
     pointers,
     redraw_all,
-    set_parameters,
     small_model,
     values,
 )
@@ -169,7 +168,7 @@ def test_swap_of_tied_weights_keeps_the_tie():
     model.a, model.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     model.b.weight = model.a.weight
     ema = md.EMAWrapper(model, decay=0.5)
-    set_parameters(model, 7.0)
+    fill(model, 7.0)
     with ema.swap(model):
         assert model.b.weight is model.a.weight
         assert torch.equal(model.a.weight, ema.module.a.weight)

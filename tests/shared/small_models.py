@@ -35,12 +35,6 @@ def flat(module):
 
 
 @torch.no_grad()
-def set_parameters(module, value):
-    for p in module.parameters():
-        p.fill_(value)
-
-
-@torch.no_grad()
 def redraw(module, generator, centre=0.3):
     """New parameter values of the same order of magnitude, as a training step would leave them."""
     for p in module.parameters():
