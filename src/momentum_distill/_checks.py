@@ -25,6 +25,9 @@ FEW = 64
 """So many numbers are looked at in Python as fast as by an operation."""
 
 LARGEST = torch.finfo(torch.float64).max
+COLDEST, HOTTEST = 1e-12, 1e12
+"""Temperatures by which 32 bits divide twice, and multiply: far outside of them a loss or its gradient is NaN."""
+
 UNLABELLED = -2
 """Label of a sample that is there but has no class: nobody's positive, while the momentum terms stand."""
 

@@ -4,7 +4,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from momentum_distill import functional
-from momentum_distill._checks import REDUCTIONS, check_bool, check_choice, check_number
+from momentum_distill._checks import COLDEST, HOTTEST, REDUCTIONS, check_bool, check_choice, check_number
 from momentum_distill._contrast.formulas import Reduction
 from momentum_distill._group import Group, check_group, describe_group
 from momentum_distill._outputs import TASKS
@@ -61,7 +61,7 @@ class ResponseDistillLoss(TypedModule):
         super().__init__()
         check_choice("task", task, TASKS)
         check_number("alpha", alpha, low=0.0, high=1.0)
-        check_number("temperature", temperature, low=0.0, open_low=True)
+        check_number("temperature", temperature, low=COLDEST, high=HOTTEST)
         check_choice("reduction", reduction, REDUCTIONS)
         check_bool("detach_teacher", detach_teacher)
         check_group(group)

@@ -11,6 +11,8 @@ from typing_extensions import override
 
 from momentum_distill import functional
 from momentum_distill._checks import (
+    COLDEST,
+    HOTTEST,
     REDUCTIONS,
     check_bool,
     check_choice,
@@ -135,7 +137,7 @@ class SupConDistillLoss(TemperatureModule):
     ) -> None:
         super().__init__(temperature, temperature_range, learnable=learnable_temperature)
         if momentum_temperature is not None and not callable(momentum_temperature):
-            check_number("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
+            check_number("momentum_temperature", momentum_temperature, low=COLDEST, high=HOTTEST)
         check_number("alpha", alpha, low=0.0, high=1.0)
         check_choice("momentum_targets", momentum_targets, TARGETS)
         check_choice("positives", positives, POSITIVES)
@@ -320,7 +322,7 @@ class SupConDistillLoss(TemperatureModule):
         """What the function says of the calls so far."""
         assert callable(self.momentum_temperature)
         value = self.momentum_temperature(int(self._calls))
-        check_number("momentum_temperature", value, low=0.0, open_low=True)
+        check_number("momentum_temperature", value, low=COLDEST, high=HOTTEST)
         return float(value)
 
     @_disable_dynamo  # torch.compiler.disable would load the compiler, seconds, with this module

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from momentum_distill._checks import (
+    COLDEST,
+    HOTTEST,
     check_bool,
     check_number,
     describe,
@@ -28,11 +30,11 @@ def check_temperature(temperature: float, temperature_range: object) -> tuple[fl
     if not isinstance(temperature_range, (tuple, list)) or len(temperature_range) != 2:
         wrong_type("temperature_range", "a pair (low, high)", describe(temperature_range))
     for bound in temperature_range:
-        check_number("temperature_range", bound, low=0.0, open_low=True)
+        check_number("temperature_range", bound, low=COLDEST, high=HOTTEST)
     low, high = (float(bound) for bound in temperature_range)
     if low > high:
         wrong_value("temperature_range", "low <= high", str(tuple(temperature_range)))
-    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_number("temperature", temperature, low=COLDEST, high=HOTTEST)
     if not low <= float(temperature) <= high:
         wrong_value("temperature", f"a number in temperature_range [{low:g}, {high:g}]", str(temperature))
     return low, high

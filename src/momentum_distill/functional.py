@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import (
+    COLDEST,
+    HOTTEST,
     REDUCTIONS,
     check_bool,
     check_choice,
@@ -141,7 +143,7 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If the widths differ, or `temperature` is a number that is not positive and finite.
+        ValueError: If the widths differ, or `temperature` is a number outside [1e-12, 1e12].
 
     Example:
         >>> import torch
@@ -151,7 +153,7 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
     """
     check_floating("query", query, shape=("N", "d"))
     check_floating("keys", keys, shape=("Q", query.shape[1]), like=("query", query))
-    check_scalar("temperature", temperature, low=0.0, open_low=True)
+    check_scalar("temperature", temperature, low=COLDEST, high=HOTTEST)
     check_normalize(normalize)
     dtype = sum_dtype(query, keys)
     with full_precision(query):
@@ -539,7 +541,7 @@ def response_distill_loss(
     with errors_shared_by_sum(ranks, student):
         check_choice("task", task, TASKS)
         check_scalar("alpha", alpha, low=0.0, high=1.0)
-        check_number("temperature", temperature, low=0.0, open_low=True)
+        check_number("temperature", temperature, low=COLDEST, high=HOTTEST)
         check_choice("reduction", reduction, REDUCTIONS)
         check_bool("detach_teacher", detach_teacher)
         check_validate(validate)

@@ -290,6 +290,7 @@ def wrong_numbers(low=0.0, high=INF, *, optional=False):
 
 FLAGS = [("is an int", 1, T), ("is a string", "yes", T), ("is None", None, T)]
 WHOLE_NUMBERS = [("is a float", 1.5, T), ("is a bool", True, T), ("is a string", "1", T), ("is a list", [1], T)]
+COLD_AND_HOT = [("is zero", 0.0, V), ("is too cold for 32 bits", 1e-13, V), ("is too hot for 32 bits", 1e13, V)]
 GROUPS = [("is another string", "all", EITHER), ("is a rank", 0, T), ("is a bool", True, T)]
 
 
@@ -351,7 +352,7 @@ bad("contrast_logits", "keys", [("are on another device", real(5, 3, device="met
 bad(
     "contrast_logits",
     "temperature",
-    [*wrong_numbers(), ("is zero", 0.0, V), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
+    [*wrong_numbers(), *COLD_AND_HOT, ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
 )
 bad("contrast_logits", "normalize", [("is 'keys'", "keys", V), ("is None", None, EITHER), ("is a number", 1, EITHER)])
 
@@ -426,12 +427,12 @@ bad(SUPCON_CALLS, "alpha", [("is a vector", real(1), V), ("is an int tensor", in
 bad(
     "supcon_distill_loss",
     "temperature",
-    [*wrong_numbers(), ("is zero", 0.0, V), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
+    [*wrong_numbers(), *COLD_AND_HOT, ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
 )
 bad(
     SUPCON_CALLS,
     "momentum_temperature",
-    [*wrong_numbers(optional=True), ("is zero", 0, V), ("is a vector", real(2), V)],
+    [*wrong_numbers(optional=True), *COLD_AND_HOT, ("is a vector", real(2), V)],
 )
 bad(
     "supcon_distill_loss",
@@ -519,7 +520,7 @@ bad(SUPCON_OPTIONS, "ignore_index", [*WHOLE_NUMBERS, ("is None", None, T)])
 bad(
     "SupConDistillLoss()",
     "temperature",
-    [*wrong_numbers(), ("is zero", 0, V), ("is above its range", 11.0, V), ("is below its range", 0.001, V)],
+    [*wrong_numbers(), *COLD_AND_HOT, ("is above its range", 11.0, V), ("is below its range", 0.001, V)],
 )
 bad(
     "SupConDistillLoss()",
@@ -535,9 +536,10 @@ bad(
         ("holds a string", ("0.1", 1.0), T),
         ("holds NaN", (NAN, 1.0), V),
         ("ends at infinity", (0.1, INF), V),
+        ("starts too cold for 32 bits", (1e-13, 1.0), V),
     ],
 )
-bad("SupConDistillLoss()", "momentum_temperature", [*wrong_numbers(optional=True), ("is zero", 0, V)])
+bad("SupConDistillLoss()", "momentum_temperature", [*wrong_numbers(optional=True), *COLD_AND_HOT])
 bad("SupConDistillLoss()", "learnable_temperature", FLAGS)
 bad("SupConDistillLoss()", "exclude_self", FLAGS)
 bad("SupConDistillLoss()", "alpha", wrong_numbers(0, 1))
@@ -582,7 +584,7 @@ bad(
     [*wrong_numbers(-INF), ("is a vector", real(1), V), ("is an int tensor", ints(), T)],
 )
 bad("SigmoidDistillLoss()", "bias", wrong_numbers(-INF))
-bad(SIGMOID_OPTIONS, "temperature", [("is zero", 0.0, V), ("is a string", "0.1", T)])
+bad(SIGMOID_OPTIONS, "temperature", [*COLD_AND_HOT, ("is a string", "0.1", T)])
 bad("SigmoidDistillLoss()", "temperature_range", [("is upside down", (1.0, 0.1), V), ("is one number", 0.5, T)])
 bad(SIGMOID_OPTIONS, "alpha", [("is too large", 1.1, V), ("is a bool", True, T)])
 bad(SIGMOID_OPTIONS, "reduction", choices())
@@ -640,7 +642,7 @@ bad(SCORES, "alpha", [("is a vector", real(4), V), ("is an int tensor", ints(), 
 RESPONSE_OPTIONS = ["response_distill_loss(regression)", "ResponseDistillLoss()"]
 bad(RESPONSE_OPTIONS, "task", choices())
 bad(RESPONSE_OPTIONS, "reduction", choices())
-bad(RESPONSE_OPTIONS, "temperature", [*wrong_numbers(), ("is zero", 0, V)])
+bad(RESPONSE_OPTIONS, "temperature", [*wrong_numbers(), *COLD_AND_HOT])
 bad(RESPONSE_OPTIONS, "detach_teacher", FLAGS)
 bad(RESPONSE_OPTIONS, "validate", FLAGS)
 bad("ResponseDistillLoss()", "alpha", wrong_numbers(0, 1))

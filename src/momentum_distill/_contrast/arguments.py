@@ -1,6 +1,5 @@
 """The arguments of the contrastive loss: checked, and put together to a :class:`Problem`."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor
 
 from momentum_distill._checks import (
+    COLDEST,
+    HOTTEST,
     REDUCTIONS,
     check_bool,
     check_choice,
@@ -74,9 +75,9 @@ def read_problem(
     ranks = everyone if reduction != "none" else None
     exchange = momentum_query is not None and momentum_targets not in ("softmax", "centred")  # whatever the reduction
     with errors_shared_by_sum(everyone if exchange else ranks, query):
-        check_scalar("temperature", temperature, low=0.0, open_low=True)
+        check_scalar("temperature", temperature, low=COLDEST, high=HOTTEST)
         if momentum_temperature is not None:
-            check_scalar("momentum_temperature", momentum_temperature, low=0.0, open_low=True)
+            check_scalar("momentum_temperature", momentum_temperature, low=COLDEST, high=HOTTEST)
         check_scalar("alpha", alpha, low=0.0, high=1.0)
         check_choice("positives", positives, POSITIVES)
         check_choice("reduction", reduction, REDUCTIONS)
@@ -107,13 +108,13 @@ def read_problem(
             for name, part in _named("key_labels", labels)
         ]
         if validate:
-            for name, value, high in (
-                ("temperature", temperature, math.inf),
-                ("momentum_temperature", momentum_temperature, math.inf),
-                ("alpha", alpha, 1.0),
+            for name, value, low, high in (
+                ("temperature", temperature, COLDEST, HOTTEST),
+                ("momentum_temperature", momentum_temperature, COLDEST, HOTTEST),
+                ("alpha", alpha, 0.0, 1.0),
             ):
                 if isinstance(value, Tensor):
-                    check_number(name, value.item(), low=0.0, high=high, open_low=name != "alpha")
+                    check_number(name, value.item(), low=low, high=high)
             _check_values(query, parts, query_labels, labels, normalize, ignore_index)
             if momentum_query is not None:  # of the same samples
                 _check_values(
