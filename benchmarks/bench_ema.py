@@ -75,8 +75,10 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False)
 
 
+@functools.cache
 def count(model: str) -> int:
-    return sum(parameter.numel() for parameter in online_model(model, "cpu").parameters())
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MODELS[model]().parameters())
 
 
 # ------------------------------------------------------------------------------------------------------- update

@@ -290,7 +290,9 @@ def test_an_error_where_no_collective_is_made_is_that_of_its_rank(ranks):
 def test_averages_under_ddp_are_the_same_without_traffic(ranks, world, compile_it):
     answers = ranks.run(world, "rank_blocks:average_of_ddp", compile_it)
     assert answers == [answers[0]] * world
-    assert answers[0][1] == 0
+    _, traffic, far = answers[0]
+    assert traffic == 0
+    assert far < 1e-6
 
 
 @pytest.mark.parametrize("where", ["0.weight", "1.running_var", "1.num_batches_tracked", "number of updates"])

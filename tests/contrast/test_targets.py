@@ -372,6 +372,7 @@ def test_the_module_is_the_function(kind):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("fused_scores", [2**14, -1], ids=["formulas", "operator"])
 @pytest.mark.parametrize("kind", ["softmax", *TARGETS])
+@pytest.mark.grid
 def test_compiled_code_gives_the_same_and_compiles_no_more_after_step_two(kind, fused_scores, monkeypatch):
     monkeypatch.setattr(engine, "FUSED_SCORES", fused_scores)
     tau = warm_up if kind == "softmax" else 0.2

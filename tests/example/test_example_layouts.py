@@ -69,19 +69,28 @@ def run(capsys, monkeypatch):
 
 def test_real_mosi_is_trained_and_evaluated_as_the_readme_says(mosi_path, tmp_path, run):
     encoder = write_encoder(tmp_path / "bert", words=30522)
-    options = ["--data", mosi_path, "--text-encoder", encoder, *TINY]
-    code, _, error = process("train", *options, "--out", tmp_path / "run")
+    code, _, error = process("train", "--data", mosi_path, "--text-encoder", encoder, *TINY, "--out", tmp_path / "run")
     assert (code, error) == (0, "")
-    settings = ["--config", ROOT / "examples" / "configs" / "mosi.toml"]
     for command in (
-        ["train", *options, *settings, "--out", tmp_path / "again"],
         ["evaluate", tmp_path / "run" / "checkpoint_seed1", "--data", mosi_path],
-        ["evaluate", tmp_path / "again" / "checkpoint_seed1"],
-        ["check", mosi_path, "--text-encoder", encoder, *settings],
+        ["check", mosi_path, "--text-encoder", encoder, "--config", ROOT / "examples" / "configs" / "mosi.toml"],
     ):
         code, _, error = run(*command)
         assert (code, error) == (0, ""), command
     assert run("check", mosi_path)[1].endswith("can be trained on with --text-encoder MODEL (a BERT-type one)\n")
+
+
+@pytest.mark.long
+def test_real_mosi_is_evaluated_without_being_named_again(mosi_path, tmp_path, run):
+    encoder = write_encoder(tmp_path / "bert", words=30522)
+    options = ["--data", mosi_path, "--text-encoder", encoder, *TINY]
+    settings = ["--config", ROOT / "examples" / "configs" / "mosi.toml"]
+    for command in (
+        ["train", *options, *settings, "--out", tmp_path / "run"],
+        ["evaluate", tmp_path / "run" / "checkpoint_seed1"],
+    ):
+        code, _, error = run(*command)
+        assert (code, error) == (0, ""), command
 
 
 # Layouts
@@ -116,7 +125,8 @@ SOME = [
     for row, texts in enumerate(AXES[0])
     for column, others in enumerate(AXES[1])
 ]
-ALL = list(itertools.starmap(Cell, itertools.product(*AXES)))
+# A fifth of all, in which any two values of two axes meet: 5 divides the size of no axis.
+FIFTH = list(itertools.starmap(Cell, itertools.product(*AXES)))[::5]
 
 
 def unreadable(cell: Cell) -> str:
@@ -230,9 +240,9 @@ def test_commands_agree_on_some_layouts(tmp_path, encoders, run):
 
 
 @pytest.mark.long
-def test_commands_agree_on_all_layouts(tmp_path, encoders, run):
+def test_commands_agree_on_a_fifth_of_all_layouts(tmp_path, encoders, run):
     found = []
-    for number, cell in enumerate(ALL):
+    for number, cell in enumerate(FIFTH):
         commands = (COMMANDS[number % len(COMMANDS)],)
         found += complaints(cell, tmp_path / str(number), encoders, commands, run)
     assert found == []

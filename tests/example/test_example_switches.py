@@ -1,5 +1,6 @@
 """Each switch of `--without`: it changes the gradient that it should change, and no other."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -255,15 +256,22 @@ def test_texts_in_groups_of_like_length_are_encoded_as_all_at_once(monkeypatch):
 
 
 SWITCHES = [
-    ["--without", "distillation"],
-    ["--sampling", "instance"],
-    ["--sampling", "distance", "--balanced-queue", "--hardness", "1"],
-    ["--modalities", "text"],
-    *(pytest.param(["--without", part], marks=pytest.mark.long) for part in PARTS if part != "distillation"),
+    (["--without", "distillation"], {"without": ["distillation"]}),
+    (["--sampling", "instance"], {"sampling": "instance"}),
+    (
+        ["--sampling", "distance", "--balanced-queue", "--hardness", "1"],
+        {"sampling": "distance", "balanced_queue": True, "hardness": 1.0},
+    ),
+    (["--modalities", "text"], {"modalities": ["text"]}),
+    *(
+        pytest.param(["--without", part], {"without": [part]}, marks=pytest.mark.long)
+        for part in PARTS
+        if part != "distillation"
+    ),
 ]
 
 
-@pytest.mark.parametrize("switch", SWITCHES, ids=" ".join)
-def test_every_switch_trains_from_the_command_line(switch, tmp_path):
+@pytest.mark.parametrize(("switch", "settings"), SWITCHES, ids=lambda value: " ".join(value))
+def test_every_switch_trains_from_the_command_line(switch, settings, tmp_path):
     assert mtmd_mosi.main([*TINY, *switch, "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "results.json").is_file()
+    assert settings.items() <= json.loads((tmp_path / "results.json").read_text())["config"].items()

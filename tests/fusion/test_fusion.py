@@ -224,17 +224,6 @@ def test_average_is_a_buffer_and_weight_the_only_parameter():
     assert [name for name, _ in fuse.named_buffers()] == ["average"]
 
 
-def test_wrong_sets_of_modalities_are_refused():
-    fuse = md.MomentumFusionFactors(NAMES)
-    x = features()
-    with pytest.raises(ValueError, match="v"):
-        fuse({name: x[name] for name in ("t", "a")})
-    with pytest.raises(ValueError, match="extra"):
-        fuse(x | {"extra": x["t"]})
-    with pytest.raises(ValueError, match="a"):
-        fuse(x | {"a": x["a"][:3]})
-
-
 def test_factors_inside_an_average_have_nothing_to_update():
     """They follow the model's own, through the wrapper: no warning that `update()` was never called."""
     model = Fused()

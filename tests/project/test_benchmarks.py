@@ -22,7 +22,10 @@ import common
 import report
 from conftest import ROOT
 
-pytestmark = pytest.mark.filterwarnings("default")  # other libraries may warn
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # other libraries may warn
+    pytest.mark.xdist_group("benchmarks"),  # so that `results` are made once
+]
 
 METADATA = {"block", "size", "date", "commit", "versions", "device", "threads", "clock", "load_average", "skipped"}
 FIELDS = {"case", "parameters", "contender", "role", "computes", "median_s", "iqr_s", "best_s", "rounds"}

@@ -21,6 +21,8 @@ import torch
 import momentum_distill as md
 from conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("site")  # so that it is built once
+
 DOCS = ROOT / "docs"
 NEEDED = ("zensical", "mkdocstrings_handlers.python")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -433,9 +435,13 @@ def test_the_pictures_are_those_that_the_script_draws(tmp_path):
             pictures.main(tmp_path)
     finally:
         torch.set_num_threads(threads)
-    kept = {path.name for path in (DOCS / "images").glob("*.svg")}
-    assert {path.name for path in tmp_path.iterdir()} == {name for name in kept if not name.startswith("results_")}
-    assert (tmp_path / "blocks.svg").read_bytes() == (DOCS / "images" / "blocks.svg").read_bytes()
+    drawn = {path.name: path for path in tmp_path.iterdir()}
+    kept = {path.name: path for path in (DOCS / "images").glob("*.svg") if not path.name.startswith("results_")}
+    assert drawn.keys() == kept.keys()
+    assert drawn["blocks.svg"].read_bytes() == kept["blocks.svg"].read_bytes()
+    for name, path in drawn.items():  # the words, of which another CPU changes none
+        words = [re.findall(r"<text[^>]*>(.*?)</text>", each.read_text()) for each in (path, kept[name])]
+        assert words[0] == words[1], name
 
 
 def test_every_picture_is_used():

@@ -74,7 +74,8 @@ LONG = {
     f"python {SCRIPT} train --signal-text": "test_example_synthetic.py",
     f"python {SCRIPT} report runs/plain/full": "needs what is LONG",
     **{f"python {SCRIPT} {name} runs/small": "the same" for name in ("evaluate", "predict", "report")},
-    f"python {SCRIPT} report runs/full runs/no_distillation": "two others are run",
+    f"python {SCRIPT} report runs/full": "docs/results.md has another; test_example_study.py",
+    f"python {SCRIPT} --epochs 20 --seeds 1111 1112 1113 1114 1115 --out": "`make example` is the same",
     f"python {SCRIPT} search --trials 50": "`search --grid` is run; test_example_study.py has --final-seeds",
     f"python {SCRIPT} search --config": "the same, and `ablate --config`",
     f"python {SCRIPT} --config examples/configs/mos": "`train --config` is the same",
@@ -150,9 +151,9 @@ def is_run(command):
 
 
 def runs(page, *, long):
-    """What a page's test runs: with `long` all that can run, else each command once that is not in LONG."""
-    commands = [command for command in PRINTED[page] if is_run(command)]
-    return commands if long else [one for one in commands if ONCE[one] == page and not one.startswith(tuple(LONG))]
+    """What a page's test runs: each command where it stands first; with `long` those of LONG too."""
+    commands = [one for one in dict.fromkeys(PRINTED[page]) if is_run(one) and ONCE[one] == page]
+    return commands if long else [one for one in commands if not one.startswith(tuple(LONG))]
 
 
 def to_run(command):

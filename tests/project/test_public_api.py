@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from typing import get_type_hints
@@ -49,9 +50,10 @@ def test_version_is_that_of_the_package():
     assert md.__version__.count(".") == 2
 
 
-def test_what_a_bug_report_says():
-    done = subprocess.run([sys.executable, "-m", "momentum_distill"], capture_output=True, text=True, check=True)
-    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+def test_what_a_bug_report_says(capsys):
+    """As a process it runs in test_release.py, beside torch alone."""
+    runpy.run_module("momentum_distill", run_name="__main__")
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["momentum-distill"].strip() == md.__version__
     assert {"torch", "python", "devices", "distributed", "contrastive loss", "Triton kernel"} <= lines.keys()
     assert "cpu" in lines["devices"]

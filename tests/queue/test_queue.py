@@ -817,12 +817,11 @@ def compiled_step(queue, loss_fn, query, labels, features):
     return loss
 
 
-@pytest.mark.parametrize("kwargs", [KINDS["ring"], KINDS["balanced"]], ids=["ring", "balanced"])
-@pytest.mark.parametrize("normalize", [True, "query"])
-def test_compiled_step_equals_eager_and_does_not_recompile_from_the_third_step_on(kwargs, normalize):
+@pytest.mark.parametrize(("kind", "normalize"), [("ring", True), ("balanced", "query")])
+def test_compiled_step_equals_eager_and_does_not_recompile_from_the_third_step_on(kind, normalize):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    queues = [make_queue(10, **kwargs) for _ in range(2)]
+    queues = [make_queue(10, **KINDS[kind]) for _ in range(2)]
     loss_fns = [md.SupConDistillLoss(normalize=normalize) for _ in range(2)]
     steps = [compiled_step, torch.compile(compiled_step, fullgraph=True, backend=counter)]
     for k in range(7):

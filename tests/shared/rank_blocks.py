@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -510,7 +511,6 @@ def compiled(case: LossCase, fused_scores: int, names: tuple[str, ...]) -> dict[
 
     The contrastive loss is an operator of that graph for more than `fused_scores` scores.
     """
-    engine.FUSED_SCORES = fused_scores
     found = {}
     for name in names:
         given = outputs(case, leaves(case))
@@ -521,7 +521,7 @@ def compiled(case: LossCase, fused_scores: int, names: tuple[str, ...]) -> dict[
         given = given._replace(query=query, temperature=temperature, alpha=alpha, here=here)
         answers = []
         for loss_fn in (LOSSES[name], torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")):
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), mock.patch.object(engine, "FUSED_SCORES", fused_scores):
                 warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own, about what it does itself
                 loss = loss_fn(given)
             inputs = [query, temperature, alpha]
@@ -868,14 +868,15 @@ def errors() -> dict[str, tuple[str, str, float]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def average_of_ddp(compile_it: bool) -> tuple[str, int]:
-    """A few steps under DDP; a digest of the average, and the collectives of its updates."""
+def average_of_ddp(compile_it: bool) -> tuple[str, int, float]:
+    """A few steps under DDP; a digest of the average, the collectives of its updates, and how far it is from Eq. 6."""
     rank, _ = rank_and_world()
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).to(DEVICE)
     wrapped = DistributedDataParallel(model)
     wrapped = torch.compile(wrapped, backend="eager") if compile_it else wrapped
     average = md.EMAWrapper(wrapped, decay=0.9)
+    expected = [weight.detach().clone() for weight in model.parameters()]
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     traffic = 0
     for step in range(3):
@@ -885,9 +886,11 @@ def average_of_ddp(compile_it: bool) -> tuple[str, int]:
         with CommDebugMode() as mode, counted() as calls:
             average.update(wrapped)
         traffic += mode.get_total_counts() + len(calls)
+        expected = [0.9 * old + 0.1 * weight.detach() for old, weight in zip(expected, model.parameters(), strict=True)]
     average.check_in_sync()
     average.check_in_sync(group=dist.group.WORLD)
-    return digest(average), traffic
+    pairs = zip(average.module.parameters(), expected, strict=True)
+    return digest(average), traffic, max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def change_one_average(where: str) -> tuple[str, str]:
