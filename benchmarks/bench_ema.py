@@ -3,8 +3,10 @@
     python benchmarks/bench_ema.py            both models, a minute; 6 GiB
     python benchmarks/bench_ema.py --full     the same, more rounds
 
-Then, in a file of its own (block "averages"): EMADict against an EMAWrapper for each of its averages, and an update
-whose decay is a schedule against one whose decay is a number.
+Then, in a file of its own (block "averages"): EMADict against an EMAWrapper for each of its averages, an update whose
+decay is a schedule against one whose decay is a number, and averages of a model of which little is trained.
+
+After the first update each average is compared with Eq. 6, and weighed: the memory that is its own and not the model's.
 
 An update reads two numbers per parameter and writes one, so the bound is three streams of four bytes at the bandwidth
 of `add_` on arrays of 128 MB, timed in the same rounds. The small model fits into the cache and can be faster than
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import momentum_distill as md
-from common import Case, Contender, Options, Run, import_part, parse_options, run_cases, write_results
+from common import MIB, Case, Check, Contender, Options, Run, import_part, parse_options, run_cases, write_results
 from momentum_distill.schedules import Cosine, HalfLife, PowerFunction, Scaled, Schedule, WarmUp
 
 DECAY = 0.995
@@ -50,7 +52,7 @@ def bert_base() -> nn.Module:
 
 
 def sequence_pair() -> nn.Module:
-    """An audio and a vision branch of an MSA model, LSTM then Transformer: 100 tensors, 0.46 M numbers."""
+    """An audio and a vision branch of an MSA model, LSTM then Transformer: 100 tensors, 0.44 M numbers."""
 
     def branch(width: int, hidden: int) -> nn.Module:
         layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, batch_first=True)
@@ -61,14 +63,34 @@ def sequence_pair() -> nn.Module:
     return nn.ModuleList([branch(33, 64), branch(64, 64)])
 
 
+class Adapted(nn.Module):
+    """A linear layer that is frozen, beside two small ones that are trained: LoRA of rank 8."""
+
+    def __init__(self, frozen: nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Linear(frozen.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, frozen.out_features, bias=False)
+
+
+def adapted_bert() -> nn.Module:
+    """BERT-base with adapters at queries and values: 199 tensors are frozen, 48 with 0.29 M numbers trained."""
+    model = bert_base().requires_grad_(False)
+    for layer in list(model.modules()):
+        if isinstance(layer, BertLayer):
+            layer.query, layer.value = Adapted(layer.query), Adapted(layer.value)
+    return model
+
+
 MODELS = {"LSTM+Transformer pair": sequence_pair, "BERT-base shape": bert_base}
+WITH_ADAPTERS = "adapters in a frozen BERT-base shape"
 
 
 @functools.lru_cache(maxsize=1)
-def online_model(model: str, device: str) -> nn.Module:
+def online_model(model: str, device: str, dtype: str = "float32") -> nn.Module:
     """The same for all contenders of a case."""
     torch.manual_seed(0)
-    return MODELS[model]().to(device)
+    return (MODELS | {WITH_ADAPTERS: adapted_bert})[model]().to(device, getattr(torch, dtype))
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -77,47 +99,59 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def count(model: str) -> int:
+    """The numbers that are trained."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MODELS[model]().parameters())
+        weights = (MODELS | {WITH_ADAPTERS: adapted_bert})[model]().parameters()
+    return sum(weight.numel() for weight in weights if weight.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------------------- update
 
+Average = nn.Module | list[Tensor]
 
-def build_triad(model: str, device: str) -> Run:
-    del model
+
+def updating(update: Callable[[], object], average: Average) -> Run:
+    """A run that returns what is averaged, for the check."""
+
+    def run() -> Average:
+        update()
+        return average
+
+    return run
+
+
+def build_triad(*, device: str, **_: str) -> Run:
     written, read = torch.ones(TRIAD_ELEMENTS, device=device), torch.ones(TRIAD_ELEMENTS, device=device)
     return lambda: written.add_(read, alpha=1e-9)
 
 
-def reckon_triad(seconds: float, *, model: str, device: str) -> float:
-    del device
+def reckon_triad(seconds: float, *, model: str, **_: str) -> float:
     return seconds * count(model) / TRIAD_ELEMENTS
 
 
-def build_ours(model: str, device: str) -> Run:
+def build_ours(model: str, device: str, *, decay: float | Schedule = DECAY, share_frozen: bool = False) -> Run:
     online = online_model(model, device)
-    ema = md.EMAWrapper(online, decay=DECAY)
-    return lambda: ema.update(online)
+    ema = md.EMAWrapper(online, decay=decay, share_frozen=share_frozen)
+    return updating(lambda: ema.update(online), ema.module)
 
 
 def build_foreach(model: str, device: str) -> Run:
-    online = online_model(model, device)
-    new, old = [p.detach() for p in online.parameters()], list(frozen_copy(online).parameters())
-    return lambda: torch._foreach_lerp_(old, new, 1 - DECAY)
+    weights = [weight for weight in online_model(model, device).parameters() if weight.requires_grad]
+    new, old = [weight.detach() for weight in weights], [weight.detach().clone() for weight in weights]
+    return updating(lambda: torch._foreach_lerp_(old, new, 1 - DECAY), old)
 
 
 def build_flat(model: str, device: str) -> Run:
     new = torch.cat([parameter.detach().flatten() for parameter in online_model(model, device).parameters()])
     old = new.clone()
-    return lambda: old.lerp_(new, 1 - DECAY)
+    return updating(lambda: old.lerp_(new, 1 - DECAY), [old])
 
 
 def build_timm(version: str, model: str, device: str) -> Run:
     module = import_part("timm.utils.model_ema", bare=("timm", "timm.utils"))
     online = online_model(model, device)
     ema = getattr(module, f"ModelEma{version}")(online, decay=DECAY)
-    return lambda: ema.update(online)
+    return updating(lambda: ema.update(online), ema.module)
 
 
 def build_averaged_model(function: str, model: str, device: str) -> Run:
@@ -125,23 +159,25 @@ def build_averaged_model(function: str, model: str, device: str) -> Run:
     average = {"multi_avg_fn": get_ema_multi_avg_fn(DECAY), "avg_fn": get_ema_avg_fn(DECAY)}[function]
     ema = AveragedModel(online, **{function: average})
     ema.update_parameters(online)  # the first one copies
-    return lambda: ema.update_parameters(online)
+    return updating(lambda: ema.update_parameters(online), ema.module)
 
 
-def build_ema_pytorch(model: str, device: str, *, foreach: bool) -> Run:
+def build_ema_pytorch(model: str, device: str, *, foreach: bool, ignore_frozen: bool = False) -> Run:
     from ema_pytorch import EMA
 
-    options = {"update_after_step": -1, "update_every": 1, "include_online_model": False}
-    ema = EMA(online_model(model, device), beta=DECAY, use_foreach=foreach, **options)
+    options = {"update_after_step": -1, "update_every": 1, "include_online_model": False, "min_value": DECAY}
+    online = online_model(model, device)
+    frozen = {name for name, weight in online.named_parameters() if not weight.requires_grad}
+    ema = EMA(online, beta=DECAY, use_foreach=foreach, ignore_names=frozen if ignore_frozen else set(), **options)
     ema.update()  # the first one copies
-    return ema.update
+    return updating(ema.update, ema.ema_model)
 
 
 def build_lightly(model: str, device: str) -> Run:
     module = import_part("lightly.models.utils", bare=("lightly.models",))
     online = online_model(model, device)
     average = frozen_copy(online)
-    return lambda: module.update_momentum(online, average, m=DECAY)
+    return updating(lambda: module.update_momentum(online, average, m=DECAY), average)
 
 
 def build_albef(model: str, device: str) -> Run:
@@ -149,18 +185,52 @@ def build_albef(model: str, device: str) -> Run:
     online = online_model(model, device)
     average = frozen_copy(online)
 
-    def run() -> None:
+    def update() -> None:
         for new, old in zip(online.parameters(), average.parameters(), strict=True):
             old.data = old.data * DECAY + new.data * (1 - DECAY)
 
-    return run
+    return updating(update, average)
 
 
+def check_average(contender: Contender, parameters: dict[str, Any], average: object) -> dict[str, Any]:
+    """How far an update is from Eq. 6 where little is trained; with adapters, the MiB that are not the model's."""
+    if contender.role == "bound":
+        return {}
+    online = online_model(parameters["model"], parameters["device"])  # as the contenders do, or it is another
+    row: dict[str, Any] = {"average_error": None}
+    if parameters["model"] == WITH_ADAPTERS:
+        weights = list(average.parameters()) if isinstance(average, nn.Module) else average
+        shared = {weight.untyped_storage().data_ptr() for weight in online.parameters()}
+        own = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+        row["own_mib"] = sum(size for place, size in own.items() if place not in shared) / MIB
+    if count(parameters["model"]) > 10**6 or contender is FLAT:
+        return row
+    learned = [weight for weight in online.parameters() if weight.requires_grad]
+    kept = [weight.detach().clone() for weight in learned]
+    run = contender.build(**parameters)
+    with torch.no_grad():
+        for weight in learned:
+            weight.add_(torch.randn_like(weight))
+    averaged = run()
+    if isinstance(averaged, nn.Module):
+        trained = [weight.requires_grad for weight in online.parameters()]
+        averaged = [weight for weight, learns in zip(averaged.parameters(), trained, strict=True) if learns]
+    with torch.no_grad():
+        far = [
+            (ours - (DECAY * old + (1 - DECAY) * new)).abs().max()
+            for ours, old, new in zip(averaged, kept, learned, strict=True)
+        ]
+        for weight, old in zip(learned, kept, strict=True):
+            weight.copy_(old)
+    return row | {"average_error": float(torch.stack(far).max())}
+
+
+FLAT = Contender("one flat lerp_", build_flat, role="reference")
 UPDATE = (
     Contender("three streams at the bandwidth of add_", build_triad, role="bound", reckon=reckon_triad),
     Contender("momentum-distill", build_ours, role="ours"),
     Contender("torch._foreach_lerp_, lists cached", build_foreach, role="reference"),
-    Contender("one flat lerp_", build_flat, role="reference"),
+    FLAT,
     Contender("timm ModelEmaV3", functools.partial(build_timm, "V3"), needs="timm"),
     Contender("timm ModelEmaV2", functools.partial(build_timm, "V2"), needs="timm"),
     Contender("torch AveragedModel, multi_avg_fn", functools.partial(build_averaged_model, "multi_avg_fn")),
@@ -177,31 +247,20 @@ UPDATE = (
 DECAYS = {"fast": 0.99, "slow": 0.995, "slower": 0.999}
 
 
-def reckon_several(seconds: float, *, model: str, device: str, dtype: str) -> float:
+def reckon_several(seconds: float, *, model: str, dtype: str, **_: str) -> float:
     """Each average is read and written, the model read once."""
-    del device
     streams = 2 * len(DECAYS) + getattr(torch, dtype).itemsize / 4
     return seconds * count(model) / TRIAD_ELEMENTS * streams / 3
 
 
-@functools.lru_cache(maxsize=1)
-def online_model_of(model: str, device: str, dtype: str) -> nn.Module:
-    return copy.deepcopy(online_model(model, device)).to(getattr(torch, dtype))
-
-
-def build_triad_of(dtype: str, **parameters: str) -> Run:
-    del dtype
-    return build_triad(**parameters)
-
-
-def build_together(model: str, device: str, dtype: str) -> Run:
-    online = online_model_of(model, device, dtype)
+def build_together(**parameters: str) -> Run:
+    online = online_model(**parameters)
     averages = md.EMADict(online, DECAYS)
     return lambda: averages.update(online)
 
 
-def build_apart(model: str, device: str, dtype: str) -> Run:
-    online = online_model_of(model, device, dtype)
+def build_apart(**parameters: str) -> Run:
+    online = online_model(**parameters)
     averages = [md.EMAWrapper(online, decay=decay) for decay in DECAYS.values()]
 
     def run() -> None:
@@ -211,10 +270,23 @@ def build_apart(model: str, device: str, dtype: str) -> Run:
     return run
 
 
+def build_foreach_each(**parameters: str) -> Run:
+    new = [weight.detach() for weight in online_model(**parameters).parameters()]
+    averages = [(decay, [weight.float().clone() for weight in new]) for decay in DECAYS.values()]
+
+    def run() -> None:
+        wide = [weight.float() for weight in new]
+        for decay, old in averages:
+            torch._foreach_lerp_(old, wide, 1 - decay)
+
+    return run
+
+
 SEVERAL = (
-    Contender("two streams for each, one for the model", build_triad_of, role="bound", reckon=reckon_several),
+    Contender("two streams for each, one for the model", build_triad, role="bound", reckon=reckon_several),
     Contender("momentum-distill EMADict", build_together, role="ours"),
     Contender("momentum-distill, one EMAWrapper each", build_apart, role="reference"),
+    Contender("torch._foreach_lerp_ each, lists cached", build_foreach_each, role="reference"),
 )
 
 
@@ -229,19 +301,31 @@ SCHEDULES = {
 }
 
 
-def build_scheduled(decay: float | Schedule, model: str, device: str) -> Run:
-    online = online_model(model, device)
-    ema = md.EMAWrapper(online, decay=decay)
-    return lambda: ema.update(online)
-
-
 SCHEDULED = (
     UPDATE[0],
     *(
-        Contender(f"momentum-distill, {name}", functools.partial(build_scheduled, decay), role="ours")
+        Contender(f"momentum-distill, {name}", functools.partial(build_ours, decay=decay), role="ours")
         for name, decay in SCHEDULES.items()
     ),
-    Contender("momentum-distill, a number as decay", functools.partial(build_scheduled, DECAY), role="reference"),
+    Contender("momentum-distill, a number as decay", build_ours, role="reference"),
+)
+
+
+# ----------------------------------------------------------------------------------------------- little is trained
+
+ADAPTERS = (
+    Contender("three streams for what is trained", build_triad, role="bound", reckon=reckon_triad),
+    Contender("momentum-distill, share_frozen=True", functools.partial(build_ours, share_frozen=True), role="ours"),
+    Contender("momentum-distill, share_frozen=False", build_ours, role="reference"),
+    Contender("torch._foreach_lerp_ of what is trained, lists cached", build_foreach, role="reference"),
+    Contender("timm ModelEmaV3", functools.partial(build_timm, "V3"), needs="timm"),
+    Contender("torch AveragedModel, multi_avg_fn", functools.partial(build_averaged_model, "multi_avg_fn")),
+    Contender("ema-pytorch, foreach", functools.partial(build_ema_pytorch, foreach=True), needs="ema_pytorch"),
+    Contender(
+        "ema-pytorch, foreach, ignore_names",
+        functools.partial(build_ema_pytorch, foreach=True, ignore_frozen=True),
+        needs="ema_pytorch",
+    ),
 )
 
 
@@ -318,23 +402,27 @@ SWAP = (
 
 def make_cases(options: Options) -> list[Case]:
     models = list(MODELS)[:1] if options.size == "quick" else list(MODELS)
-    cases = [
-        Case(f"{what}, {model}, {count(model) / 1e6:.2f} M parameters", contenders, parameters)
-        for what, contenders in (("update", UPDATE), ("swap", SWAP), ("update by a schedule", SCHEDULED))
-        for model in models
-        for parameters in [{"model": model, "device": options.device}]
-    ]
+    cases = []
+
+    def add(what: str, contenders: tuple[Contender, ...], model: str, check: Check | None = None, **dtype: str) -> None:
+        name = ", ".join((what, model, *dtype.values(), f"{count(model) / 1e6:.2f} M parameters"))
+        cases.append(Case(name, contenders, {"model": model, "device": options.device, **dtype}, check))
+
     for model in models:
+        add("update", UPDATE, model, check_average)
+        add("swap", SWAP, model)
+        add("update by a schedule", SCHEDULED, model)
         for dtype in ("float32", "bfloat16"):
-            name = f"three averages, {model}, {dtype}, {count(model) / 1e6:.2f} M parameters"
-            cases.append(Case(name, SEVERAL, {"model": model, "device": options.device, "dtype": dtype}))
+            add("three averages", SEVERAL, model, dtype=dtype)
+    if options.size != "quick":
+        add("update", ADAPTERS, WITH_ADAPTERS, check_average)
     return cases
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(__doc__ or "", arguments)
     cases = [case for case in make_cases(options) if options.cases.search(case.name)]
-    for block, parts in (("ema", (UPDATE, SWAP)), ("averages", (SEVERAL, SCHEDULED))):
+    for block, parts in (("ema", (UPDATE, SWAP)), ("averages", (SEVERAL, SCHEDULED, ADAPTERS))):
         of_block = [case for case in cases if case.contenders in parts]
         if of_block:
             write_results(block, *run_cases(of_block, options), options)

@@ -51,7 +51,7 @@ def build_ours(rows: int, size: int, device: str, *, normalize: bool) -> Run:
     return run
 
 
-def build_ring(rows: int, size: int, device: str) -> Run:
+def build_ring(rows: int, size: int, device: str, *, normalize: bool) -> Run:
     """The least code that is right: a ring for all streams, one for the labels, written in at most two slices."""
     labels, features = make_batch(rows, device)
     bank = {name: torch.zeros(size, DIM, device=device) for name in STREAMS}
@@ -65,7 +65,8 @@ def build_ring(rows: int, size: int, device: str) -> Run:
             if length:
                 ids[slot : slot + length] = labels[taken : taken + length]
                 for name in STREAMS:
-                    bank[name][slot : slot + length] = features[name][taken : taken + length]
+                    some = features[name][taken : taken + length]
+                    bank[name][slot : slot + length] = F.normalize(some, dim=1) if normalize else some
         start = (start + rows) % size
         return [(bank[name], ids) for name in STREAMS]
 
@@ -117,7 +118,13 @@ CONTENDERS = (
     Contender("one copy of the batch", build_copy, role="bound"),
     Contender("momentum-distill", functools.partial(build_ours, normalize=True), role="ours", computes="normalises"),
     Contender("momentum-distill, normalize=False", functools.partial(build_ours, normalize=False), role="ours"),
-    Contender("ring of slices and views", build_ring, role="reference"),
+    Contender("ring of slices and views", functools.partial(build_ring, normalize=False), role="reference"),
+    Contender(
+        "the same ring, F.normalize",
+        functools.partial(build_ring, normalize=True),
+        role="reference",
+        computes="normalises",
+    ),
     Contender("MoCo / ALBEF pattern", build_moco, role="reference", computes="no labels"),
     Contender("lightly MemoryBankModule", build_lightly, computes="no labels", needs="lightly"),
     Contender("pytorch-metric-learning CrossBatchMemory.add_to_memory", build_pml, needs="pytorch_metric_learning"),

@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from common import commit, device_name
 from momentum_distill import _group
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -126,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mp.spawn(work, (world, config_from(parsed), folder), nprocs=world)
             results.append(json.loads((Path(folder) / f"answer{world}.json").read_text()))
             print(json.dumps(results[-1]))
-    content = {"date": date.today().isoformat(), "torch": torch.__version__, "backend": "gloo", "results": results}
+    about = {"date": date.today().isoformat(), "commit": commit(), "device": device_name("cpu")}
+    content = {**about, "torch": torch.__version__, "backend": "gloo", "results": results}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ranks-cpu.json").write_text(json.dumps(content, indent=2) + "\n")
     return 0

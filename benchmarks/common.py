@@ -63,6 +63,8 @@ TENSOR_CORES = {  # dense FLOP/s of the makers' data sheets: in bfloat16 and flo
 }
 
 Run = Callable[[], object]
+Check = Callable[["Contender", dict[str, Any], object], dict[str, Any]]
+"""Of a contender, the parameters of the case and what a run returned, to further fields of a row."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Contender:
     computes: str = ""  # where it does not compute the same as the others
     needs: str | None = None  # the package to import
     reckon: Callable[..., float] | None = None  # bound only: its seconds, `reckon(seconds of the run, **parameters)`
+    memory: bool = True  # whether a call takes what it needs; a CUDA graph has it already
+    compiler: bool = False  # needs one that works, which is no fault of ours where there is none
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Case:
     name: str
     contenders: tuple[Contender, ...]
     parameters: dict[str, Any]  # JSON values: what `build` gets
-    check: Callable[[Contender, dict[str, Any], object], dict[str, Any]] | None = None  # further fields for a row
+    check: Check | None = None
     rounds: int = 3  # at least so many
 
 
@@ -126,6 +130,8 @@ def parse_options(
     if extra is not None:
         extra(parser)
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a GPU that torch can use, got none")
     size = given.size or "small"
     seconds = SECONDS[size] if given.seconds is None else given.seconds
     return Options(size, given.device, given.threads, given.out, given.only, given.cases, seconds, given)
@@ -164,17 +170,17 @@ def run_case(case: Case, options: Options) -> tuple[list[dict[str, Any]], list[d
         try:
             if contender.needs is not None and importlib.util.find_spec(contender.needs) is None:
                 raise ModuleNotFoundError("not installed")
-            if contender.reckon is not None:
-                memory[contender.name] = None  # that of other work
+            if contender.reckon is not None or not contender.memory:
+                memory[contender.name] = None  # that of other work, or at another time
             elif options.device == "cpu":
                 memory[contender.name] = cpu_peak_extra_mib(contender.build, case.parameters, options.threads)
             run = contender.build(**case.parameters)
             values[contender.name] = run()
-            if options.device != "cpu" and contender.reckon is None:
+            if contender.name not in memory:
                 memory[contender.name] = cuda_peak_extra_mib(run)
             runs[contender.name] = run
         except Exception as error:
-            if contender.role in ("ours", "bound"):
+            if contender.role in ("ours", "bound") and not contender.compiler:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             skipped.append({"case": case.name, "contender": contender.name, "reason": reason})
@@ -401,7 +407,7 @@ def metadata(block: str, options: Options) -> dict[str, Any]:
         "block": block,
         "size": options.size,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {name: _version(name) for name in ("momentum-distill", *RIVALS)},
         "device": device_name(options.device),
@@ -411,7 +417,7 @@ def metadata(block: str, options: Options) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit, with a "+" if something was changed since; None without git."""
     try:
         git = ["git", "-C", str(ROOT)]

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_supcon import BOUND, OURS, OURS_CAPTURED, OURS_COMPILED, flops
-from common import RESULTS, ROOT, peak_rate, show_seconds
+from bench_ema import WITH_ADAPTERS
+from bench_supcon import CAPTURED, OURS, OURS_COMPILED
+from common import RESULTS, ROOT, show_seconds
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
@@ -33,38 +34,16 @@ Run = dict[str, Any]  # the content of a file: metadata and results
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The fullest run of each block and device, blocks in order."""
+    """The fullest run of each block on a CPU and on a GPU, blocks in order."""
     best: dict[tuple[str, str], Run] = {}
     for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         if "metadata" not in run:  # what several ranks cost stands in docs/distributed.md
             continue
-        key = run["metadata"]["block"], run["metadata"]["device"]
+        key = run["metadata"]["block"], kind_of_device(run)
         if key not in best or SIZES.index(run["metadata"]["size"]) > SIZES.index(best[key]["metadata"]["size"]):
             best[key] = run
-    for run in best.values():
-        if run["metadata"]["block"].startswith("supcon"):
-            renew_bound(run)
-    return sorted(best.values(), key=lambda run: (run["metadata"]["device"], BLOCKS.index(run["metadata"]["block"])))
-
-
-def renew_bound(run: Run) -> None:
-    """Put the bound of today into a run that was measured beside another one: four products that write their scores.
-
-    The rate is the peak of the device, or that of the fastest of those products.
-    """
-    old = [row for row in run["results"] if row["role"] == "bound" and row["contender"] != BOUND.name]
-    if not old:
-        return
-    about = run["metadata"]
-    rate = peak_rate(about["device"], old[0]["parameters"]["dtype"])
-    rate = rate or max(flops(**row["parameters"]) / row["median_s"] for row in old)
-    for row in run["results"]:
-        bound = flops(**row["parameters"]) / rate
-        row["ratio_to_bound"] = row["median_s"] / bound
-        if row in old:
-            reckoned = dict.fromkeys(("median_s", "best_s"), bound) | {"iqr_s": 0.0, "ratio_to_bound": 1.0}
-            row |= {"contender": BOUND.name, "peak_extra_mib": None} | reckoned
+    return sorted(best.values(), key=lambda run: (kind_of_device(run), BLOCKS.index(run["metadata"]["block"])))
 
 
 # ------------------------------------------------------------------------------------------------- what matters
@@ -88,6 +67,8 @@ STEP = "training step, text features, batch 64, 50 steps, Q=1024"
 LARGE, HUGE = "loss, N=256, Q=65536, 1 direction", "loss, N=512, Q=262144, 1 direction, bfloat16"
 SMALL_MODEL, LARGE_MODEL = "LSTM+Transformer pair, 0.44 M parameters", "BERT-base shape, 109.48 M parameters"
 TOGETHER, SCHEDULED = "momentum-distill EMADict", "momentum-distill, PowerFunction"
+ADAPTERS, SHARING = f"update, {WITH_ADAPTERS}, 0.29 M parameters", "momentum-distill, share_frozen=True"
+ADAPTERS_LINE = "`EMAWrapper(share_frozen=True)`, 0.29 M of 110 M trained"
 MEDIUM_LOSS = "contrastive loss, N=64, Q=1,024"
 LARGE_SIGMOID, SIGMOID_LINE = "sigmoid loss, N=256, Q=65536", "sigmoid loss, N=256, Q=65,536"
 LARGE_LOSS = "a large one, N=256, Q=65,536; GPU: N=512, Q=262,144"
@@ -105,9 +86,7 @@ PROMISES = (
         "loss, N=64, Q=1024, bfloat16", HALF, "cuda", "loss, N=64, Q=1024, 1 direction, bfloat16", line=MEDIUM_LOSS
     ),
     Promise("loss, N=512, Q=262144, bfloat16", HALF, "cuda", HUGE, line=LARGE_LOSS),
-    Promise(
-        "the same, ours in a CUDA graph", HALF, "cuda", HUGE, OURS_CAPTURED.name, line="the large one in a CUDA graph"
-    ),
+    Promise("the same, ours in a CUDA graph, the formula without", HALF, "cuda", HUGE, CAPTURED[0].name),
     Promise("its memory", HALF, "cuda", HUGE, field="peak_extra_mib", line=LARGE_LOSS),
     Promise("sigmoid loss, N=64, Q=1024", "sigmoid", "cpu", "sigmoid loss, N=64, Q=1024"),
     Promise("sigmoid loss, N=256, Q=65536", "sigmoid", "cpu", LARGE_SIGMOID, line=SIGMOID_LINE),
@@ -138,6 +117,8 @@ PROMISES = (
         SCHEDULED,
         line="decay by a schedule, 0.44 M",
     ),
+    Promise("average, 0.29 M of 109.8 M trained", "averages", "cpu", ADAPTERS, SHARING, line=ADAPTERS_LINE),
+    Promise("its own memory", "averages", "cpu", ADAPTERS, SHARING, "own_mib", ADAPTERS_LINE),
     Promise(
         "queue, 5 streams, N=64, Q=65536",
         "queue",
@@ -166,11 +147,13 @@ class Measured(NamedTuple):
     best: Row | None
     bound: Row | None
 
-    def comparison(self) -> str:
-        """With the best, or with the bound."""
-        other = self.best or self.bound
-        field = self.promise.field
-        return "" if other is None else show_comparison(self.ours[field], other[field], field)
+    def comparison(self, named: Row | None) -> str:
+        """With the best, or with the bound, whose name is told unless it is `named` already."""
+        other, field = self.best or self.bound, self.promise.field
+        if other is None:
+            return ""
+        beside = "" if named and other["contender"] == named["contender"] else f" than {full_name(other)}"
+        return show_comparison(self.ours[field], other[field], field) + beside
 
 
 def kept(runs: Iterable[Run]) -> list[Measured]:
@@ -179,7 +162,7 @@ def kept(runs: Iterable[Run]) -> list[Measured]:
     found = []
     for promise in PROMISES:
         rows = by_block.get((promise.block, promise.device), {}).get(promise.case, [])
-        rows = [row for row in rows if row[promise.field] is not None]
+        rows = [row for row in rows if row.get(promise.field) is not None]
         ours = next((row for row in rows if row["contender"] == promise.ours and row["role"] == "ours"), None)
         others = [row for row in rows if row["role"] in ("rival", "reference") and not row["computes"]]
         best = min(others, key=lambda row: row[promise.field], default=None)
@@ -196,7 +179,7 @@ def short_table(measured: Sequence[Measured]) -> list[str]:
         of_line = [one for one in measured if one.promise.line == line]
         other = of_line[0].best or of_line[0].bound
         cells = [
-            ", ".join(one.comparison() for one in of_line if one.promise.device == device) or NONE[device]
+            ", ".join(one.comparison(other) for one in of_line if one.promise.device == device) or NONE[device]
             for device in ("cpu", "cuda")
         ]
         lines.append(f"| {line} | {full_name(other) if other else ''} | {' | '.join(cells)} |")
@@ -229,6 +212,8 @@ def show_mib(mib: float) -> str:
 def show_comparison(mine: float, theirs: float, field: str) -> str:
     less, more = ("faster", "slower") if field == "median_s" else ("less memory", "more memory")
     factor = max(mine, theirs) / min(mine, theirs)
+    if f"{factor:.2f}" == "1.00":
+        return "level" if field == "median_s" else "as much memory"
     times = f"{factor:.2f}x" if factor < 10 else f"{factor:.0f}x"
     return f"**{times} {less}**" if mine <= theirs else f"{times} {more}"
 
@@ -295,11 +280,13 @@ def show_number(value: float | None) -> str:
 def result_table(runs: Iterable[Run]) -> list[str]:
     """One row per contender and case; the scaling cases are in the chart."""
     lines = [
-        "| case | contender | median | IQR | x bound | extra MiB | error of loss, gradient |",
+        "| case | contender | median | IQR | x bound | extra MiB | error |",
         "|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         for rows in by_case(run).values():
+            if rows[0]["case"].startswith("scaling"):
+                continue
             case = f"{rows[0]['case']}, {kind_of_device(run)}"
             for row in rows:
                 lines.append(result_line(case, row, ahead=row in ahead_of_ours(rows)))
@@ -310,8 +297,7 @@ def result_table(runs: Iterable[Run]) -> list[str]:
 def by_case(run: Run) -> dict[str, list[Row]]:
     cases: dict[str, list[Row]] = {}
     for row in run["results"]:
-        if not row["case"].startswith("scaling"):
-            cases.setdefault(row["case"], []).append(row)
+        cases.setdefault(row["case"], []).append(row)
     return cases
 
 
@@ -324,15 +310,16 @@ def full_name(row: Row) -> str:
 def result_line(case: str, row: Row, *, ahead: bool) -> str:
     name = full_name(row)
     name = {"ours": f"**{name}**", "bound": f"*bound: {name}*"}.get(row["role"], name)
-    memory = row["peak_extra_mib"]
-    errors = [f"{row[field]:.0e}" for field in ("loss_error", "gradient_error") if row.get(field) is not None]
+    memory, own = row["peak_extra_mib"], row.get("own_mib")
+    fields = ("loss_error", "gradient_error", "average_error")
+    errors = [f"{row[field]:.0e}" for field in fields if row.get(field) is not None]
     cells = [
         case,
         name + (" ▲" if ahead else ""),
         show_seconds(row["median_s"]),
         show_seconds(row["iqr_s"]),
         show_number(row["ratio_to_bound"]),
-        "" if memory is None else f"{memory:.1f}",
+        ("" if memory is None else f"{memory:.1f}") + ("" if own is None else f", own {own:.1f}"),
         ", ".join(errors),
     ]
     return f"| {' | '.join(cells)} |"
@@ -373,11 +360,17 @@ def provenance(runs: Iterable[Run]) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
         lines.append(
             f"- {about['block']}: {about['date'][:10]}, commit {about['commit']}, {about['device']}, "
-            f"threads: {about['threads']}, {about['clock']}, load average {about['load_average']}; {versions}"
+            f"threads: {about['threads']}, {about['clock']}, load average {about['load_average']}, "
+            f"rounds: {spread([row['rounds'] for row in run['results']])}; {versions}"
         )
         reasons = {f"{entry['contender']} ({entry['reason']})" for entry in about["skipped"]}
         lines += [f"    - skipped: {reason}" for reason in sorted(reasons)]
     return lines
+
+
+def spread(numbers: Sequence[int]) -> str:
+    """From the least to the most."""
+    return " to ".join(str(number) for number in dict.fromkeys((min(numbers), max(numbers))))
 
 
 def short_provenance(runs: Iterable[Run]) -> list[str]:

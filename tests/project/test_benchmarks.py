@@ -1,6 +1,7 @@
 """The benchmarks run at tiny sizes and leave what they promise. Times are never asserted."""
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -142,25 +143,34 @@ def test_the_bound_of_the_loss_is_its_multiplications_at_the_full_rate(monkeypat
     assert on_cpu == pytest.approx(bench_supcon.flops(**case) / 100e9)
 
 
-@pytest.mark.parametrize(
-    ("device", "rate"), [("NVIDIA H200", 989e12), ("a cpu", 8 * 256 * 1024 * 128 / 2e-3)], ids=["gpu", "cpu"]
-)
-def test_an_older_run_gets_the_bound_of_today(device, rate):
-    def row(contender, role, keys, seconds):
-        parameters = {"rows": 256, "keys": keys, "directions": 1, "device": "x", "dtype": "bfloat16"}
-        numbers = {"median_s": seconds, "best_s": seconds, "iqr_s": 0.1, "ratio_to_bound": 9.0, "peak_extra_mib": 1.0}
-        return {"contender": contender, "role": role, "parameters": parameters, **numbers}
+def test_the_formula_by_chunks_is_the_formula():
+    """At sizes that eight divides and does not, and smaller ones."""
+    for rows, script, settings in ((19, bench_supcon, {}), (5, bench_sigmoid, {"momentum": True})):
+        (side,) = bench_supcon.make_sides(rows, 64, 1, "cpu", "float32")
+        loss = functools.partial(script.dense_loss, **settings)
+        value, gradients = bench_supcon.by_chunks(loss, side)
+        expected = loss(side)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, side.query))
 
-    rows = [row("tiled", "bound", 64, 1e-3), row("tiled", "bound", 1024, 2e-3), row("ours", "ours", 1024, 0.3)]
-    run = {"metadata": {"block": "supcon", "device": device}, "results": rows}
-    report.renew_bound(run)
-    bound = 8 * 256 * 1024 * 128 / rate
-    assert rows[1]["median_s"] == pytest.approx(bound)
-    assert rows[1]["contender"] == bench_supcon.BOUND.name
-    assert rows[2]["ratio_to_bound"] == pytest.approx(0.3 / bound)
-    once = json.dumps(run)
-    report.renew_bound(run)
-    assert json.dumps(run) == once
+
+def test_every_average_is_that_of_eq_6_after_an_update(results):
+    content = json.loads((results / "ema-cpu-quick.json").read_text(encoding="utf-8"))
+    checked = {row["contender"]: row["average_error"] for row in content["results"] if "average_error" in row}
+    assert checked.keys() >= {"momentum-distill", "torch._foreach_lerp_, lists cached"}
+    assert max(checked.values()) < 1e-6
+
+
+def test_an_average_that_does_nothing_is_found_out():
+    parameters = {"model": "LSTM+Transformer pair", "device": "cpu"}
+    idle = common.Contender("idle", build_idle)
+    row = bench_ema.check_average(idle, parameters, build_idle(**parameters)())
+    assert row["average_error"] > 1e-3
+
+
+def build_idle(model, device):
+    average = bench_ema.frozen_copy(bench_ema.online_model(model, device))
+    return lambda: average
 
 
 def test_every_row_of_the_short_table_is_measured():
@@ -203,7 +213,7 @@ def test_the_report_writes_tables_and_chart_between_the_marks(results, tmp_path,
         all_figures,
         flags=re.MULTILINE,
     )
-    less = "**1.00x less memory** |"
+    less = "as much memory |"
     assert f"| memory | CPU | 1.0 MiB | dense formula (ALBEF), eager: 1.0 MiB | {less}  |" in all_figures
     line = rf"^\| contrastive loss \| dense .* \| .*x (faster|slower).*, {re.escape(less)} not measured on a GPU \|$"
     assert re.search(line, few, flags=re.MULTILINE)
