@@ -63,6 +63,7 @@ class Promise(NamedTuple):
 
 HALF = "supcon_bfloat16"
 QUEUE, UNIT = "step of 5 streams, N=64, Q=65536", "momentum-distill, normalize=False"
+QUEUE_LINE = "`ClassQueue`, 5 streams, N=64, Q=65,536"
 STEP = "training step, text features, batch 64, 50 steps, Q=1024"
 LARGE, HUGE = "loss, N=256, Q=65536, 1 direction", "loss, N=512, Q=262144, 1 direction, bfloat16"
 SMALL_MODEL, LARGE_MODEL = "LSTM+Transformer pair, 0.44 M parameters", "BERT-base shape, 109.48 M parameters"
@@ -119,13 +120,14 @@ PROMISES = (
     ),
     Promise("average, 0.29 M of 109.8 M trained", "averages", "cpu", ADAPTERS, SHARING, line=ADAPTERS_LINE),
     Promise("its own memory", "averages", "cpu", ADAPTERS, SHARING, "own_mib", ADAPTERS_LINE),
+    Promise("queue that normalises, 5 streams, N=64, Q=65536", "queue", "cpu", QUEUE, line=QUEUE_LINE),
     Promise(
         "queue, 5 streams, N=64, Q=65536",
         "queue",
         "cpu",
         QUEUE,
         UNIT,
-        line="`ClassQueue(normalize=False)`, 5 streams, N=64, Q=65,536",
+        line="the same with `normalize=False`",
     ),
     Promise(
         "queue, 5 streams, N=64, Q=65536",
@@ -133,7 +135,7 @@ PROMISES = (
         "cuda",
         QUEUE,
         UNIT,
-        line="`ClassQueue(normalize=False)`, 5 streams, N=64, Q=65,536",
+        line="the same with `normalize=False`",
     ),
     Promise("step of MTMD, text features", "step", "cpu", STEP, "with distillation", line="training step of MTMD"),
 )
@@ -164,7 +166,8 @@ def kept(runs: Iterable[Run]) -> list[Measured]:
         rows = by_block.get((promise.block, promise.device), {}).get(promise.case, [])
         rows = [row for row in rows if row.get(promise.field) is not None]
         ours = next((row for row in rows if row["contender"] == promise.ours and row["role"] == "ours"), None)
-        others = [row for row in rows if row["role"] in ("rival", "reference") and not row["computes"]]
+        same = ours["computes"] if ours else ""
+        others = [row for row in rows if row["role"] in ("rival", "reference") and row["computes"] == same]
         best = min(others, key=lambda row: row[promise.field], default=None)
         bound = next((row for row in rows if row["role"] == "bound"), None)
         if ours is not None:
