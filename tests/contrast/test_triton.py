@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -121,25 +122,26 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(d, dtype, capability, tm
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     shared = 99 * 1024  # what a program gets on every GPU since 2020
     plan = kernel._plan(512, 65_536, d, dtype, kinds=3, inside=True, num_sms=132, shared=shared)
-    pointers = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}
-    types = dict.fromkeys(("query", "momentum_query", "key_scale", "momentum_key_scale"), "*fp32")
-    types |= dict.fromkeys(("lse", "mean", "mean_logit", "part_lse", "part_mean", "part_mean_logit"), "*fp32")
-    types |= {"keys": pointers[dtype], "momentum_keys": pointers[dtype], "raw": pointers[dtype], "first_rows": "*i32"}
-    types |= {"query_labels": "*i64", "key_labels": "*i64", "part_count": "*i32"}
-    types |= {
-        "state": "*fp32",
-        "first": "*i32",
-        "labels": "*i64",
-        "present": "*i1",
-        "lengths": "*fp32",
-        "unit": "*fp32",
-        "shortest": "fp32",
-    }
+    stored = {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}[dtype]
+    names = [
+        (stored, "keys momentum_keys raw"),
+        ("*fp32", "query momentum_query key_scale momentum_key_scale state lengths unit"),
+        ("*fp32", "lse mean mean_logit part_lse part_mean part_mean_logit"),
+        ("fp32", "shortest"),
+        ("*i32", "first first_rows part_count"),
+        ("*i64", "query_labels key_labels labels"),
+        ("*i1", "present"),
+    ]
+    types = {name: kind for kind, several in names for name in several.split()}
 
     def compile(function, constants, **options):
-        types["count"] = "*i32" if function is kernel._attend_kernel else "*i64"
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
-        source = ASTSource(function, signature, {(function.arg_names.index(name),): x for name, x in constants.items()})
+        count = {"count": "*i32" if function is kernel._attend_kernel else "*i64"}
+        kinds = defaultdict(lambda: "i32", types | count | dict.fromkeys(constants, "constexpr"))
+        source = ASTSource(
+            function,
+            {name: kinds[name] for name in function.arg_names},
+            {(function.arg_names.index(name),): value for name, value in constants.items()},
+        )
         return kernel.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
     kinds = 3 if capability == 90 else 2  # compiling takes as long as the code is

@@ -490,22 +490,33 @@ def computed(process):
         return 0.0
 
 
+def begun(processes, folder, resume, nth=None):
+    """A process that trains, or goes on; it dies at its `nth` operation on the disk."""
+    process = processes.Process(target=experiment_process, args=(folder, resume, nth, folder / "log.txt"))
+    process.start()
+    return process
+
+
+def has_ended(process, folder):
+    """Wait for it: whether it came to its end. Else it was killed, and had no error."""
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), (folder / "log.txt").read_text()
+    return process.exitcode == 0
+
+
 @pytest.mark.long
 def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
     expected, seconds = undisturbed
     moments = random.Random(11)
     kills = 0
     for attempt in range(60):
-        process = processes.Process(target=experiment_process, args=(tmp_path, attempt > 0, None, tmp_path / "log.txt"))
-        process.start()
+        process = begun(processes, tmp_path, attempt > 0)
         moment = moments.uniform(0.1, 0.4) * seconds * (1 + attempt / 10)  # later, for each begins by restoring
         while process.is_alive() and computed(process) < moment:
             process.join(0.001)
         process.kill()
-        process.join()
-        if process.exitcode == 0:
+        if has_ended(process, tmp_path):
             break
-        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
         kills += 1
     assert process.exitcode == 0
     assert kills >= 2
@@ -517,13 +528,9 @@ def test_killed_at_its_nth_operation_on_the_disk_it_ends_with_the_same_bits(proc
     """A process dies at its nth write, sync, rename or removal, the next at a later one: while it saves each time."""
     expected, _ = undisturbed
     for attempt in range(1, 200, times(14, 3, 1)):
-        arguments = (tmp_path, attempt > 1, attempt, tmp_path / "log.txt")
-        process = processes.Process(target=experiment_process, args=arguments)
-        process.start()
-        process.join()
-        if process.exitcode == 0:
+        process = begun(processes, tmp_path, attempt > 1, attempt)
+        if has_ended(process, tmp_path):
             break
-        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
     assert process.exitcode == 0
     assert attempt > 10
     assert read_folder(tmp_path) == expected
