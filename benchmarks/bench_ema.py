@@ -6,7 +6,8 @@
 Then, in a file of its own (block "averages"): EMADict against an EMAWrapper for each of its averages, an update whose
 decay is a schedule against one whose decay is a number, and averages of a model of which little is trained.
 
-After the first update each average is compared with Eq. 6, and weighed: the memory that is its own and not the model's.
+Where little is trained, each average is compared with Eq. 6 after an update, and with adapters it is weighed: the
+memory that is its own and not the model's.
 
 An update reads two numbers per parameter and writes one, so the bound is three streams of four bytes at the bandwidth
 of `add_` on arrays of 128 MB, timed in the same rounds. The small model fits into the cache and can be faster than
@@ -82,15 +83,15 @@ def adapted_bert() -> nn.Module:
     return model
 
 
-MODELS = {"LSTM+Transformer pair": sequence_pair, "BERT-base shape": bert_base}
 WITH_ADAPTERS = "adapters in a frozen BERT-base shape"
+MODELS = {"LSTM+Transformer pair": sequence_pair, "BERT-base shape": bert_base, WITH_ADAPTERS: adapted_bert}
 
 
 @functools.lru_cache(maxsize=1)
 def online_model(model: str, device: str, dtype: str = "float32") -> nn.Module:
     """The same for all contenders of a case."""
     torch.manual_seed(0)
-    return (MODELS | {WITH_ADAPTERS: adapted_bert})[model]().to(device, getattr(torch, dtype))
+    return MODELS[model]().to(device, getattr(torch, dtype))
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -101,7 +102,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def count(model: str) -> int:
     """The numbers that are trained."""
     with torch.device("meta"):
-        weights = (MODELS | {WITH_ADAPTERS: adapted_bert})[model]().parameters()
+        weights = MODELS[model]().parameters()
     return sum(weight.numel() for weight in weights if weight.requires_grad)
 
 
@@ -401,7 +402,7 @@ SWAP = (
 
 
 def make_cases(options: Options) -> list[Case]:
-    models = list(MODELS)[:1] if options.size == "quick" else list(MODELS)
+    models = list(MODELS)[: 1 if options.size == "quick" else 2]
     cases = []
 
     def add(what: str, contenders: tuple[Contender, ...], model: str, check: Check | None = None, **dtype: str) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench_supcon import ALPHA, BOUND, SIZES, Side, by_chunks, forward_and_backward, make_sides, ours_loss
+from bench_supcon import ALPHA, BOUND, SIZES, Side, build_chunked, forward_and_backward, make_sides, ours_loss
 from common import Case, Contender, Options, Run, parse_options, run_cases, write_results
 from momentum_distill.functional import sigmoid_distill_loss
 
@@ -48,10 +48,8 @@ def build(loss: Any, *, compiled: bool = False, **parameters: Any) -> Run:
     return forward_and_backward(loss, make_sides(**parameters))
 
 
-def build_chunked(*, momentum: bool, **parameters: Any) -> Run:
-    (side,) = make_sides(**parameters)
-    loss = torch.compile(functools.partial(dense_loss, momentum=momentum), fullgraph=True, dynamic=False)
-    return lambda: by_chunks(loss, side)
+def build_by_eighths(*, momentum: bool, **parameters: Any) -> Run:
+    return build_chunked(functools.partial(dense_loss, momentum=momentum), **parameters)
 
 
 OURS = Contender("momentum-distill", functools.partial(build, sigmoid_loss), role="ours")
@@ -59,7 +57,7 @@ DENSE = Contender("dense formula (SigLIP), eager", functools.partial(build, dens
 COMPILED = Contender(
     "dense formula (SigLIP), torch.compile", functools.partial(build, dense_loss, compiled=True), role="reference"
 )
-CHUNKED = Contender("dense formula (SigLIP), torch.compile, by eighths of the rows", build_chunked, role="reference")
+CHUNKED = Contender("dense formula (SigLIP), torch.compile, by eighths of the rows", build_by_eighths, role="reference")
 SOFTMAX = Contender(
     "momentum-distill, SupConDistillLoss", functools.partial(build, ours_loss), role="ours", computes="a softmax"
 )

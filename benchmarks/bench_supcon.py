@@ -174,10 +174,10 @@ def by_chunks(loss: Any, side: Side) -> tuple[Tensor, tuple[Tensor]]:
     return total, (torch.cat(gradients),)
 
 
-def build_chunked(**parameters: Any) -> Run:
+def build_chunked(loss: Any = dense_loss, **parameters: Any) -> Run:
     (side,) = make_sides(**parameters)
-    loss = torch.compile(dense_loss, fullgraph=True, dynamic=False)
-    return lambda: by_chunks(loss, side)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=False)
+    return lambda: by_chunks(compiled, side)
 
 
 class DenseModule(nn.Module):

@@ -6,6 +6,7 @@ Of each block and device, the fullest run in results/ counts. Everything between
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -149,13 +150,14 @@ class Measured(NamedTuple):
     best: Row | None
     bound: Row | None
 
-    def comparison(self, named: Row | None) -> str:
-        """With the best, or with the bound, whose name is told unless it is `named` already."""
-        other, field = self.best or self.bound, self.promise.field
-        if other is None:
-            return ""
-        beside = "" if named and other["contender"] == named["contender"] else f" than {full_name(other)}"
-        return show_comparison(self.ours[field], other[field], field) + beside
+    @property
+    def other(self) -> Row | None:
+        """What it is compared with: the best, or else the bound."""
+        return self.best or self.bound
+
+    def comparison(self) -> str:
+        field = self.promise.field
+        return "" if self.other is None else show_comparison(self.ours[field], self.other[field], field)
 
 
 def kept(runs: Iterable[Run]) -> list[Measured]:
@@ -180,13 +182,24 @@ def short_table(measured: Sequence[Measured]) -> list[str]:
     lines = ["| | beside | CPU | GPU |", "|---|---|---|---|"]
     for line in dict.fromkeys(one.promise.line for one in measured if one.promise.line):
         of_line = [one for one in measured if one.promise.line == line]
-        other = of_line[0].best or of_line[0].bound
+        beside = name_of_other(of_line[0])
         cells = [
-            ", ".join(one.comparison(other) for one in of_line if one.promise.device == device) or NONE[device]
+            show_cell([one for one in of_line if one.promise.device == device], beside) or NONE[device]
             for device in ("cpu", "cuda")
         ]
-        lines.append(f"| {line} | {full_name(other) if other else ''} | {' | '.join(cells)} |")
+        lines.append(f"| {line} | {beside} | {' | '.join(cells)} |")
     return lines
+
+
+def name_of_other(one: Measured) -> str:
+    return "" if one.other is None else full_name(one.other)
+
+
+def show_cell(measured: Iterable[Measured], beside: str) -> str:
+    """Comparisons; with whom, where it is not who stands at the beginning of the line."""
+    groups = itertools.groupby(measured, key=name_of_other)
+    said = [(name, ", ".join(one.comparison() for one in group)) for name, group in groups]
+    return ", ".join(text if name == beside else f"{text} than {name}" for name, text in said)
 
 
 NONE = {"cpu": "", "cuda": "not measured on a GPU"}

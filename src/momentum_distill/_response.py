@@ -23,8 +23,8 @@ class ResponseDistillLoss(TypedModule):
     Args:
         task: `"regression"` (scores of shape `(N,)`) or `"classification"` (logits of shape `(N, C)`).
         alpha: Weight $\alpha$ of the momentum term, in [0, 1]; unused without momentum outputs. Paper: 0.2 to 0.6.
-        temperature: $T > 0$ of Hinton et al. (2015), for classification, with the factor $T^2$; regression ignores it.
-            Paper: 1.
+        temperature: $T$ of Hinton et al. (2015) in [1e-12, 1e12], for classification, with the factor $T^2$; regression
+            ignores it. Paper: 1.
         reduction: `"mean"`, `"sum"` or `"none"`.
         detach_teacher: Stop the gradient at the teacher. The momentum outputs never get one.
         group: Whose rows the sums and means run over: None (this process), `"auto"` (torch.distributed's default group

@@ -134,7 +134,7 @@ def contrast_logits(query: Tensor, keys: Tensor, *, temperature: float | Tensor,
     Args:
         query: Features $q$, shape `(N, d)`.
         keys: Features $k$, shape `(Q, d)`.
-        temperature: $\tau > 0$, a number or a tensor of shape `()`; smaller is sharper.
+        temperature: $\tau$ in [1e-12, 1e12], a number or a tensor of shape `()`; smaller is sharper.
         normalize: L2-normalise the rows of both (True), of `query` alone (`"query"`, for keys that are unit rows
             already) or of neither (False: plain dot products).
 
@@ -266,7 +266,7 @@ def supcon_distill_loss(
             unlabelled: nobody's positive, while the KL term stands. Other numbers are refused on the CPU, outside
             `torch.compile` and `torch.func`; on an accelerator with `validate`.
         key_labels: Classes of the keys, integer, shape `(Q,)`; a tuple of parts where `keys` is one.
-        temperature: $\tau > 0$, a number or a tensor of shape `()` (with gradient if it requires it).
+        temperature: $\tau$ in [1e-12, 1e12], a number or a tensor of shape `()` (with gradient if it requires it).
         momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
         momentum_keys: $k'$, shape `(Q, d)`, in parts like `keys`; key $j$ is the same sample in both.
         query_targets: What `positives_from` reads of the rows: floating, shape `(N,)` or `(N, C)` (`"overlap"`:
@@ -435,7 +435,7 @@ def sigmoid_distill_loss(
         query_labels: Classes of the rows, integer, shape `(N,)`: at least 0, `ignore_index` = absent, -2 = unlabelled.
             Without classes number the samples: each matches itself.
         key_labels: Classes of the keys, integer, shape `(Q,)`; a tuple of parts where `keys` is one.
-        temperature: $\tau > 0$, a number or a tensor of shape `()`: 1 / `t` of SigLIP.
+        temperature: $\tau$ in [1e-12, 1e12], a number or a tensor of shape `()`: 1 / `t` of SigLIP.
         bias: $b$, a finite number or a tensor of shape `()`.
         momentum_query: $q'$ from the momentum model, shape `(N, d)`. Given together with `momentum_keys`.
         momentum_keys: $k'$, shape `(Q, d)`, in parts like `keys`; key $j$ is the same sample in both.
@@ -512,7 +512,8 @@ def response_distill_loss(
         task: `"regression"` or `"classification"`.
         mask: True keeps a row, bool, shape `(N,)`. What a masked row holds changes nothing.
         alpha: Weight $\alpha$ of the momentum term, in [0, 1]; without `momentum` there is none.
-        temperature: $T > 0$ of Hinton et al. (2015), for classification alone; both terms get the factor $T^2$.
+        temperature: $T$ of Hinton et al. (2015) in [1e-12, 1e12], for classification alone; both terms get the factor
+            $T^2$.
         reduction: `"mean"` over the rows kept, `"sum"`, or `"none"`: `(N,)`, 0 where masked.
         detach_teacher: Stop the gradient at `teacher`.
         group: Whose rows sum and mean run over, as in :func:`supcon_distill_loss`.

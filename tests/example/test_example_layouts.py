@@ -248,6 +248,11 @@ def test_commands_agree_on_a_fifth_of_all_layouts(tmp_path, encoders, run):
     assert found == []
 
 
+def test_in_a_fifth_of_all_layouts_any_two_values_of_two_axes_meet():
+    for one, two in itertools.combinations(range(len(AXES)), 2):
+        assert {(cell[one], cell[two]) for cell in FIFTH} == set(itertools.product(AXES[one], AXES[two]))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("encoder", ["uncased", "features"])
 def test_commands_agree_as_processes(tmp_path, encoders, encoder):
