@@ -10,7 +10,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("together", [True, False], ids=["auto", "None"])
 @pytest.mark.parametrize("streaming", [True, False], ids=["tiles", "matrices"])

@@ -188,9 +188,13 @@ FORMULAS, OPERATOR = 2**14, -1
 @pytest.mark.parametrize(
     ("fused_scores", "names"),
     [
-        (FORMULAS, ("supcon, centred", "classification", "hard sample distance mean", "mean of rows")),
+        (FORMULAS, ("supcon, centred", "mean of rows")),
         (OPERATOR, ("supcon, sinkhorn",)),
-        pytest.param(FORMULAS, ("supcon inside mean", "supcon, sinkhorn", "supervised"), marks=pytest.mark.long),
+        pytest.param(
+            FORMULAS,
+            ("supcon inside mean", "supcon, sinkhorn", "supervised", "classification", "hard sample distance mean"),
+            marks=pytest.mark.long,
+        ),
         pytest.param(OPERATOR, ("supcon inside mean", "supcon, centred", "supervised"), marks=pytest.mark.long),
     ],
     ids=["formulas", "operator", "more formulas", "more of the operator"],

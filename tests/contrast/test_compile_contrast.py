@@ -134,6 +134,9 @@ class Point(NamedTuple):
     dynamic: bool | None
     learned: tuple[str, ...]
 
+    def name(self):
+        return "-".join(map(str, self[:4]))
+
     @property
     def options(self):
         return {"positives": self.positives, "reduction": self.reduction, "exclude_self": self.exclude_self}
@@ -153,13 +156,17 @@ POINTS = [  # in which any two values of two columns meet, but for some of the g
 ]
 
 
-@pytest.mark.parametrize("point", POINTS, ids=lambda point: "-".join(map(str, point[:4])))
+@pytest.mark.parametrize("point", POINTS, ids=Point.name)
 @pytest.mark.usefixtures("as_operator")
 def test_value_and_gradients_are_those_without_a_compiler(point):
     compare(case_of(point.parts, point.momentum), point.learned, dynamic=point.dynamic, **point.options)
 
 
-@pytest.mark.parametrize("point", POINTS[3:5], ids=lambda point: "-".join(map(str, point[:4])))
+@pytest.mark.parametrize(
+    "point",
+    [POINTS[3], pytest.param(POINTS[4], marks=pytest.mark.long)],
+    ids=Point.name,
+)
 def test_value_and_gradients_of_fused_formulas(point):
     compare(case_of(point.parts, point.momentum), point.learned, dynamic=point.dynamic, **point.options)
 
@@ -184,7 +191,7 @@ def test_value_and_gradients_of_the_grid(parts, momentum):
 
 @pytest.mark.long
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
-@pytest.mark.parametrize("point", POINTS[::2], ids=lambda point: "-".join(map(str, point[:4])))
+@pytest.mark.parametrize("point", POINTS[::2], ids=Point.name)
 @pytest.mark.usefixtures("way")
 def test_the_default_compiler_gives_the_same(point, dynamic):
     given = case_of(point.parts, point.momentum)
@@ -217,7 +224,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
-@pytest.mark.parametrize("tiled", [False, True], ids=["matrices", "tiles"])
+@pytest.mark.parametrize("tiled", [False, pytest.param(True, marks=pytest.mark.long)], ids=["matrices", "tiles"])
 @pytest.mark.usefixtures("as_operator")
 def test_inputs_of_any_strides(tiled, backend, monkeypatch):
     if tiled:

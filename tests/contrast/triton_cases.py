@@ -186,7 +186,7 @@ def test_each_side_has_the_shortest_row_of_its_own_dtype(dtype, other):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], **ids)
-@pytest.mark.parametrize("d", [1, 3, 16, 64, 100, 128, 384, 1024])
+@pytest.mark.parametrize("d", [1, 3, 16, 64, 100, 128, 384, pytest.param(1024, marks=pytest.mark.long)])
 def test_any_width(d, dtype):
     args, options = case(2, 17, d, dtype, absent=0.2, inside=d in (16, 384))
     check(args, options, dtype)

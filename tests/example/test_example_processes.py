@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 ALONE = [*TINY, "--dropout=0", "--without", "momentum_dmd", "--batch-size=9"]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "options",
     [[], ["--sampling=instance"], ["--sampling=distance"], ["--detach-text"]],

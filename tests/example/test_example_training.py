@@ -403,6 +403,7 @@ def test_bfloat16_is_tried_with_what_the_model_is_made_of_and_costs_no_random_nu
 OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # what an x86 CPU without AVX-512 has
 
 
+@pytest.mark.long
 def test_a_cpu_without_bfloat16_trains_in_float32_and_says_so(tmp_path):
     done = subprocess.run(
         [sys.executable, mtmd_mosi.__file__, *TINY, "--amp", "--out", str(tmp_path)],

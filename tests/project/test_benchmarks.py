@@ -46,7 +46,7 @@ def results(tmp_path_factory):
     """The folder with the files of one quick run of every script."""
     folder = tmp_path_factory.mktemp("results")
     threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
         for block, (script, arguments) in SCRIPTS.items():
             if block != "queue":  # a process for each contender takes time; one script is enough
                 patch.setattr(common, "cpu_peak_extra_mib", lambda *_: 1.0)

@@ -63,7 +63,7 @@ LONG = {
     "python examples/two_views_digits.py --seeds 2 --epochs 2": "test_examples_small.py",
     "python examples/watch.py": "test_example_watch.py",
     "python examples/recipes/": "test_example_recipes.py",
-    "python -m momentum_distill": "test_release.py",
+    "python -m momentum_distill": "test_public_api.py",
     "python -m pytest": "they are tests themselves, and only looked up",
     "MOMENTUM_DISTILL_DEVICE=cuda python -m pytest": "the same",
     "torchrun": "test_example_processes.py",

@@ -51,7 +51,7 @@ def test_version_is_that_of_the_package():
 
 
 def test_what_a_bug_report_says(capsys):
-    """As a process it runs in test_release.py, beside torch alone."""
+    """As a process it runs in test_release.py, beside torch alone, with `make test-long`."""
     runpy.run_module("momentum_distill", run_name="__main__")
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["momentum-distill"].strip() == md.__version__

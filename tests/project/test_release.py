@@ -192,6 +192,7 @@ def run(*command: object, folder: Path, **environment: str) -> subprocess.Comple
     return subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_the_wheel_works_beside_torch_alone(installed, tmp_path):
     shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
     where = run(installed, "-c", "import momentum_distill as md; print(md.__file__, md.__version__)", folder=tmp_path)

@@ -19,7 +19,7 @@ DEVICE = os.environ.get("MOMENTUM_DISTILL_DEVICE", "cpu")
 """Where the ranks compute: "cuda" has them speak over nccl, all on one GPU if there are not enough."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "momentum_distill"])
+_context.set_forkserver_preload(["torch.distributed.tensor.debug", "momentum_distill"])  # a second for each
 
 
 class Ranks:
