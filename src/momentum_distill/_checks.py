@@ -125,7 +125,7 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
         wrong_value(name, f"a finite number in {left}{low:g}, {high:g}{right}", str(value))
 
 
-def check_scalar(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+def check_scalar(name: str, value: object, *, low: float, high: float = math.inf) -> None:
     """A number as in :func:`check_number`, or a floating tensor of shape () whose value is not read."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
@@ -133,7 +133,7 @@ def check_scalar(name: str, value: object, *, low: float, high: float = math.inf
         if value.ndim != 0:
             wrong_value(name, "a tensor of shape () or a number", describe(value))
         return
-    check_number(name, value, low=low, high=high, open_low=open_low)
+    check_number(name, value, low=low, high=high)
 
 
 def check_floating(name: str, value: object, *, shape: Shape | None = None, like: Named | None = None) -> None:
