@@ -238,13 +238,12 @@ def check_classes(
     )
 
 
-def check_finite(name: str, value: Tensor, keep: Tensor | None = None) -> None:
+def check_finite(name: str, value: Tensor, keep: Tensor) -> None:
     """No NaN and no infinity in the rows that `keep` (bool, (N,)) keeps. Reads values: `validate=True` only."""
     finite = torch.isfinite(value.detach())
     if finite.ndim > 1:
         finite = finite.flatten(1).all(dim=1)
-    if keep is not None:
-        finite = finite | ~keep
+    finite = finite | ~keep
     if not bool(finite.all()):
         rows = (~finite).nonzero().flatten().tolist()
         wrong_value(name, "finite values", f"NaN or infinity in {len(rows)} rows, first {rows[0]}")
