@@ -55,12 +55,12 @@ def may_ask(tensor: Tensor) -> bool:
     return tensor.is_cpu and has_numbers(tensor)
 
 
-def bounds(tensor: Tensor) -> tuple[float, float]:
-    """The smallest and the largest of at least one number; NaN if there is one. Waits for the device."""
-    if tensor.numel() <= FEW and not tensor.is_floating_point():
-        values = tensor.tolist()  # as fast as an operation
+def bounds(labels: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of at least one label. Waits for the device."""
+    if labels.numel() <= FEW:
+        values = labels.tolist()
         return min(values), max(values)
-    low, high = tensor.aminmax()
+    low, high = labels.aminmax()
     return low.item(), high.item()
 
 
