@@ -289,7 +289,7 @@ def require_in_sync(ranks: Ranks | None, tensors: Mapping[str, Tensor], *, what:
     if ranks is None:
         return
     digests = [hashlib.sha256(repr(list(tensors)).encode()).digest(), *map(_digest, tensors.values())]
-    device = _host_device(ranks, next((tensor.device for tensor in tensors.values()), None))
+    device = _host_device(ranks, next(iter(tensors.values())).device)
     everyone, _ = _gather_uneven(ranks, torch.tensor([int.from_bytes(digest[:7]) for digest in digests], device=device))
     everyone = everyone.cpu()
     if not (everyone[:, 0] == everyone[0, 0]).all():
@@ -333,11 +333,7 @@ def _errors_shared(
 
 
 def _compare(
-    ranks: Ranks,
-    came: list[list[float]],
-    signature: str,
-    device: torch.device,
-    error: Exception | None = None,
+    ranks: Ranks, came: list[list[float]], signature: str, device: torch.device, error: Exception | None
 ) -> None:
     """Raise the same error on all ranks if one has failed or their signatures differ."""
     failed = [rank for rank, row in enumerate(came) if row[0]]
