@@ -70,7 +70,7 @@ def modality_gap(x: Tensor, y: Tensor) -> Tensor:
     References:
         Liang et al., *Mind the Gap*, NeurIPS 2022.
     """
-    x, y = _unit_rows("x", x), _unit_rows("y", y, width=x)
+    x, y = _unit_rows("x", x), _unit_rows("y", y, like=x)
     return (x.mean(dim=0) - y.mean(dim=0)).square().sum().sqrt()
 
 
@@ -102,8 +102,8 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0) -> Tensor:
     """
     check_number("exponent", exponent, low=0.0, open_low=True)
     unit_x = _unit_rows("x", x)
-    check_floating("y", y, shape=tuple(x.shape))
-    squares = (unit_x - _unit_rows("y", y, width=x)).square().sum(dim=1)
+    check_floating("y", y, shape=x.shape, like=("x", x))
+    squares = (unit_x - l2_normalize(y.detach())).square().sum(dim=1)
     return squares.pow(exponent / 2).mean()
 
 
@@ -138,12 +138,12 @@ def uniformity(x: Tensor, *, scale: float = 2.0) -> Tensor:
     return torch.logsumexp(-scale * distances, dim=0) - math.log(len(distances))
 
 
-def _unit_rows(name: str, x: Tensor, *, width: Tensor | None = None, minimum: int = 1) -> Tensor:
-    """Checked, detached unit rows."""
-    if width is None:
+def _unit_rows(name: str, x: Tensor, *, like: Tensor | None = None, minimum: int = 1) -> Tensor:
+    """Checked, detached unit rows; as wide as those of the argument `x`, if it is given as `like`."""
+    if like is None:
         check_floating(name, x, shape=("N", "d"))
     else:
-        check_floating(name, x, shape=("N", width.shape[1]), like=("x", width))
+        check_floating(name, x, shape=("N", like.shape[1]), like=("x", like))
     if x.shape[0] < minimum:
         wrong_value(name, f"at least {minimum} rows", f"shape {tuple(x.shape)}")
     return l2_normalize(x.detach())
