@@ -186,9 +186,8 @@ class EMAWrapper(WideModule, Generic[M_co]):
         else:
             check_python("teacher", teacher)
             name, average = "teacher", teacher
-        Pairing(
-            average, model, self.buffers_mode, self._common, blame=name
-        )  # refuses a mismatch before anything is changed
+        # Refuses a mismatch before anything is changed.
+        Pairing(average, model, self.buffers_mode, self._common, blame=name)
         self.module = average
         self._recast(device)
         self.module.requires_grad_(False)
@@ -635,8 +634,7 @@ def _save_apart(ema: EMAWrapper, state: dict[str, Any], prefix: str, _: object) 
                 state[key] = value.clone()
 
 
-def _restore_precision(ema: EMAWrapper, incompatible_keys: object) -> None:
+def _restore_precision(ema: EMAWrapper, _: object) -> None:
     """After `load_state_dict(..., assign=True)` the tensors are the checkpoint's own: widen and freeze them again."""
-    del incompatible_keys
     ema._recast()
     ema.module.requires_grad_(False)

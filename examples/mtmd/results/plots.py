@@ -92,9 +92,8 @@ def draw(
         axes.plot(starts + 1, mean, label=label, color=colour, linestyle=style, linewidth=1.6, marker=marker)
         if len(runs) > 1:
             drawn[f"{name}_sd"] = spread = points.std(axis=0, ddof=1)
-            low = np.where(
-                mean > 0, np.maximum(mean - spread, 0.05 * mean), mean - spread
-            )  # no 0 on a logarithmic axis
+            # No 0 on a logarithmic axis.
+            low = np.where(mean > 0, np.maximum(mean - spread, 0.05 * mean), mean - spread)
             axes.fill_between(starts + 1, low, mean + spread, color=colour, alpha=0.18, linewidth=0)
     axes.set_title(title, pad=16)  # between them stands what `mark_chosen` says
     tidy(axes)
