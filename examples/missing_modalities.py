@@ -26,9 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
