@@ -184,7 +184,7 @@ class _Group:
 
         A part at a time: the conversion needs no more memory than the largest tensor or SCRATCH elements.
         """
-        parts = _parts(self.average, SCRATCH)
+        parts = _slices(self.average, SCRATCH)
         averages, onlines = [self.average[part] for part in parts], [self.online[part] for part in parts]
         sizes = [[tensor.numel() for tensor in some] for some in averages]
         memory = self.average[0].new_empty(max(map(sum, sizes)))
@@ -220,12 +220,12 @@ def _rows(groups: Sequence[_Group]) -> Iterator[_Row]:
             part = slice(start, start := start + len(averages))
             yield online, scratch, [(_Group(group.average[part], scratch), k) for k, group in enumerate(groups)]
     else:
-        parts = _parts(first.average, CACHED) if first.average[0].is_cpu else [slice(None)]
+        parts = _slices(first.average, CACHED) if first.average[0].is_cpu else [slice(None)]
         for part in parts:
             yield [], [], [(_Group(group.average[part], group.online[part]), k) for k, group in enumerate(groups)]
 
 
-def _parts(tensors: list[Tensor], most: int) -> list[slice]:
+def _slices(tensors: list[Tensor], most: int) -> list[slice]:
     """Consecutive tensors of together at most so many elements, or a larger one by itself."""
     starts, left = [0], most
     for index, tensor in enumerate(tensors):
