@@ -44,9 +44,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -270,7 +267,7 @@ def table_of(results: list[Result], title: str) -> Table:
 
 def plot(results: list[Result], path: Path) -> None:
     """Accuracy against the share of windows that miss a sensor, either at random; a panel for each number of labels."""
-    mpl.rcParams.update({"svg.fonttype": "none", "font.size": 10})
+    plt.rcParams.update({"svg.fonttype": "none", "font.size": 10})
     settings = [name for name in LABELS if name in {result.labels for result in results}]
     figure, panels = plt.subplots(1, len(settings), figsize=(5.6 * len(settings), 4.2), layout="constrained")
     shares = np.array(SHARES)

@@ -48,9 +48,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -413,7 +410,7 @@ def missing_curve(results: list[Result], setting: str, arm: str, shares: np.ndar
 
 def plot(results: list[Result], path: Path) -> None:
     """Left the gyroscope alone against the labels; right both sensors, of which more and more are missing."""
-    mpl.rcParams.update({"svg.fonttype": "none", "font.size": 10})
+    plt.rcParams.update({"svg.fonttype": "none", "font.size": 10})
     figure, (alone, missing) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     settings = [name for name in SETTINGS if name in {result.labels for result in results}]
     shown = [arm for arm in MAIN if arm.name in {result.arm for result in results}]
