@@ -92,7 +92,7 @@ def test_evaluate_gives_the_metrics_of_the_predictions(checkpoint, data, trained
 def test_branches_are_scored_where_their_modality_is_there(trained, dataset):
     fold = prepare_fold(dataset.folds["test"], trained)
     said = ask(trained, fold)
-    metrics = evaluate.metrics_by_branch(said, fold, msa_metrics)
+    metrics = {row: msa_metrics(*pair) for row, pair in evaluate.by_branch(said, fold).items()}
     assert list(metrics) == ["fused", *MODALITIES]
     for name in MODALITIES:
         there = presence(fold)[name]
@@ -226,7 +226,7 @@ def test_a_row_counts_the_samples_that_it_measures(trained, dataset):
     fold = prepare_fold(dataclasses.replace(fold, unimodal_scores={"vision": own}), trained)
     said = ask(trained, fold)
     there = presence(fold)["vision"]
-    counts = {row: evaluate.said_of(row, said, fold) for row in evaluate.metrics_by_branch(said, fold, msa_metrics)}
+    counts = {row: len(targets) for row, (_, targets) in evaluate.by_branch(said, fold).items()}
     assert counts["fused"] == 50
     assert counts["vision"] == there.sum()
     assert counts["vision, own labels"] == there[:10].sum() < there.sum()

@@ -108,6 +108,7 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
     fold = prepare_fold(dataset.folds[arguments.fold], trained, source=f"{source}: {arguments.fold}", complete=True)
     said = ask(trained, fold)
     measure = metrics_for(dataset.score_range)
+    measured = by_branch(said, fold)
 
     report: dict[str, Any] = {
         "arguments": {
@@ -124,10 +125,10 @@ def run_evaluate(arguments: argparse.Namespace, console: Console) -> None:
         "dataset": {"name": dataset.name, "synthetic": dataset.synthetic, "sha256": dataset.fingerprint},
         "fold": arguments.fold,
         "samples": len(fold),
-        "metrics": metrics_by_branch(said, fold, measure),
+        "metrics": {row: measure(*pair) for row, pair in measured.items()},
     }
     fuse = without_modalities(trained, said, fold) if rates or arguments.robustness else None
-    rows = [(name, said_of(name, said, fold), metrics) for name, metrics in report["metrics"].items()]
+    rows = [(row, len(measured[row][1]), metrics) for row, metrics in report["metrics"].items()]
     caption = "Accuracies and F1 in percent"
     if rates:
         found = dropped_metrics(fuse, fold, rates, arguments.seed, arguments.draws, measure)
@@ -166,32 +167,20 @@ def drop_rate(text: str) -> tuple[str, float]:
     return one_of(*MODALITIES)(name), a_share(share)
 
 
-def metrics_by_branch(said: Said, fold: Fold, measure: Any) -> dict[str, dict[str, float]]:
-    """Metrics of the fused prediction, and of each branch over the samples that have its modality.
+def by_branch(said: Said, fold: Fold) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scores and targets: of the fused prediction, and of each branch over the samples that have its modality.
 
     Where the data hold labels of their own for a modality (CH-SIMS), the branch is held against these as well.
     """
-    metrics = {"fused": measure(said.scores, fold.scores)}
+    pairs = {"fused": (said.scores, fold.scores)}
     for name, scores in said.branch_scores.items():
         there = said.present[name]
-        if not there.any():
-            continue
-        metrics[name] = measure(scores[there], fold.scores[there])
-        own = fold.unimodal_scores.get(name)
-        if own is not None:
+        pairs[name] = scores[there], fold.scores[there]
+        if name in fold.unimodal_scores:
+            own = fold.unimodal_scores[name]
             labelled = there & np.isfinite(own)
-            if labelled.any():
-                metrics[f"{name}, own labels"] = measure(scores[labelled], own[labelled])
-    return metrics
-
-
-def said_of(row: str, said: Said, fold: Fold) -> int:
-    """How many samples stand behind a row of :func:`metrics_by_branch`."""
-    if row == "fused":
-        return len(said.scores)
-    name = row.removesuffix(", own labels")
-    there = said.present[name]
-    return int(there.sum() if name == row else (there & np.isfinite(fold.unimodal_scores[name])).sum())
+            pairs[f"{name}, own labels"] = scores[labelled], own[labelled]
+    return {row: pair for row, pair in pairs.items() if len(pair[1])}
 
 
 def dropped_metrics(
