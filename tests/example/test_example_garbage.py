@@ -108,7 +108,7 @@ def honest_dataset(dataset: Dataset) -> bool:
 
 
 def honest_config(config: Config) -> bool:
-    return Config.from_json(json.loads(json.dumps(config.as_json(), allow_nan=False))) == config
+    return Config.from_values(json.loads(json.dumps(config.as_json(), allow_nan=False)), source="") == config
 
 
 def honest_trained(trained: Trained) -> bool:

@@ -103,7 +103,7 @@ def load_checkpoint(path: Path) -> tuple[MTMD, Standardizer, dict[str, Any]]:
 
 def build_model(about: dict[str, Any], state: dict[str, Tensor], weights: Path, description: Path) -> MTMD:
     """The model that is described, with these weights; they are compared before memory is taken for it."""
-    config = Config.from_json(about["config"], source=f"{description}: config")
+    config = Config.from_values(about["config"], source=f"{description}: config")
     encoder = about["encoder"]
     try:
         if config.layers > len(state):

@@ -28,7 +28,7 @@ def read_finished(config: Config, dataset: Dataset, on_note: Callable[[str], Non
     if not path.exists():
         return finished
     results = load_experiment(config.out)
-    compare_configs(path, Config.from_json(results["config"], source=str(path)).identity(), config.identity())
+    compare_configs(path, Config.from_values(results["config"], source=str(path)).identity(), config.identity())
     if results["dataset"]["sha256"] != dataset.fingerprint:
         raise ValueError(f"--resume: expected the data of {path}, got other data; choose another --out")
     epochs, predictions = read_epochs(config.out), read_predictions(config.out)

@@ -67,7 +67,7 @@ def load_trained(path: Path, *, text_encoder: str | None = None, device: str = "
     if text_encoder is not None:
         check_encoder(Config(text_encoder=text_encoder))
     model, standardizer, about = load_checkpoint(path)
-    config = Config.from_json(about["config"], source=str(path))
+    config = Config.from_values(about["config"], source=str(path))
     if text_encoder is not None:
         if not config.reads_tokens:
             raise ValueError("--text-encoder: expected none, for this checkpoint reads text as features")

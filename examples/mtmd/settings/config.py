@@ -321,18 +321,13 @@ class Config:
         values = dataclasses.asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any], *, source: str = "configuration") -> "Config":
-        """The inverse of :meth:`as_json`."""
-        return cls.from_values(values, source=source)
-
     def identity(self) -> dict[str, Any]:
         """What must agree before results are reused or a run goes on: all but `NOT_IDENTITY`."""
         return {name: value for name, value in self.as_json().items() if name not in NOT_IDENTITY}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], *, source: str) -> "Config":
-        """Settings by name, as TOML and JSON hold them; those that are not named keep their defaults.
+        """Settings by name, as TOML and :meth:`as_json` hold them; those that are not named keep their defaults.
 
         Raises:
             ValueError: If a name is unknown, or a value of the wrong kind or out of range; the message begins with

@@ -190,7 +190,7 @@ def load_arm(config: Config, known: dict[str, Any] | None) -> dict[str, Any]:
     """
     results = load_experiment(config.out)
     source = str(config.out / "results.json")
-    theirs, ours = Config.from_json(results["config"], source=source).identity(), config.identity()
+    theirs, ours = Config.from_values(results["config"], source=source).identity(), config.identity()
     differing = [setting for setting in ours if theirs[setting] != ours[setting]]
     if differing:
         raise ValueError(f"{config.out}: expected the settings of this call, got other ones ({', '.join(differing)})")
