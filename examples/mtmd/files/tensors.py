@@ -61,8 +61,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
-    if sha256 is not None and file_sha256(path) != sha256:
+def load_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    if file_sha256(path) != sha256:
         known = f"its SHA-256 is not that in {pair(path)[1].name}"
         raise ValueError(f"{path}: expected the file that was written, got one cut short or changed ({known})")
     try:
