@@ -56,7 +56,7 @@ import momentum_distill as md
 import watch
 from mtmd.results.plots import save_figure
 from mtmd.settings.options import at_least
-from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, signed, summary, write_results
 from watch import CLASSES, FOLDS, WIDTH, Windows, scores
 
 STEPS = 400
@@ -226,11 +226,6 @@ def won_back(results: list[Result], setting: str, arm: Arm, missing: str) -> tup
     return float((whole - alone).mean()), float((ours - alone).mean()), *beyond
 
 
-def interval(values: np.ndarray, baseline: np.ndarray) -> str:
-    mean, half = paired_interval(values, baseline)
-    return f"{mean:+.1f} ± {half:.1f}"
-
-
 SHARE_NAMES = tuple(f"{100 * share:.0f} %" for share in SHARES)
 HEAD = ("labels a class", "missing", "trained with", *SHARE_NAMES, "at 50 %, vs dropping: people", "seeds", "won back")
 
@@ -246,7 +241,8 @@ def lines(results: list[Result]) -> list[list[str]]:
         row += [summary(accuracy(results, setting, arm, missing, share, "seed")) for share in SHARES]
         if arm != DROPPING and (setting, DROPPING.name) in there:
             for by in ("person", "seed"):
-                row.append(interval(*(accuracy(results, setting, one, missing, 0.5, by) for one in (arm, DROPPING))))
+                ours, theirs = (accuracy(results, setting, one, missing, 0.5, by) for one in (arm, DROPPING))
+                row.append(signed(paired_interval(ours, theirs)))
         else:
             row += ["", ""]
         if arm.teacher and {(setting, FULL.name), (setting, DROPPING.name)} <= there:

@@ -47,7 +47,7 @@ from torch.nn import functional as F
 import momentum_distill as md
 from mtmd.results.plots import save_figure
 from mtmd.settings.options import at_least
-from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, signed, summary, write_results
 from two_views_digits import load_views
 from watch_data import load_windows
 
@@ -388,10 +388,6 @@ def alone(setting: Setting) -> Setting:
 def gain(results: Results, setting: Setting, what: str = "map") -> tuple[float, float]:
     """Points ahead of the batch alone, with the 95 % interval."""
     return paired_interval(results[setting][what], results[alone(setting)][what])
-
-
-def signed(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.1f} ± {interval[1]:.1f}"
 
 
 def table_of_arms(results: Results, data: str) -> list[list[str]]:

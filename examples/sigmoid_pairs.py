@@ -22,7 +22,7 @@ import momentum_distill as md
 import retrieval
 from mtmd.settings.options import at_least
 from retrieval import VIEWS, Encoders, Objective
-from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, signed, summary, write_results
 
 BASELINE = "InfoNCE"
 ARMS: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def table(results: Results) -> list[list[str]]:
         setting = best(results, name)
         bias = "" if name == BASELINE else f"{setting.bias:g}"
         found = [summary(results[setting][what]) for what in ("map", "recall1", "pair1")]
-        beyond = "" if name == BASELINE else retrieval.signed(paired_interval(results[setting]["map"], base))
+        beyond = "" if name == BASELINE else signed(paired_interval(results[setting]["map"], base))
         rows.append([name, f"{setting.temperature:g}", bias, *found, beyond])
     return rows
 

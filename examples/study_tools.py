@@ -48,6 +48,11 @@ def summary(values: ArrayLike) -> str:
     return f"{array.mean():.1f} ± {array.std(ddof=1):.1f}"
 
 
+def signed(interval: tuple[float, float]) -> str:
+    """A difference and half the width of its interval, as in `+0.3 ± 0.5`."""
+    return f"{interval[0]:+.1f} ± {interval[1]:.1f}"
+
+
 class RunLog:
     """Finished runs by what they are runs of, a line each in a file; what a killed one left of a line is dropped."""
 

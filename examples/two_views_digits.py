@@ -48,7 +48,7 @@ import momentum_distill as md
 from momentum_distill.schedules import Cosine, Schedule, WarmUp
 from mtmd.results.plots import save_figure
 from mtmd.settings.options import at_least
-from study_tools import StudyParser, paired_interval, write_results
+from study_tools import StudyParser, paired_interval, signed, summary, write_results
 
 CLASSES, WIDTH = 10, 32  # digits, features of a view
 TEST, TRAIN = 500, 1000  # rows; those left, 297, served to choose the settings of the arms
@@ -306,8 +306,8 @@ def table_of(
             table.add_row(
                 setting if place == 0 else "",
                 arm.name,
-                f"{weak[arm.name].mean():.1f} ± {weak[arm.name].std(ddof=1):.1f}",
-                *([f"{mean:+.1f} ± {half:.1f}" for mean, half in intervals] + ["", ""])[:2],
+                summary(weak[arm.name]),
+                *([*map(signed, intervals), "", ""])[:2],
                 f"{scores(results, setting, arm.name, 'strong').mean():.1f}",
                 end_section=place == len(arms) - 1,
             )

@@ -60,7 +60,7 @@ from torch.nn import functional as F
 import momentum_distill as md
 from mtmd.results.plots import save_figure
 from mtmd.settings.options import at_least
-from study_tools import RunLog, StudyParser, paired_interval, summary, write_results
+from study_tools import RunLog, StudyParser, paired_interval, signed, summary, write_results
 from watch_data import load_windows
 
 CLASSES, PEOPLE, FOLDS = 7, 10, 5
@@ -380,8 +380,8 @@ def lines(results: list[Result]) -> list[list[str]]:
             if arm == other or (setting, other.name) not in there:
                 row.append("")
                 continue
-            mean, half = paired_interval(*(scores(results, setting, one.name, "weak", by) for one in (arm, other)))
-            row.append(f"{mean:+.1f} ± {half:.1f}")
+            pair = (scores(results, setting, one.name, "weak", by) for one in (arm, other))
+            row.append(signed(paired_interval(*pair)))
         for what in ("strong", "fused"):
             seen = f"{scores(results, setting, arm.name, what, 'seed').mean():.1f}"
             row.append("" if arm.by_hand else seen)  # they stand still there

@@ -179,7 +179,8 @@ def test_the_figures_that_page_and_docstring_name_are_in_the_results():
         return f"({mean:+.1f} ± {half:.1f} beyond half of it"
 
     def versus(setting, ours, theirs, missing="either", share=0.5, by="person"):
-        return study.interval(*(study.accuracy(results, setting, arm, missing, share, by) for arm in (ours, theirs)))
+        pair = (study.accuracy(results, setting, arm, missing, share, by) for arm in (ours, theirs))
+        return study.signed(study.paired_interval(*pair))
 
     full, alone, ours = study.ARMS
     few = ("20", ours, alone)

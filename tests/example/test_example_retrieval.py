@@ -309,7 +309,7 @@ def test_what_the_page_says_of_retrieval_stands_in_its_tables_and_results(tables
     cells = {cell for rows in tables for row in rows for cell in row}
     for name, data in itertools.product(("queue", "targets"), retrieval.DATA):
         top = (retrieval.gain(results, retrieval.arm(name, data), what) for what in ("recall1", "pair1"))
-        cells |= set(map(retrieval.signed, top))
+        cells |= set(map(study_tools.signed, top))
     said = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", " ".join(prose.split()))
     assert len(said) > 5
     assert [figure for figure in said if figure not in cells] == []
