@@ -71,7 +71,8 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
             raise ValueError(f"--text: expected one beside other parts of an utterance, got {len(texts)}")
         fold = build_fold([{"id": str(row), "text": text, **given} for row, text in enumerate(texts)])
     else:
-        fold = read_utterances(arguments.source, arguments.fold or "test")
+        is_csv = arguments.source.suffix.lower() == ".csv"
+        fold = read_csv(arguments.source) if is_csv else load_fold(arguments.source, arguments.fold or "test")
     for text in unread(fold, trained):
         note(console, text)
     said = ask(trained, prepare_fold(fold, trained, source=str(arguments.source or "predict")))
@@ -99,13 +100,6 @@ def run_predict(arguments: argparse.Namespace, console: Console) -> None:
     for line in lines[1:]:
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else escape(cell) for cell in line))
     console.print(table)
-
-
-def read_utterances(path: Path, fold: str) -> Fold:
-    """The utterances of a file of any of the four kinds."""
-    if path.suffix.lower() == ".csv":
-        return read_csv(path)
-    return load_fold(path, fold)
 
 
 def read_csv(path: Path) -> Fold:
