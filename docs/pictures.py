@@ -103,6 +103,7 @@ def concept_targets() -> None:
         axes.set_title(title, fontsize=11)
         axes.set_xticks(range(8), ["+", "+", "+", "-", "-", "-", "-", "-"])
     figure.supxlabel("keys: + of the query's class, - of another", fontsize=11)
+    figure.supylabel("share of a key", fontsize=11)
 
 
 def concept_hard() -> None:
@@ -146,7 +147,7 @@ def mutual_information() -> None:
     axes.plot(counts, [math.log(count) for count in counts], color=GREY, linewidth=1.0)
     for rho, colour, marker in ((0.4, GREEN, "s"), (0.7, ORANGE, "^"), (0.9, BLUE, "o")):
         truth = -4 * math.log(1 - rho**2)
-        bounds = [mean(_bound(rho, count) for _ in range(max(1, 1024 // count))) for count in counts]
+        bounds = [mean(_bound(rho, count) for _ in range(max(8, 4096 // count))) for count in counts]
         axes.plot(counts, bounds, color=colour, marker=marker, markersize=4)
         axes.axhline(truth, color=colour, linestyle="--", linewidth=1.0)
         axes.text(5600, truth, f"rho {rho}: {truth:.2f} nats", va="center", color=colour)

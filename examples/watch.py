@@ -99,6 +99,7 @@ ARMS = (
     BLOCKS,
 )
 MAIN = (LABELS, PLAIN, BLOCKS)  # the others where labels are few
+DRAWN = (LABELS, PLAIN, FROM_FUSION, BLOCKS)
 
 
 class Windows(NamedTuple):
@@ -413,16 +414,18 @@ def plot(results: list[Result], path: Path) -> None:
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 10})
     figure, (alone, missing) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     settings = [name for name in SETTINGS if name in {result.labels for result in results}]
-    shown = [arm for arm in MAIN if arm.name in {result.arm for result in results}]
-    places, ends = np.arange(len(settings)), []
-    for offset, arm in zip((-0.06, 0.0, 0.06), shown, strict=False):
-        columns = np.stack([scores(results, setting, arm.name, "weak", "seed") for setting in settings])
+    there = {(result.labels, result.arm) for result in results}
+    shown = [arm for arm in DRAWN if (settings[0], arm.name) in there]
+    ends = []
+    for offset, arm in zip((-0.09, -0.03, 0.03, 0.09), shown, strict=False):
+        places = [place for place, setting in enumerate(settings) if (setting, arm.name) in there]
+        columns = np.stack([scores(results, settings[place], arm.name, "weak", "seed") for place in places])
         means, spread = columns.mean(axis=1), columns.std(axis=1, ddof=1)
-        alone.errorbar(places + offset, means, spread, color=arm.colour, marker="o", capsize=3)
+        alone.errorbar(np.add(places, offset), means, spread, color=arm.colour, marker="o", capsize=3)
         ends.append((means[0], arm))
     label_ends(alone, -0.2, ends, "right")
-    alone.set_xticks(places, [name if name == "all" else f"{name} a class" for name in settings])
-    alone.set(xlabel="labels", ylabel="gyroscope alone, accuracy %", xlim=(-1.3, places[-1] + 0.3))
+    alone.set_xticks(range(len(settings)), [name if name == "all" else f"{name} a class" for name in settings])
+    alone.set(xlabel="labels", ylabel="gyroscope alone, accuracy %", xlim=(-1.5, len(settings) - 0.7))
 
     shares, ends, few = np.linspace(0, 1, 21), [], settings[0]
     for arm in (arm for arm in shown if not arm.by_hand):

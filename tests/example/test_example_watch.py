@@ -224,7 +224,7 @@ def test_the_tables_of_the_page_are_those_of_the_results():
     for row in rows:
         if row[0].startswith("watch, "):
             setting = row[0].removeprefix("watch, ").removesuffix(" labels a class").removesuffix(" labels")
-            arms = [short[setting, arm.name][2] for arm in watch.MAIN]
+            arms = [short.get((setting, arm.name), ["", "", ""])[2] for arm in watch.DRAWN]
             difference = short[setting, watch.BLOCKS.name][3]
             assert row[2:] == [*arms, difference, "`python examples/watch.py`"]
     assert sum(row[0].startswith("watch, ") for row in rows) == len({result.labels for result in results})
@@ -253,6 +253,8 @@ def test_the_differences_that_the_page_names_are_in_the_results():
         f"level with plain distillation: {difference(few, response, plain)} with five labels",
         f"({difference('all', blocks, labels)}), and the fusion loses ({difference('all', blocks, labels, 'fused')})",
         f"queue add nothing: {contrast[0]} with five labels, {contrast[1]} with twenty",
+        f"the blocks are {learns[0]} and {learns[2]} beyond",
+        f"{difference('all', blocks, labels)} on the watch",
     ):
         assert said in text, said
 

@@ -25,7 +25,7 @@ PARTS = {
     "fusion_factors": "weights of the modalities in the fusion",
     "hard_attention": "more weight for hard samples in L_fusion",
     "fusion": "L_fusion, by which branches follow the fused prediction",
-    "momentum_mfd": "the moving average of the fusion's weights",
+    "momentum_mfd": "the moving average of the weights of the modalities",
     **{f"{name}_task": f"the {name} branch" for name in MODALITIES},
     "distillation": "everything but the ground truth",
 }
