@@ -388,7 +388,7 @@ def alone(setting: Setting) -> Setting:
 
 
 def beyond(results: Results, setting: Setting, base: Setting, what: str = "map") -> tuple[float, float]:
-    """Points ahead of the base, with the 95 % interval: over seeds; on the watch over its folds, for seeds share them."""
+    """Points ahead of the base, with the 95 % interval: over seeds; on the watch over its folds."""
     difference = np.subtract(results[setting][what], results[base][what])
     if setting.data == "watch":
         difference = np.array([difference[fold::FOLDS].mean() for fold in range(min(FOLDS, len(difference)))])

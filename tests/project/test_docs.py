@@ -100,16 +100,19 @@ def test_the_first_example_prints_what_is_said_of_it_and_starts_the_site_too(cap
 def test_the_figures_of_the_readme_are_those_measured():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     arms = read_json("docs/results/mosi_mpnet.json")["arms"]
+    arms["float32"] = read_json("docs/results/mosi_mpnet_float32.json")["arms"]["full"]
     error = {name: [run["test"]["mae"] for run in arm["runs"]] for name, arm in arms.items()}
     mae = {name: f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for name, x in error.items()}
-    assert {len(x) for x in error.values()} == {5}
-    assert f"five seeds: test error (MAE) | **{mae['full']}** | text alone {mae['text_only']};" in text
+    assert {len(error[name]) for name in ("full", "no_distillation", "text_only")} == {5}
+    assert f"five seeds: test error (MAE) | **{mae['full']}**; in float32 {mae['float32']} |" in text
+    assert f"| no distillation {mae['no_distillation']}, text alone {mae['text_only']}: level" in text
 
     results = read_rows(ROOT / "docs" / "results" / "watch.json", watch.Result)
-    labels, plain, *_, blocks = (summary(watch.scores(results, "5", arm.name, "weak", "seed")) for arm in watch.ARMS)
-    assert (
-        f"five labels a class: accuracy, % | **{blocks}** | labels alone {labels}; plain distillation {plain}" in text
+    labels, plain, fusion, blocks = (
+        summary(watch.scores(results, "5", arm.name, "weak", "seed")) for arm in watch.DRAWN
     )
+    assert f"five labels a class: accuracy, % | **{blocks}** | labels alone {labels}; " in text
+    assert f"; plain distillation {plain}, from the fusion of both {fusion} |" in text
 
     rows = read_json("benchmarks/results/supcon-cpu-full.json")["results"]
     rows = {row["contender"]: row for row in rows if row["case"] == "loss, N=256, Q=65536, 1 direction"}
