@@ -119,13 +119,17 @@ def load() -> Windows:
     return Windows(*sensors, torch.from_numpy(found.exercise), torch.from_numpy(found.person))
 
 
+def folds() -> Tensor:
+    """The people of each fold, (FOLDS, 2)."""
+    return torch.randperm(PEOPLE, generator=torch.Generator().manual_seed(0)).view(FOLDS, -1)
+
+
 def split(windows: Windows, fold: int, *, valid: bool) -> tuple[Windows, Windows]:
     """The windows of the people to train with and of two others; standardised by those to train with.
 
     With `valid` the two are the next fold's, and nobody sees the people of this one.
     """
-    people = torch.randperm(PEOPLE, generator=torch.Generator().manual_seed(0)).view(FOLDS, -1)
-    test, after = people[fold], people[(fold + 1) % FOLDS]
+    test, after = folds()[fold], folds()[(fold + 1) % FOLDS]
     held_out = torch.isin(windows.people, test)
     train = ~held_out
     if valid:

@@ -1,5 +1,6 @@
 """The study of retrieval: what it trains on, what its arms do, and that the page says what the runs gave."""
 
+import functools
 import itertools
 import json
 import os
@@ -321,8 +322,22 @@ def test_what_page_and_docstring_say_of_retrieval_stands_in_its_tables_and_resul
     for name, data in itertools.product(("queue", "targets"), retrieval.DATA):
         for wrong, what in ((0.0, "recall1"), (0.0, "pair1"), (0.4, "recall1")):
             cells.add(study_tools.signed(retrieval.gain(results, retrieval.arm(name, data, wrong=wrong), what)))
+    for data in retrieval.DATA:
+        arm = functools.partial(retrieval.arm, data=data)
+        for ours, theirs in (
+            (arm("batch alone", temperature=0.8), arm("batch alone", temperature=0.4)),
+            (arm("batch alone", temperature=0.8, wrong=0.4), arm("batch alone", temperature=0.4, wrong=0.4)),
+            (arm("batch alone", temperature=0.8, wrong=0.4), arm("batch alone", wrong=0.4)),
+            (arm("queue", wrong=0.4), arm("batch alone", temperature=0.8, wrong=0.4)),
+            (arm("targets", alpha=0.8), arm("targets")),
+            (arm("targets", teacher_temperature=0.05), arm("targets")),
+            (arm("queue and targets"), arm("queue")),
+        ):
+            cells.add(study_tools.signed(retrieval.beyond(results, ours, theirs)))
+    mean, half = retrieval.gain(results, retrieval.arm("targets", "watch"))
+    cells.add(f"{mean:+.2f} ± {half:.2f}")  # which one digit would show as if it did not hold 0
     for text in (prose, retrieval.__doc__):
-        said = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", " ".join(text.split()))
+        said = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", " ".join(text.split()))
         assert len(said) > 5
         assert [figure for figure in said if figure not in cells] == []
 

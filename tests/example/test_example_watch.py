@@ -238,6 +238,10 @@ def test_the_differences_that_the_page_names_are_in_the_results():
         pair = (watch.scores(results, setting, arm.name, what, by) for arm in (ours, theirs))
         return "{:+.1f} ± {:.1f}".format(*watch.paired_interval(*pair))
 
+    def by_fold(setting, theirs):
+        pair = (watch.scores(results, setting, arm.name, "weak", "person") for arm in (blocks, theirs))
+        return watch.signed(watch.paired_interval(*(each[watch.folds().numpy()].mean(axis=1) for each in pair)))
+
     labels, plain, by_fusion, response, fusion, blocks = watch.ARMS
     few, more = "5", "20"
     better = [difference(few, blocks, labels, what) for what in ("strong", "fused")]
@@ -248,13 +252,15 @@ def test_the_differences_that_the_page_names_are_in_the_results():
     for said in (
         f"accelerometer and fusion get better too ({better[0]} and {better[1]} on labels alone)",
         f"with twenty the accelerometer ({then[0]}), the fusion not ({then[1]})",
-        f"the better teacher ({teacher[0]} with five labels, {teacher[1]} with twenty)",
+        f"the better teacher ({teacher[0]} with five labels, {teacher[1]} with twenty, not beyond",
         f"with five labels {learns[0]} over people, {learns[1]} over seeds; with twenty {learns[2]} and {learns[3]}.",
         f"level with plain distillation: {difference(few, response, plain)} with five labels",
         f"({difference('all', blocks, labels)}), and the fusion loses ({difference('all', blocks, labels, 'fused')})",
         f"queue add nothing: {contrast[0]} with five labels, {contrast[1]} with twenty",
-        f"the blocks are {learns[0]} and {learns[2]} beyond",
+        f"the blocks are {learns[0]} (over folds ± {by_fold(few, by_fusion)[-3:]}) and {learns[2]} beyond",
         f"{difference('all', blocks, labels)} on the watch",
+        f"the blocks are {by_fold(few, plain)} and {by_fold(more, plain)} beyond plain",
+        f"and {by_fold(few, by_fusion)} beyond the fusion by hand",
     ):
         assert said in text, said
 
