@@ -50,7 +50,7 @@ def test_each_subset_is_as_likely_and_no_window_is_without_sensors():
     assert drawn.any(dim=1).all()
 
 
-def test_student_sees_drawn_subsets_and_teacher_both_sensors():
+def test_student_sees_drawn_subsets_and_teacher_both_sensors_or_the_same():
     windows = few_labels()
     for arm in study.ARMS:
         torch.manual_seed(1)
@@ -62,8 +62,9 @@ def test_student_sees_drawn_subsets_and_teacher_both_sensors():
         watch.train(model, objective, windows, steps=3)
         assert len(seen["student"]) == 3
         assert all(there.all() for there in seen["student"]) == (not arm.dropping)
-        assert len(seen["teacher"]) == (3 if arm.teacher else 0)
-        assert all(there.all() for there in seen["teacher"])
+        taught = seen["student"] if not arm.sees_all else [torch.ones_like(there) for there in seen["student"]]
+        for ours, expected in zip(seen["teacher"], taught if arm.teacher else [], strict=True):
+            assert torch.equal(ours, expected)
 
 
 def test_unlabelled_windows_are_distilled_and_have_no_part_without_teacher():
@@ -81,7 +82,7 @@ def test_the_teacher_is_the_average_of_the_student():
     windows = few_labels()
     torch.manual_seed(0)
     model = study.Model()
-    objective = study.Taught(model)
+    objective = study.Taught(model, sees_all=True)
     average = [p.detach().clone() for p in model.parameters()]
     for updates in range(3):
         watch.train(model, objective, windows, steps=1)
@@ -95,8 +96,8 @@ def test_the_teacher_is_the_average_of_the_student():
 
 
 def fake_results():
-    """Nothing missing: full 80, dropping 70, taught 78; a sensor missing: 40 less without the accelerometer."""
-    there = dict(zip((arm.name for arm in study.ARMS), (80.0, 70.0, 78.0), strict=True))
+    """Nothing missing: full 80, dropping 70, taught 78, 74; a sensor missing: 40 less without the accelerometer."""
+    there = dict(zip((arm.name for arm in study.ARMS), (80.0, 70.0, 78.0, 74.0), strict=True))
     return [
         study.Result(
             setting, name, seed, person, both + seed + person, both - 40 + seed + person, both - 20 + seed + person
@@ -142,9 +143,9 @@ def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp
     for arms, said in ((study.ARMS[:2], printed), (study.ARMS, capsys.readouterr().out)):
         assert all(arm.name in said for arm in arms)
     logged = (tmp_path / "test_1_steps.jsonl").read_text().splitlines()
-    assert len({str(json.loads(line)[0]) for line in logged}) == len(logged) == 3 * 2 * watch.FOLDS  # none twice
+    assert len({str(json.loads(line)[0]) for line in logged}) == len(logged) == 4 * 2 * watch.FOLDS  # none twice
     read = read_rows(tmp_path / "missing_sensors.json", study.Result)
-    assert len(read) == len(results) == 3 * 2 * watch.PEOPLE
+    assert len(read) == len(results) == 4 * 2 * watch.PEOPLE
     assert all(0 <= value <= 100 for result in read for value in result[4:])
     assert (tmp_path / "missing_sensors.svg").stat().st_size > 5_000
     assert (tmp_path / "missing_sensors.pdf").read_bytes().startswith(b"%PDF")
@@ -182,7 +183,7 @@ def test_the_figures_that_page_and_docstring_name_are_in_the_results():
         pair = (study.accuracy(results, setting, arm, missing, share, by) for arm in (ours, theirs))
         return study.signed(study.paired_interval(*pair))
 
-    full, alone, ours = study.ARMS
+    full, alone, ours, no_more = study.ARMS
     few = ("20", ours, alone)
     for text in (PAGE, study.__doc__):
         said = " ".join(text.split())
@@ -191,6 +192,9 @@ def test_the_figures_that_page_and_docstring_name_are_in_the_results():
             f"{versus(*few)} on dropping alone over people, {versus(*few, by='seed')} over seeds",
             f"where the accelerometer is missing from every window {versus(*few, 'accelerometer', 1.0)}, "
             f"where the gyroscope is {versus(*few, 'gyroscope', 1.0)}, where nothing is {versus(*few, share=0.0)}.",
+            f"sees no more has {versus('20', no_more, alone, share=0.0)} of it.",
+            f"sees no more than its student {won('20', no_more).partition(' of')[0]}, and the one that sees both is "
+            f"{versus('20', ours, no_more)} from it over people, {versus('20', ours, no_more, by='seed')} over seeds.",
             f"{won('all', ours)} {beyond('all')}; {versus('all', ours, alone)} on dropping alone)",
             f"by {versus('20', full, alone)} with 20 labels, by {versus('all', full, alone)} with all.",
         ):
