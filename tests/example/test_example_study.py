@@ -828,6 +828,7 @@ OF_BASE_SIZE = {
         "no_vision_task": "the same, w/o v subtask",
         "instance_sampling": "the same, i ≠ j",
         "context_1": "the same, `--context 1`",
+        "decay_0.98": "the same, `--decay 0.98`",
         "layer_decay": "the same, `--layer-decay 0.9`",
     },
 }
