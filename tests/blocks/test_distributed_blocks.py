@@ -209,6 +209,7 @@ def test_losses_compile_to_one_graph(fused_scores, names, ranks):
         close([value], [alone[name].value], 1e-14, name)
 
 
+@pytest.mark.long
 def test_rows_gathered_and_stored_by_compiled_code_are_the_same(ranks):
     assert ranks.run(2, "rank_blocks:compiled_rows") == [(True,) * 4] * 2
 

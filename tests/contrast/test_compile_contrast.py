@@ -271,7 +271,8 @@ def graded(n=5, q=11, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(
-    ("positives_from", "call"), [("distance", F.supcon_distill_loss), ("function", F.supcon_distill_terms)]
+    ("positives_from", "call"),
+    [("distance", F.supcon_distill_loss), pytest.param("function", F.supcon_distill_terms, marks=pytest.mark.long)],
 )
 @pytest.mark.usefixtures("way")
 def test_graded_positives_and_hard_negatives_are_those_without_a_compiler(positives_from, call):

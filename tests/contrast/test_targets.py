@@ -371,7 +371,7 @@ def test_the_module_is_the_function(kind):
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("fused_scores", [2**14, -1], ids=["formulas", "operator"])
-@pytest.mark.parametrize("kind", ["softmax", *TARGETS])
+@pytest.mark.parametrize("kind", [pytest.param("softmax", marks=pytest.mark.long), *TARGETS])
 @pytest.mark.grid
 def test_compiled_code_gives_the_same_and_compiles_no_more_after_step_two(kind, fused_scores, monkeypatch):
     monkeypatch.setattr(engine, "FUSED_SCORES", fused_scores)

@@ -527,7 +527,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(processes, undistur
 def test_killed_at_its_nth_operation_on_the_disk_it_ends_with_the_same_bits(processes, undisturbed, tmp_path):
     """A process dies at its nth write, sync, rename or removal, the next at a later one: while it saves each time."""
     expected, _ = undisturbed
-    for attempt in range(1, 200, times(28, 3, 1)):
+    for attempt in range(1, 200, times(50, 3, 1)):
         process = begun(processes, tmp_path, attempt > 1, attempt)
         if has_ended(process, tmp_path):
             break

@@ -73,6 +73,8 @@ def test_the_page_says_what_the_runs_gave(results):
         assert [row for row in rows if "| " + " | ".join(row) + " |" not in lines] == []
     prose = " ".join(line for line in lines if not line.startswith("|"))
     cells = {cell for rows in tables for row in rows for cell in row}
+    taught, plain = (sigmoid_pairs.best(results, name) for name in ("sigmoid and targets", "sigmoid"))
+    cells.add(study_tools.signed(study_tools.paired_interval(results[taught]["map"], results[plain]["map"])))
     said = re.findall(r"[+-]?\d+\.\d(?: ± \d+\.\d)?(?= percent|,|;| \(|\.? )", prose)
     assert len(said) > 3
     assert [figure for figure in said if figure not in cells | {"0.1", "0.2", "0.4", "0.8"}] == []

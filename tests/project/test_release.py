@@ -55,6 +55,7 @@ def builds(tmp_path_factory):
     return build(first, umask=0o022, TZ="UTC"), build(second, umask=0o077, TZ="Asia/Tokyo", PYTHONHASHSEED="1")
 
 
+@pytest.mark.long
 def test_two_builds_are_the_same_to_the_last_bit(builds):
     first, second = builds
     assert set(first) == {WHEEL, SDIST}
