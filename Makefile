@@ -20,7 +20,7 @@ tour: setup  ## run examples/tour.ipynb, half a minute, and store in it what its
 results:  ## the commands that give the figures of docs/results.md and docs/when.md again
 	@sed -n '/^```sh/,/^```$$/{/^```/!p}' docs/results.md docs/when.md | awk '!seen[$$0]++'
 
-test: setup  ## the suite, with the examples in docstrings, README and docs: five to six minutes on two cores
+test: setup  ## the suite, with the examples in docstrings, README and docs: about five minutes on two cores
 	$(PYTEST) -m "not long"
 
 test-long: setup  ## what `test` leaves out: whole grids, kills, CPUs that are not like this one
