@@ -1,6 +1,7 @@
 """Several averages of one model in one pass: each is to the bit what a wrapper by itself is."""
 
 import copy
+import inspect
 import pickle
 import weakref
 
@@ -45,6 +46,19 @@ def assert_same(averages, singles):
         for key in ours:
             assert ours[key].dtype == alone[key].dtype
             assert torch.equal(ours[key], alone[key]), (name, key)
+
+
+def test_each_wrapper_gets_every_option(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "momentum_distill._ema_dict.EMAWrapper", lambda _, **given: asked.append(given) or nn.Identity()
+    )
+    options = {"buffers": "ema", "dtype": torch.float64, "device": "meta", "mode": "train", "hooks": "keep"}
+    options["share_frozen"] = True
+    md.EMADict(nn.Linear(2, 2), {"fast": 0.9, "slow": 0.999}, **options)
+    assert asked == [{"decay": 0.9, **options}, {"decay": 0.999, **options}]
+    alone = set(inspect.signature(md.EMAWrapper).parameters) - {"teacher"}
+    assert set(inspect.signature(md.EMADict).parameters) - {"decays"} | {"decay"} == alone  # none is left out
 
 
 @pytest.mark.parametrize("threads", [1, 2])
