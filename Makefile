@@ -18,7 +18,8 @@ tour: setup  ## run examples/tour.ipynb, half a minute, and store in it what its
 	OMP_NUM_THREADS=1 $(BIN)/python -W error tests/run_notebook.py examples/tour.ipynb
 
 results:  ## the commands that give the figures of docs/results.md and docs/when.md again
-	@sed -n '/^```sh/,/^```$$/{/^```/!p}' docs/results.md docs/when.md | awk '!seen[$$0]++'
+	@sed -n '/^```sh/,/^```$$/{/^```/!p}' docs/results.md docs/when.md \
+		| awk '{one = one $$0 "\n"} !/\\$$/ {if (!seen[one]++) printf "%s", one; one = ""}'  # whole commands
 
 test: setup  ## the suite, with the examples in docstrings, README and docs: about five minutes on two cores
 	$(PYTEST) -m "not long"

@@ -162,11 +162,7 @@ def test_value_and_gradients_are_those_without_a_compiler(point):
     compare(case_of(point.parts, point.momentum), point.learned, dynamic=point.dynamic, **point.options)
 
 
-@pytest.mark.parametrize(
-    "point",
-    [POINTS[3], pytest.param(POINTS[4], marks=pytest.mark.long)],
-    ids=Point.name,
-)
+@pytest.mark.parametrize("point", [POINTS[3], pytest.param(POINTS[4], marks=pytest.mark.long)], ids=Point.name)
 def test_value_and_gradients_of_fused_formulas(point):
     compare(case_of(point.parts, point.momentum), point.learned, dynamic=point.dynamic, **point.options)
 

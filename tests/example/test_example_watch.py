@@ -236,7 +236,7 @@ def test_the_differences_that_the_page_names_are_in_the_results():
 
     def difference(setting, ours, theirs, what="weak", by="person"):
         pair = (watch.scores(results, setting, arm.name, what, by) for arm in (ours, theirs))
-        return "{:+.1f} ± {:.1f}".format(*watch.paired_interval(*pair))
+        return watch.signed(watch.paired_interval(*pair))
 
     def by_fold(setting, theirs):
         pair = (watch.scores(results, setting, arm.name, "weak", "person") for arm in (blocks, theirs))

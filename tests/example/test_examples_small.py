@@ -13,7 +13,7 @@ import other_distillation as other
 import quickstart
 import two_views_digits
 from conftest import ROOT
-from study_tools import paired_interval, read_results, summary
+from study_tools import paired_interval, read_results, signed, summary
 
 
 def test_quickstart_has_a_loss_that_falls_and_a_line_for_each_block(capsys):
@@ -68,8 +68,7 @@ def test_the_page_has_what_the_results_beside_it_say():
         cells = [summary(values) for values in weak.values()]
         if place > 1:
             few = list(weak)[-1]
-            mean, half = paired_interval(weak[few], two_views_digits.scores(results, few, "response"))
-            cells.append(f"{mean:+.1f} ± {half:.1f}")
+            cells.append(signed(paired_interval(weak[few], two_views_digits.scores(results, few, "response"))))
         assert f"| {' | '.join(cells)} |" in page, arm.name
 
 
@@ -92,7 +91,7 @@ def test_the_page_has_what_the_results_of_the_decays_say():
     said = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", page.split("## The decay of the momentum model")[1].split("\n## ")[0])
     for arm in arms:
         apart = [paired_interval(weak[arm], weak[base]) if arm != base else None for base in arms[:2]]
-        cells = [arm, summary(weak[arm]), *("" if one is None else f"{one[0]:+.1f} ± {one[1]:.1f}" for one in apart)]
+        cells = [arm, summary(weak[arm]), *("" if one is None else signed(one) for one in apart)]
         assert f"| {' | '.join(cells)} |" in page, arm
         said = [figure for figure in said if figure not in cells]
     assert said == []
@@ -188,5 +187,5 @@ def test_other_rules_train_as_a_command_and_the_page_has_their_figures(tmp_path,
     for place, arm in enumerate(other.ARMS):
         apart = [paired_interval(weak[arm.name], weak[base]) if place > at else None
                  for at, base in enumerate(("response", "all blocks"))]  # fmt: skip
-        cells = [arm.name, summary(weak[arm.name]), *("" if x is None else f"{x[0]:+.1f} ± {x[1]:.1f}" for x in apart)]
+        cells = [arm.name, summary(weak[arm.name]), *("" if x is None else signed(x) for x in apart)]
         assert f"| {' | '.join(cells)} |" in page, arm.name

@@ -43,7 +43,7 @@ SCRIPTS = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The folder with the files of one quick run of every script."""
+    """The folder with the files of one quick run of every script, uncompiled; `make test-long` has them compiled."""
     folder = tmp_path_factory.mktemp("results")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -320,6 +321,18 @@ def test_every_command_is_one_that_can_be_run_or_stands_in_the_table_with_its_re
     every = [command for commands in PRINTED.values() for command in commands]
     assert [entry for entry in NOT_RUN if entry not in every and entry != "make"] == []
     assert [start for start in LONG if not any(command.startswith(start) for command in every)] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_results_prints_each_command_of_both_pages_once_and_whole():
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "when.md"))
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)).replace("\\\n", "")
+    done = subprocess.run(
+        ["make", "--silent", "--no-print-directory", "results"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    said = done.stdout.replace("\\\n", "").splitlines()
+    assert said == list(dict.fromkeys(blocks.splitlines()))
+    assert all(line.startswith("python ") for line in said)
 
 
 def test_nothing_that_is_printed_is_overlooked():
