@@ -4,8 +4,8 @@ BIN := .venv/bin
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 # Not those that look at files, messages, pages and packages, nor those whose numbers are what others compute.
-NOT_COMPUTING := bad_inputs|benchmarks|cuda|distributed|docs|example_(bootstrap|cli|data|garbage|killed|layouts|own_format|$\
-	plots|processes|retrieval|study)|integrations|printed_commands|public_api|release|safe_pickle|supply_chain|triton
+NOT_COMPUTING := bad_inputs|benchmarks|cuda|distributed|docs|example_(ablate|bootstrap|cli|data|garbage|killed|layouts|$\
+	own_format|plots|processes|report|retrieval|search)|integrations|printed_commands|public_api|release|safe_pickle|supply_chain|triton
 COMPUTING = $(shell ls tests/*/test_*.py | grep -v -E "/test_($(NOT_COMPUTING))")
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import mtmd_mosi
 from mtmd.data.fold import Dataset
 from mtmd.data.scaling import Standardizer
 from mtmd.model import MTMD
@@ -140,3 +141,17 @@ def fake_steps(path: Path, config: Config, rng: np.random.Generator, steps: int)
         writer.writerows(
             [number, *values] for number, values in enumerate(zip(*columns.values(), strict=True), start=1)
         )
+
+
+def read(path):
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def fails(capsys, arguments):
+    """Run a command that must fail: the message on its one line."""
+    assert mtmd_mosi.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    (line,) = (captured.err or captured.out).strip().splitlines()
+    return line
