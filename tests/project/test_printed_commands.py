@@ -32,6 +32,7 @@ from study_cases import fake_experiment
 
 RUNNERS = ("python", ".venv/bin/python", "torchrun", "pip", "make", "accelerate")
 SCRIPT = "examples/mtmd_mosi.py"
+MAKE = shutil.which("make")
 
 # What is not run, and why. Of `make` alone `make example` is, by its recipe.
 NOT_RUN = {
@@ -323,12 +324,12 @@ def test_every_command_is_one_that_can_be_run_or_stands_in_the_table_with_its_re
     assert [start for start in LONG if not any(command.startswith(start) for command in every)] == []
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.skipif(MAKE is None, reason="no make")
 def test_make_results_prints_each_command_of_both_pages_once_and_whole():
     text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("results.md", "when.md"))
     blocks = "".join(re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)).replace("\\\n", "")
     done = subprocess.run(
-        ["make", "--silent", "--no-print-directory", "results"], cwd=ROOT, capture_output=True, text=True, check=True
+        [MAKE, "--silent", "--no-print-directory", "results"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     said = done.stdout.replace("\\\n", "").splitlines()
     assert said == list(dict.fromkeys(blocks.splitlines()))
