@@ -122,6 +122,9 @@ def mark_chosen(axes: plt.Axes, chosen: Sequence[float]) -> None:
 def label_lines(axes: plt.Axes, *, apart: float = 0.055) -> None:
     """The name of each line at its right end, at least `apart` of the height from the next."""
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    last = max(line.get_xdata()[-1] for line in lines)
+    if last > min(line.get_xdata()[0] for line in lines):
+        axes.set_xlim(right=last)  # so that the names stand beside the frame, and over no line of it
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = [to_axes.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
     order = np.argsort([height for _, height in ends])
