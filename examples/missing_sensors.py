@@ -19,7 +19,7 @@ the missing costs: both sensors at 0 % less dropping alone at 50 %.
 | 20 | both sensors | 77.0 ± 1.3 | 61.5 ± 1.6 | 45.9 ± 2.4 | -10.6 ± 2.0 |  |
 | 20 | dropping | 77.8 ± 1.1 | 72.0 ± 0.9 | 66.2 ± 1.0 |  |  |
 | 20 | dropping, momentum teacher | 79.5 ± 1.4 | 75.7 ± 1.2 | 71.9 ± 1.2 | +3.7 ± 1.4 | 3.7 of 5.0 |
-| 20 | the same, teacher sees no more | 79.0 ± 1.0 | 72.9 ± 1.0 | 66.9 ± 1.4 | +0.9 ± 0.9 | 0.9 of 5.0 |
+| 20 | the same, teacher sees no more | 79.0 ± 1.0 | 72.9 ± 1.0 | 66.9 ± 1.4 | +0.92 ± 0.86 | 0.9 of 5.0 |
 | all | both sensors | 85.0 ± 0.6 | 67.8 ± 1.3 | 50.5 ± 2.4 | -12.2 ± 2.4 |  |
 | all | dropping | 83.7 ± 0.7 | 80.0 ± 0.4 | 76.3 ± 0.3 |  |  |
 | all | dropping, momentum teacher | 82.9 ± 0.8 | 79.5 ± 0.6 | 76.1 ± 0.5 | -0.5 ± 1.0 | -0.5 of 5.0 |

@@ -49,8 +49,10 @@ def summary(values: ArrayLike) -> str:
 
 
 def signed(interval: tuple[float, float]) -> str:
-    """A difference and half the width of its interval, as in `+0.3 ± 0.5`."""
-    return f"{interval[0]:+.1f} ± {interval[1]:.1f}"
+    """A difference and half the width of its interval, as in `+0.3 ± 0.5`; two digits where one hides which is more."""
+    mean, half = interval
+    digits = 2 if f"{abs(mean):.1f}" == f"{half:.1f}" else 1
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 class RunLog:

@@ -257,7 +257,7 @@ def test_the_differences_that_the_page_names_are_in_the_results():
         f"level with plain distillation: {difference(few, response, plain)} with five labels",
         f"({difference('all', blocks, labels)}), and the fusion loses ({difference('all', blocks, labels, 'fused')})",
         f"queue add nothing: {contrast[0]} with five labels, {contrast[1]} with twenty",
-        f"the blocks are {learns[0]} (over folds ± {by_fold(few, by_fusion)[-3:]}) and {learns[2]} beyond",
+        f"the blocks are {learns[0]} (over folds ± {by_fold(few, by_fusion).split()[-1]}) and {learns[2]} beyond",
         f"{difference('all', blocks, labels)} on the watch",
         f"the blocks are {by_fold(few, plain)} and {by_fold(more, plain)} beyond plain",
         f"and {by_fold(few, by_fusion)} beyond the fusion by hand",

@@ -118,6 +118,11 @@ def test_paired_interval_is_that_of_a_t_test():
     assert half == pytest.approx(4.302652729911275 / 3**0.5)  # t of two degrees of freedom
 
 
+def test_a_difference_shows_whether_its_interval_holds_0():
+    assert signed((0.31, 0.52)) == "+0.3 ± 0.5"
+    assert signed((-0.69, 0.72)) == "-0.69 ± 0.72"
+
+
 def test_arms_without_a_block_train_without_it():
     digits, pool, _ = two_views_digits.load_views("halves")
     rows = digits.rows(pool[:64])
