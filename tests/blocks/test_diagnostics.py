@@ -93,10 +93,3 @@ def test_nan_stays_nan(name):
     x[2, 1] = math.nan
     args = (x,) if name == "uniformity" else (x, rows(9))
     assert getattr(diagnostics, name)(*args).isnan()
-
-
-def test_pairs_of_different_number_are_refused_not_broadcast():
-    with pytest.raises(ValueError, match=r"y: expected"):
-        diagnostics.alignment(rows(1, 5), rows(2, 1))
-    with pytest.raises(ValueError, match=r"y: expected"):
-        diagnostics.modality_gap(rows(1, 5, 4), rows(2, 5, 3))

@@ -70,21 +70,6 @@ def test_a_loss_built_before_the_process_group_follows_it(tmp_path):
     assert bits(loss_fn(*case.args)) == bits(before)
 
 
-@pytest.mark.parametrize("group", ["all", 3, object()], ids=["string", "number", "object"])
-@pytest.mark.parametrize(
-    "build",
-    [
-        md.SupConDistillLoss,
-        lambda group: md.ResponseDistillLoss(task="regression", group=group),
-        md.HardSampleFusionLoss,
-    ],
-    ids=["supcon", "response", "hard sample"],
-)
-def test_anything_else_is_no_group(build, group):
-    with pytest.raises((TypeError, ValueError), match="group"):
-        build(group=group)
-
-
 @pytest.mark.parametrize(
     "build",
     [

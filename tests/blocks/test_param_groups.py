@@ -54,21 +54,6 @@ def test_with_decay_the_temperature_would_move_and_without_it_stays():
     assert contrast.log_temperature_ratio.item() == 1.0
 
 
-@pytest.mark.parametrize(
-    ("modules", "decay", "error", "message"),
-    [
-        (["model"], 0.1, TypeError, r"^modules\[0\]: expected a torch.nn.Module, got 'model'"),
-        ([nn.Linear(1, 1)], -1.0, ValueError, "^weight_decay: expected a finite number"),
-        ([nn.Linear(1, 1)], "0", TypeError, "^weight_decay: expected a number"),
-        ([], 0.1, ValueError, "^modules: expected something that requires a gradient, got nothing"),
-        ([nn.ReLU()], 0.1, ValueError, "^modules: expected something"),
-    ],
-)
-def test_bad_input_is_named(modules, decay, error, message):
-    with pytest.raises(error, match=message):
-        md.param_groups(*modules, weight_decay=decay)
-
-
 def train(contrast, optimizer, steps):
     for _ in range(steps):
         if optimizer is not None:

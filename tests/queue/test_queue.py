@@ -1,6 +1,6 @@
-"""ClassQueue: one named test for each mistake found in other queues, and for each wrong argument.
+"""ClassQueue: one named test for each mistake found in other queues.
 
-Long random sequences of calls are in test_queue_stateful.py.
+Long random sequences of calls are in test_queue_stateful.py, wrong arguments in ../blocks/test_bad_inputs.py.
 """
 
 import copy
@@ -963,127 +963,8 @@ def test_enqueue_uses_no_random_numbers():
 
 
 # ---------------------------------------------------------------------------------------------
-# Wrong arguments
+# What `validate` finds; states, stream by stream
 # ---------------------------------------------------------------------------------------------
-
-
-WRONG_ARGUMENTS = [
-    ({"size": 0}, "size", ValueError),
-    ({"size": -3}, "size", ValueError),
-    ({"size": 2.0}, "size", TypeError),
-    ({"size": True}, "size", TypeError),
-    ({"size": "4"}, "size", TypeError),
-    ({"dims": {}}, "dims", ValueError),
-    ({"dims": {"t": 0}}, "dims", ValueError),
-    ({"dims": {"t": -1}}, "dims", ValueError),
-    ({"dims": {"t": 2.5}}, "dims", TypeError),
-    ({"dims": {3: 2}}, "dims", TypeError),
-    ({"dims": 4}, "dims", TypeError),
-    ({"dims": ["t"]}, "dims", TypeError),
-    ({"num_classes": 0}, "num_classes", ValueError),
-    ({"num_classes": 1.5}, "num_classes", TypeError),
-    ({"balanced": True}, "num_classes", ValueError),
-    ({"balanced": True, "num_classes": 7}, "size|num_classes", ValueError),
-    ({"balanced": "yes", "num_classes": 3}, "balanced", TypeError),
-    ({"normalize": "query"}, "normalize", (ValueError, TypeError)),
-    ({"dtype": torch.int64}, "dtype", (ValueError, TypeError)),
-    ({"dtype": "float32"}, "dtype", TypeError),
-    ({"device": "nowhere"}, "device", ValueError),
-    ({"group": "everyone"}, "group", (ValueError, TypeError)),
-]
-
-
-@pytest.mark.parametrize(
-    ("changes", "argument", "error"), WRONG_ARGUMENTS, ids=[str(changes) for changes, _, _ in WRONG_ARGUMENTS]
-)
-def test_wrong_constructor_arguments_are_named(changes, argument, error):
-    arguments = {"size": 6, "dims": DIMS} | changes
-    with pytest.raises(error, match=rf"^({argument})(\[.+?\])?: expected .*, got "):
-        md.ClassQueue(**arguments)
-
-
-def without(stream):
-    return {s: x for s, x in batch(3)[1].items() if s != stream}
-
-
-def replaced(stream, value):
-    return batch(3)[1] | {stream: value}
-
-
-BAD_BATCHES = {
-    "labels of another length": ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError),
-    "labels as a column": ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, ValueError),
-    "labels without a dimension": ({"labels": torch.tensor(1)}, ValueError),
-    "float labels": ({"labels": torch.zeros(3)}, TypeError),
-    "bool labels": ({"labels": torch.zeros(3, dtype=torch.bool)}, TypeError),
-    "labels as a list": ({"labels": [0, 1, 2]}, TypeError),
-    "labels on another device": ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError),
-    "a stream missing": ({"features": without("a")}, ValueError),
-    "a stream too many": ({"features": replaced("x", torch.zeros(3, 2))}, ValueError),
-    "features as a tensor": ({"features": torch.zeros(3, 4)}, TypeError),
-    "rows of another width": ({"features": replaced("a", torch.zeros(3, 5))}, ValueError),
-    "rows of another number": ({"features": replaced("a", torch.zeros(2, 3))}, ValueError),
-    "one row that would broadcast": ({"features": replaced("a", torch.zeros(1, 3))}, ValueError),
-    "rows without a dimension": ({"features": replaced("a", torch.zeros(3))}, ValueError),
-    "rows with a time axis": ({"features": replaced("a", torch.zeros(3, 1, 3))}, ValueError),
-    "integer rows": ({"features": replaced("a", torch.zeros(3, 3, dtype=torch.int64))}, TypeError),
-    "complex rows": ({"features": replaced("a", torch.zeros(3, 3, dtype=torch.complex64))}, TypeError),
-    "rows as a list": ({"features": replaced("a", [[0.0] * 3] * 3)}, TypeError),
-    "rows on another device": ({"features": replaced("a", torch.zeros(3, 3, device="meta"))}, ValueError),
-    "valid of an unknown stream": ({"valid": {"x": torch.ones(3, dtype=torch.bool)}}, ValueError),
-    "valid of another length": ({"valid": {"a": torch.ones(2, dtype=torch.bool)}}, ValueError),
-    "valid as a column": ({"valid": {"a": torch.ones(3, 1, dtype=torch.bool)}}, ValueError),
-    "valid as integers": ({"valid": {"a": torch.ones(3, dtype=torch.int64)}}, TypeError),
-    "valid as a tensor": ({"valid": torch.ones(3, dtype=torch.bool)}, TypeError),
-    "valid as a list": ({"valid": {"a": [True] * 3}}, TypeError),
-    "valid on another device": ({"valid": {"a": torch.ones(3, dtype=torch.bool, device="meta")}}, ValueError),
-}
-
-
-@pytest.mark.parametrize(("changes", "error"), BAD_BATCHES.values(), ids=BAD_BATCHES)
-@pytest.mark.parametrize("kwargs", [KINDS["ring"], KINDS["balanced"]], ids=["ring", "balanced"])
-def test_a_wrong_batch_is_refused_and_nothing_is_stored(changes, error, kwargs):
-    queue = make_queue(**kwargs)
-    queue.enqueue(*batch(4))
-    before = clone_state(queue)
-    labels, features = batch(3, seed=1)
-    (argument,) = changes
-    if changes.keys() == {"labels"} and error is ValueError:
-        argument = "labels|features"  # either may be the one of the wrong length
-    with pytest.raises(error, match=rf"^({argument})(\[.+?\])?: expected .*, got "):
-        queue.enqueue(**({"labels": labels, "features": features} | changes))
-    assert_same_state(clone_state(queue), before)
-    queue.enqueue(labels, features)  # and it goes on
-    assert contents(queue).count(labels[-1].item()) >= 1
-
-
-@pytest.mark.parametrize("label", [3, 100])
-@pytest.mark.parametrize("validate", [False, True])
-def test_a_label_beyond_the_classes_of_a_balanced_queue_is_refused(label, validate):
-    queue = make_queue(balanced=True, num_classes=3, validate=validate)
-    queue.enqueue(*batch(4))
-    before = clone_state(queue)
-    labels, features = batch(3, seed=1)
-    labels[1] = label
-    with pytest.raises(ValueError, match=rf"^labels: expected .*, got .*{label}"):
-        queue.enqueue(labels, features)
-    assert_same_state(clone_state(queue), before)
-
-
-def test_a_label_beyond_the_classes_of_a_plain_queue_is_found_on_request():
-    queue = make_queue(num_classes=3, validate=True)
-    labels, features = batch(3)
-    labels[1] = 3
-    with pytest.raises(ValueError, match=r"^labels: expected .*, got .*3"):
-        queue.enqueue(labels, features)
-    assert len(queue) == 0
-
-
-@pytest.mark.parametrize("stream", ["x", "", None, 0])
-def test_reading_an_unknown_stream_is_refused(stream):
-    queue = make_queue()
-    with pytest.raises((ValueError, TypeError), match=r"^stream: expected .*, got "):
-        queue.read(stream)
 
 
 def test_wrong_values_are_found_on_request_and_nothing_is_stored():

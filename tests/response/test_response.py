@@ -270,14 +270,6 @@ def test_copies_and_pickles_give_the_same_loss(task):
     assert not list(loss_fn.parameters())
 
 
-def test_column_beside_a_vector_is_refused_not_broadcast():
-    student, teacher, _ = inputs("regression")
-    with pytest.raises(ValueError, match=r"teacher: expected .*\(6,\).*got .*\(6, 1\)"):
-        F.response_distill_loss(student, teacher[:, None], task="regression")
-    with pytest.raises(ValueError, match=r"\(6, 1\)"):
-        F.response_distill_loss(student[:, None], teacher, task="regression")
-
-
 def test_a_class_that_both_sides_rule_out_adds_nothing():
     student = torch.tensor([[0.0, 0.0, -INF]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[1.0, 1.0, -INF]], dtype=torch.float64)
@@ -308,15 +300,6 @@ def test_validation_passes_masked_garbage_and_certain_teachers_and_changes_no_bi
     expected = F.response_distill_loss(student, teacher, momentum, **options)
     assert expected.isfinite()
     assert bits(F.response_distill_loss(student, teacher, momentum, **options, validate=True)) == bits(expected)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize(("which", "name"), [(0, "student"), (1, "teacher"), (2, "momentum")])
-def test_validation_refuses_scores_that_are_not_finite(which, name, bad):
-    tensors = inputs("regression", 15)
-    tensors[which][3] = bad
-    with pytest.raises(ValueError, match=name):
-        F.response_distill_loss(*tensors, task="regression", validate=True)
 
 
 def test_scores_have_no_temperature():
