@@ -119,8 +119,7 @@ def test_a_gpu_on_which_triton_fails_goes_without_and_says_so_once(monkeypatch):
         with pytest.warns(RuntimeWarning, match=r"goes without its fused kernel on cuda:0.*OSError: no compiler"):
             assert not kernel.works(device)
         case = to_cuda(supcon_case(1, dtype=torch.float32))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             assert F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5).isfinite()
     finally:
         kernel.works.cache_clear()
@@ -273,8 +272,7 @@ def test_the_losses_compile_into_one_graph():
 
     query = case.query.requires_grad_()
     (expected_grad,) = torch.autograd.grad(loss(query), query)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         value = torch.compile(loss, fullgraph=True)(query)
     (grad,) = torch.autograd.grad(value, query)
     torch.testing.assert_close(value, loss(query))

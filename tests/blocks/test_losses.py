@@ -279,8 +279,7 @@ def swapped():
 
 def told(call, *arguments):
     """What a call warns of, and the file that is shown."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         call(*arguments)
     return [(str(warning.message), warning.filename) for warning in caught]
 

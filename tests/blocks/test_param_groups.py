@@ -76,8 +76,7 @@ FUSED = functools.partial(torch.optim.SGD, fused=True)  # which counts no versio
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, FUSED])
 def test_a_temperature_that_an_optimizer_has_is_not_told_of(make):
     contrast = md.SupConDistillLoss()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         train(contrast, make(contrast.parameters(), lr=1e-4), 520)
         for _ in range(300):  # accumulation
             contrast_loss(contrast).backward()
@@ -98,8 +97,7 @@ def test_factors_that_no_optimizer_has_are_told_once(make):
                 optimizer.step()
             fuse.update()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         steps(make(fuse.parameters(), lr=1e-4), 150)
     with pytest.warns(UserWarning, match=r"^the weight of MomentumFusionFactors has a gradient") as told:
         steps(None, 250)
@@ -118,8 +116,7 @@ def test_factors_whose_average_never_follows_are_told_of_once(make):
                 fuse.update()
 
     fuse = md.MomentumFusionFactors(["a"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         train(fuse, 100)
         train(md.MomentumFusionFactors(["a"], decay=1.0), 250)
         train(md.MomentumFusionFactors(["a"]), 250, update=True)

@@ -419,8 +419,7 @@ def test_a_parameter_of_another_shape_is_refused_whatever_the_buffers_do(buffers
 def test_fake_quantisation_may_find_its_scales_in_the_first_forward_pass():
     from torch.ao.quantization import FakeQuantize, MovingAveragePerChannelMinMaxObserver
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         fake = FakeQuantize(
             MovingAveragePerChannelMinMaxObserver,
             quant_min=-128,
@@ -471,8 +470,7 @@ def old(norm, **kwargs):
     """Those that hang on a hook before the forward pass; copied before there is a graph."""
 
     def make(layer):
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning), torch.no_grad():
             return norm(layer, "weight", **kwargs)
 
     return make

@@ -303,20 +303,17 @@ def test_a_frozen_expanded_parameter_which_nothing_can_be_written_to_is_shared()
 
 
 def scripted(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return torch.jit.script(model)
 
 
 def traced():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
 
 
 def dynamically_quantised():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), {nn.Linear})
 
 
@@ -464,8 +461,7 @@ def test_hooks_that_a_model_works_by_work_in_the_average_on_its_own_state(partia
 
 
 def old_norms():
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning), torch.no_grad():
         yield nn.utils.weight_norm(nn.Linear(2, 2))
         yield nn.utils.spectral_norm(nn.Linear(2, 2))
         yield nn.utils.weight_norm(nn.LSTM(2, 2), "weight_hh_l0")
@@ -488,8 +484,7 @@ def test_hooks_that_make_the_weights_stay():
 def test_hooks_of_fake_quantisation_stay():
     from torch.ao import quantization
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         model = nn.Sequential(nn.Linear(4, 4))
         model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
         model = quantization.prepare_qat(model.train())
@@ -529,8 +524,7 @@ def called(ema, model, calls, *, grad, steps, fused=False):
 def test_an_average_that_is_used_in_training_and_never_updated_is_told_of_once(grad, steps, mode, fused):
     model = nn.Linear(2, 2).train(mode)
     ema = md.EMAWrapper(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         called(ema, model, 500, grad=grad, steps=steps, fused=fused)
     with pytest.warns(UserWarning, match=TOLD) as told:
         called(ema, model, 1500, grad=grad, steps=steps, fused=fused)
@@ -549,8 +543,7 @@ def test_an_average_that_is_updated_or_meant_to_stay_or_only_evaluated_is_not_to
         ema.load_state_dict(updated(model).state_dict())
         return ema
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         for make in (
             updated,
             loaded,

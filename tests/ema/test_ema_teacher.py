@@ -210,8 +210,7 @@ def with_live_graph():
 
 
 def with_old_weight_norm():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         model = nn.utils.weight_norm(nn.Linear(2, 2))
     model(torch.ones(1, 2))
     return model

@@ -185,8 +185,7 @@ def test_a_schedule_travels_with_the_state(schedule, tmp_path):
         again.load_state_dict(state)
         assert (again.decay, again.step) == (schedule, 3)
         assert repr(schedule) in repr(again)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         go_on(again, nn.Linear(3, 2))  # built with the same: nothing to tell
 
 
