@@ -7,7 +7,7 @@ returns what each of them is to return.
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,12 @@ CLASSES = 3
 
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_part(sizes: Sequence[int]) -> slice:
+    """The rows of this rank, each having so many; one process has all."""
+    rank, world = rank_and_world()
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) if world > 1 else slice(None)
 
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -219,9 +225,9 @@ def leaves(case: LossCase) -> dict[str, Tensor]:
 
 
 def outputs(case: LossCase, learned: dict[str, Tensor]) -> Outputs:
-    rank, world = rank_and_world()
+    rank, _ = rank_and_world()
     total = sum(case.sizes)
-    mine = slice(sum(case.sizes[:rank]), sum(case.sizes[: rank + 1])) if world > 1 else slice(None)
+    mine = own_part(case.sizes)
     g = torch.Generator().manual_seed(3)
     labels = torch.randint(-2, CLASSES, (total,), generator=g).to(DEVICE)
     mask = (torch.rand(total, generator=g) > 0.3).to(DEVICE)
@@ -467,9 +473,8 @@ def row_by_row(case: LossCase) -> dict[str, tuple[list[float], list[str]]]:
 
 def centre(sizes: tuple[int, ...]) -> tuple[list[float], list[str]]:
     """That of a loss after three steps, in which no row of the first and of another rank is there at times."""
-    rank, world = rank_and_world()
     loss_fn = md.SupConDistillLoss(momentum_targets="centred", reduction="sum")
-    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) if world > 1 else slice(None)
+    mine = own_part(sizes)
     with counted() as calls:
         for step in range(3):
             labels = (torch.arange(sum(sizes), device=DEVICE) % CLASSES).masked_fill_(
@@ -651,16 +656,18 @@ def wrong_enqueue(rank: int, everywhere: dict | None = None, **change: object) -
         assert digest(queue) == before, "an error has changed the queue"
 
 
+CONTRAST = {"query": eye(), "keys": eye(4), "query_labels": torch.tensor([0, 1]), "key_labels": torch.arange(4)}
+MOMENTUM = {"momentum_query": eye(), "momentum_keys": eye(4)}
+
+
 def wrong_supcon(rank: int, **change: object) -> None:
-    options = {"query": eye(), "keys": eye(4), "query_labels": torch.tensor([0, 1]), "key_labels": torch.arange(4)}
-    options |= {"temperature": 0.5, "group": "auto", **(change if rank == 1 else {})}
-    F.supcon_distill_loss(**options)
+    options = CONTRAST | {"temperature": 0.5, "group": "auto"}
+    F.supcon_distill_loss(**options | (change if rank == 1 else {}))
 
 
 def wrong_balance(rank: int, **change: object) -> None:
-    options = {"query": eye(), "keys": eye(4), "query_labels": torch.tensor([0, 1]), "key_labels": torch.arange(4)}
-    options |= {**MOMENTUM, "momentum_targets": "sinkhorn", "reduction": "none", **(change if rank == 1 else {})}
-    F.supcon_distill_loss(temperature=0.5, group="auto", **options)
+    options = CONTRAST | MOMENTUM | {"momentum_targets": "sinkhorn", "reduction": "none"}
+    F.supcon_distill_loss(temperature=0.5, group="auto", **options | (change if rank == 1 else {}))
 
 
 def lone_error() -> tuple[str, str]:
@@ -671,14 +678,8 @@ def lone_error() -> tuple[str, str]:
 
 
 def wrong_centred_rows(rank: int, **change: object) -> None:
-    options = {
-        "query": eye(requires_grad=True),
-        "keys": eye(4),
-        "query_labels": torch.tensor([0, 1]),
-        "key_labels": torch.arange(4),
-    }
-    options |= {**MOMENTUM, **(change if rank == 1 else {})}
-    md.SupConDistillLoss(momentum_targets="centred", reduction="none")(**options)
+    options = CONTRAST | MOMENTUM | {"query": eye(requires_grad=True)}
+    md.SupConDistillLoss(momentum_targets="centred", reduction="none")(**options | (change if rank == 1 else {}))
 
 
 def wrong_centre(rank: int, **change: object) -> None:
@@ -687,9 +688,8 @@ def wrong_centre(rank: int, **change: object) -> None:
 
 
 def wrong_sigmoid(rank: int, **change: object) -> None:
-    options = {"query": eye(), "keys": eye(4), "query_labels": torch.tensor([0, 1]), "key_labels": torch.arange(4)}
-    options |= {"temperature": 0.5, "bias": -1.0, "group": "auto", **(change if rank == 1 else {})}
-    F.sigmoid_distill_loss(**options)
+    options = CONTRAST | {"temperature": 0.5, "bias": -1.0, "group": "auto"}
+    F.sigmoid_distill_loss(**options | (change if rank == 1 else {}))
 
 
 def wrong_response(rank: int, **change: object) -> None:
@@ -716,7 +716,6 @@ def other_call(rank: int) -> None:
 
 TOO_HIGH = {"labels": torch.tensor([0, 9])}
 OWN_KEYS = {"keys": eye(), "momentum_keys": eye(), "key_labels": torch.tensor([0, 1]), "exclude_self": True}
-MOMENTUM = {"momentum_query": eye(), "momentum_keys": eye(4)}
 
 # By name: what the ranks call, what rank 1 has of its own, and the error on all of them.
 WRONG: dict[str, tuple[Callable, dict, str, str]] = {
@@ -1024,10 +1023,10 @@ def loss_beside_shards(sizes: tuple[int, ...]) -> tuple[list[float], float]:
     """Gradients of a sharded student, and of the temperature of a loss that DDP holds, for FSDP2 takes no scalars."""
     from torch.distributed.fsdp import fully_shard
 
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     torch.manual_seed(1)
     student, loss_fn = nn.Linear(4, 3).double(), md.SupConDistillLoss().double()
-    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) if world > 1 else slice(None)
+    mine = own_part(sizes)
     wrapped = loss_fn
     if world > 1:
         fully_shard(student)
@@ -1083,11 +1082,11 @@ def sync_buffers(whether: bool) -> dict[str, bool]:
 
 def train_everything(sizes: tuple[int, ...], accumulate: int, options: dict) -> tuple[str, dict[str, list[float]]]:
     """A digest of the module after five steps, and its numbers."""
-    rank, world = rank_and_world()
+    _, world = rank_and_world()
     model = Everything().to(DEVICE)
     ddp = DistributedDataParallel(model, **options) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) if world > 1 else slice(None)
+    mine = own_part(sizes)
     for step in range(5):
         optimizer.zero_grad()
         for turn in range(accumulate):
