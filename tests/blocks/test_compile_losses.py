@@ -26,25 +26,23 @@ def generator(step):
     return torch.Generator().manual_seed(step)
 
 
+def contrast_inputs(step):
+    """Query, the whole case, and alpha."""
+    case = supcon_case(step, N, 12, 4, ignored=0.2, dtype=torch.float32)
+    return case.query.requires_grad_(), case, 0.1 * (step + 1)
+
+
 def supcon(**options):
     loss_fn = md.SupConDistillLoss(**options)
-
-    def inputs(step):
-        case = supcon_case(step, N, 12, 4, ignored=0.2, dtype=torch.float32)
-        return case.query.requires_grad_(), case, 0.1 * (step + 1)
 
     def loss(query, case, alpha):
         return loss_fn(query, *case.args[1:], **case.momentum, alpha=alpha)
 
-    return loss_fn, inputs, loss
+    return loss_fn, contrast_inputs, loss
 
 
 def supcon_with_parts():
     loss_fn = md.SupConDistillLoss()
-
-    def inputs(step):
-        case = supcon_case(step, N, 12, 4, ignored=0.2, dtype=torch.float32)
-        return case.query.requires_grad_(), case, 0.1 * (step + 1)
 
     def loss(query, case, alpha):
         return loss_fn(
@@ -57,30 +55,26 @@ def supcon_with_parts():
             alpha=alpha,
         )
 
-    return loss_fn, inputs, loss
+    return loss_fn, contrast_inputs, loss
 
 
 def supcon_without_momentum():
     loss_fn = md.SupConDistillLoss(learnable_temperature=False, reduction="sum")
 
-    def inputs(step):
-        case = supcon_case(step, N, 12, 4, ignored=0.2, dtype=torch.float32)
-        return case.query.requires_grad_(), case
-
-    def loss(query, case):
+    def loss(query, case, _):
         return loss_fn(query, *case.args[1:])
 
-    return loss_fn, inputs, loss
+    return loss_fn, contrast_inputs, loss
 
 
 def supcon_terms():
-    loss_fn, inputs, _ = supcon()
+    loss_fn = md.SupConDistillLoss()
 
     def loss(query, case, alpha):
         terms = loss_fn.terms(query, *case.args[1:], **case.momentum, alpha=alpha)
         return terms.total + 0 * (terms.supervised + terms.distill)
 
-    return loss_fn, inputs, loss
+    return loss_fn, contrast_inputs, loss
 
 
 def response(task):
@@ -137,7 +131,7 @@ def fusion():
 
 
 LOSSES = {
-    "supcon outside": lambda: supcon(),
+    "supcon outside": supcon,
     "supcon inside": lambda: supcon(positives="inside"),
     "supcon by row, unit keys": lambda: supcon(reduction="none", normalize="query"),
     "supcon, key parts": supcon_with_parts,
