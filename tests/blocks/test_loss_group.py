@@ -11,15 +11,6 @@ from momentum_distill import _group
 pytestmark = numbers_alone
 
 
-@pytest.fixture
-def world_of_one(tmp_path):
-    """A default process group that holds this process alone."""
-    store = (tmp_path / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 def losses(group):
     """Value and gradient of each loss built with this `group`."""
     case = supcon_case(0, ignored=0.2).requires_grad()
@@ -51,10 +42,9 @@ def test_auto_and_none_agree_without_a_process_group():
     assert losses("auto") == losses(None)
 
 
-def test_a_world_of_one_changes_no_bit(world_of_one):
-    alone = losses(None)
-    assert losses("auto") == alone
-    assert losses(world_of_one) == alone
+@pytest.mark.usefixtures("process_group")
+def test_a_world_of_one_changes_no_bit():
+    assert losses("auto") == losses(dist.group.WORLD) == losses(None)
 
 
 def test_a_loss_built_before_the_process_group_follows_it(tmp_path):
