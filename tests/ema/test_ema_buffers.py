@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 import momentum_distill as md
 from momentum_distill import _ema_plan
+from small_models import fill
 
 MODES = ("copy", "ema", "frozen")
 
@@ -135,22 +136,16 @@ def changing(name, persistent):
     return model, change
 
 
-@torch.no_grad()
-def train(model, value):
-    for p in model.parameters():
-        p.fill_(value)
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_forward_pass_may_change_a_buffer(name):
     for buffers, persistent in itertools.product(MODES, (True, False)):
         model, change = changing(name, persistent)
-        train(model, 0.0)
+        fill(model, 0.0)
         ema = md.EMAWrapper(model, decay=0.5, buffers=buffers)
         ema.update(model)
         own = remembered(ema.module)
         change(model.inner)
-        train(model, 1.0)
+        fill(model, 1.0)
         ema.update(model)
         model.inner.last.fill_(7.0)
         ema.update(model)
@@ -221,12 +216,12 @@ def test_a_forward_pass_of_the_average_may_change_its_buffers(buffers):
     """Its own caches grow as those of the model do."""
     for change in ("grows", "resized in place", "turned in place", "becomes None", "goes", "in inference mode"):
         model, _ = changing(change, False)
-        train(model, 0.0)
+        fill(model, 0.0)
         ema = md.EMAWrapper(model, decay=0.5, buffers=buffers)
         ema.update(model)
         CHANGES[change][1](ema.module.inner)
         own = remembered(ema.module)
-        train(model, 1.0)
+        fill(model, 1.0)
         ema.update(model)
         assert ema.module.lin.bias.tolist() == [0.5, 0.5]
         if buffers == "frozen":
@@ -362,7 +357,7 @@ def test_a_model_whose_parameters_are_all_in_a_child_called_module_may_have_buff
         model.register_buffer("cache", torch.ones(size))
         model["module"].register_buffer("cache", torch.zeros(size))
         for online in (model, nn.DataParallel(model), nn.ModuleDict({"module": model})):
-            train(model, size)
+            fill(model, size)
             ema.update(online)
             assert_alike(ema.module, model)
             assert torch.equal(ema.module["module"].weight, model["module"].weight)
@@ -376,7 +371,7 @@ def test_a_module_that_one_side_alone_has_keeps_its_buffers():
     model.made_late.register_buffer("cache", torch.ones(2))
     ema.module.own = nn.Module()
     ema.module.own.register_buffer("cache", torch.zeros(3))
-    train(model, 3.0)
+    fill(model, 3.0)
     for _ in range(2):
         ema.update(model)
     with ema.swap(model):

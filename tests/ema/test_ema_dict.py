@@ -12,6 +12,7 @@ from torch import nn
 import momentum_distill as md
 from momentum_distill._ema_plan import CACHED, SCRATCH
 from momentum_distill.schedules import Cosine, PowerFunction, WarmUp
+from small_models import redraw_all
 
 DECAYS = {"fast": 0.9, "slow": 0.999, "cosine": Cosine(20), "power": PowerFunction(0.1), "lazy": 0.3, "still": 1.0}
 
@@ -30,12 +31,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.norm(self.second(self.first(x)))
-
-
-def redraw(model, generator):
-    with torch.no_grad():
-        for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}.values():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator))
 
 
 def assert_same(averages, singles):
@@ -73,7 +68,7 @@ def test_each_is_the_wrapper_that_stands_alone(dtype, buffers, threads):
     torch.set_num_threads(threads)
     try:
         for step in range(6):
-            redraw(model, generator)
+            redraw_all(model, generator)
             if step == 2:
                 model.cache = torch.randn(3)  # of another shape
             if step == 4:
@@ -168,7 +163,7 @@ def test_a_copy_goes_on_bit_for_bit(way, tmp_path):
     model, generator = Net(), torch.Generator().manual_seed(0)
     averages = md.EMADict(model, decays)
     for _ in range(3):
-        redraw(model, generator)
+        redraw_all(model, generator)
         averages.update(model)
     if way == "state":
         torch.save(averages.state_dict(), tmp_path / "averages.pt")
@@ -181,7 +176,7 @@ def test_a_copy_goes_on_bit_for_bit(way, tmp_path):
     else:
         twin = copy.deepcopy(averages) if way == "deepcopy" else pickle.loads(pickle.dumps(averages))
     for _ in range(3):
-        redraw(model, generator)
+        redraw_all(model, generator)
         averages.update(model)
         twin.update(model)
     assert_same(averages, {name: twin[name] for name in twin})
@@ -207,7 +202,7 @@ def test_it_belongs_to_a_model_as_a_wrapper_does():
 def test_other_layouts_beside_plain_ones_are_averaged_number_by_number(dtype):
     model = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(4, 8, 3)).to(dtype).to(memory_format=torch.channels_last)
     single, averages = md.EMAWrapper(model, decay=0.9), md.EMADict(model, {"a": 0.9})
-    redraw(model, torch.Generator().manual_seed(0))
+    redraw_all(model, torch.Generator().manual_seed(0))
     single.update(model)
     averages.update(model)
     assert_same(averages, {"a": single})
