@@ -58,21 +58,6 @@ class Scalar(nn.Module):
         return x * self.weight
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("decay", [0.5, 0.995, 0.9995])
-def test_average_of_a_constant_model_is_the_closed_form_after_thousands_of_updates(dtype, decay):
-    updates = 4000
-    model = Scalar(1.0, dtype)
-    ema = md.EMAWrapper(model, decay=decay)
-    fill(model, 1.25)
-    for _ in range(updates):
-        ema.update(model)
-    expected = torch.full((3,), 1.25 - 0.25 * decay**updates, dtype=torch.float64)
-    # A step smaller than half a unit in the last place is lost, so any float32 average stops
-    # about eps / (1 - decay) short of a constant target.
-    torch.testing.assert_close(flat(ema.module), expected, rtol=0, atol=EPS32 / (1 - decay))
-
-
 SIXTEEN_BIT = FLOAT_DTYPES[1:]
 
 
@@ -108,15 +93,6 @@ def test_default_decay_is_0995():
     assert ema.module.weight.tolist() == pytest.approx([0.005] * 3, rel=1e-5)
 
 
-def test_first_update_averages_and_does_not_copy():
-    model = Scalar(4.0)
-    ema = md.EMAWrapper(model, decay=0.5)
-    assert ema.module.weight.tolist() == [4.0] * 3
-    fill(model, 8.0)
-    ema.update(model)
-    assert ema.module.weight.tolist() == [6.0] * 3
-
-
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_decay_zero_copies(dtype):
     model = small_model(dtype)
@@ -139,31 +115,12 @@ def test_decay_one_freezes(dtype):
     assert not torch.equal(flat(model), start)
 
 
-@pytest.mark.parametrize("decay", [0, 1])
-def test_integer_decay_at_the_border_is_a_number(decay):
-    model = Scalar(2.0)
-    ema = md.EMAWrapper(model, decay=decay)
-    fill(model, 3.0)
-    ema.update(model)
-    assert ema.module.weight.tolist() == [3.0 - decay] * 3
-
-
-def test_update_leaves_the_online_model_alone():
+def test_constructor_and_update_leave_the_online_model_alone():
     model = Normed()
+    before = clone_state(model)
     ema = md.EMAWrapper(model, decay=0.5)
-    redraw_all(model, torch.Generator().manual_seed(0))
-    before = clone_state(model)
-    flags = [p.requires_grad for p in model.parameters()]
+    redraw_all(ema.module, torch.Generator().manual_seed(0))
     ema.update(model)
-    assert_same_state(clone_state(model), before)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert model.training
-
-
-def test_constructor_leaves_the_online_model_alone():
-    model = Normed()
-    before = clone_state(model)
-    md.EMAWrapper(model)
     assert_same_state(clone_state(model), before)
     assert all(p.requires_grad for p in model.parameters())
     assert model.training
@@ -187,11 +144,6 @@ def test_dtype_argument_sets_the_dtype_of_the_average(dtype, average):
     ema.update(model)
     assert ema.module.weight.dtype == average
     assert ema.module.weight.tolist() == [0.25] * 3
-
-
-def test_device_argument_is_where_the_average_lives():
-    ema = md.EMAWrapper(small_model(), device="cpu")
-    assert {p.device.type for p in ema.module.parameters()} == {"cpu"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,24 +187,6 @@ def test_callable_decay_follows_its_schedule():
         ema.update(model)
         expected = cosine(step) * expected + (1 - cosine(step)) * step
     assert ema.module.weight.tolist() == pytest.approx([expected] * 3, rel=1e-6)
-
-
-def test_callable_decay_may_return_an_integer_at_the_border():
-    model = Scalar(1.0)
-    ema = md.EMAWrapper(model, decay=lambda _: 0)
-    fill(model, 3.0)
-    ema.update(model)
-    assert ema.module.weight.tolist() == [3.0] * 3
-
-
-def test_step_starts_at_zero_and_counts_every_update():
-    model = Scalar()
-    ema = md.EMAWrapper(model)
-    assert ema.step == 0
-    for expected in range(1, 4):
-        ema.update(model)
-        assert ema.step == expected
-        assert isinstance(ema.step, int)
 
 
 def test_saved_step_goes_on_after_a_reload():
@@ -401,29 +335,10 @@ def test_repr_shows_the_settings_and_the_step(decay):
     assert shown.count("BatchNorm1d") == repr(model).count("BatchNorm1d")
 
 
-def test_loading_does_not_touch_the_online_model():
-    model, ema = trained(3)
-    saved = copy.deepcopy(ema.state_dict())
-    before = clone_state(model)
-    ema.load_state_dict(saved)
-    assert_same_state(clone_state(model), before)
-
-
 def test_loading_a_checkpoint_of_another_model_is_refused():
     ema = md.EMAWrapper(Normed())
     with pytest.raises(RuntimeError, match="lin"):
         ema.load_state_dict(md.EMAWrapper(Scalar()).state_dict())
-
-
-def test_update_after_load_state_dict_uses_the_loaded_average():
-    model, ema = trained(3)
-    other_model, other = trained(3, seed=5)
-    other.update(other_model)  # a cached plan, if any, exists before the load
-    other.load_state_dict(ema.state_dict())
-    redraw_all(model, torch.Generator().manual_seed(4))
-    ema.update(model)
-    other.update(model)
-    assert_same_state(clone_state(other.module), clone_state(ema.module))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,16 +424,6 @@ def test_forward_of_an_average_of_another_dtype_takes_the_inputs_of_the_model(dt
     ema = md.EMAWrapper(model, dtype=torch.float64 if dtype == torch.float32 else torch.float32)
     x = torch.randn(5, 3, dtype=dtype)
     torch.testing.assert_close(ema(x).to(dtype), model(x).detach(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-def test_forward_of_a_16_bit_model_takes_its_own_inputs(dtype):
-    model = small_model(dtype)
-    ema = md.EMAWrapper(model)
-    x = torch.randn(5, 3, dtype=dtype)
-    expected = copy.deepcopy(model).float()(x.float())
-    torch.testing.assert_close(ema(x).float(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ema(input=x).float(), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------

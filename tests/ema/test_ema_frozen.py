@@ -123,11 +123,6 @@ def test_model_and_average_in_one_file_of_safetensors(average_first, tmp_path):
     assert is_one(saved.average.state_dict()["module.0.base.weight"], saved.model[0].base.weight)  # by itself, no copy
 
 
-def test_by_default_nothing_is_shared():
-    model = lora()
-    assert not shared(model, md.EMAWrapper(model))
-
-
 def test_an_update_does_not_touch_what_is_shared():
     class Touched(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -63,13 +63,6 @@ def test_swap_restores_bit_for_bit_after_an_exception(dtype):
     ema.update(model)
 
 
-def test_state_dict_inside_swap_has_the_averaged_weights():
-    model, ema = swapped()
-    with ema.swap(model):
-        saved = copy.deepcopy(model.state_dict())
-    assert_same_state(saved, ema.module.state_dict())
-
-
 def test_autocast_sees_the_weights_that_are_there():
     """It keeps 16-bit copies of weights until its region ends."""
     model, x = nn.Linear(4, 3), torch.randn(5, 4)

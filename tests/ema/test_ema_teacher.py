@@ -190,7 +190,7 @@ def test_a_parent_cast_to_16_bit_still_runs_the_average_on_its_16_bit_inputs():
 
 
 # ---------------------------------------------------------------------------------------------
-# Modules that cannot be copied, lazy and parametrized modules
+# Modules that cannot be copied, lazy modules
 # ---------------------------------------------------------------------------------------------
 
 
@@ -231,26 +231,3 @@ def test_a_module_that_cannot_be_copied_works_with_a_ready_teacher():
     fill(model, 1.0)
     ema.update(model)
     assert values(ema.module) == [0.5] * 4
-
-
-def test_parametrized_weight_norm_is_averaged_in_its_own_parameters():
-    torch.manual_seed(0)
-    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
-    ema = md.EMAWrapper(model, decay=0.5)
-    magnitude, direction = (
-        model.parametrizations.weight.original0,
-        model.parametrizations.weight.original1,
-    )
-    average = [magnitude.detach().clone(), direction.detach().clone(), model.bias.detach().clone()]
-    model(torch.ones(1, 3)).sum().backward()
-    for _ in range(2):
-        with torch.no_grad():
-            magnitude.add_(0.5)
-            direction.mul_(-0.9)
-        ema.update(model)
-        for a, p in zip(average, (magnitude, direction, model.bias), strict=True):
-            a.lerp_(p.detach(), 0.5)
-    weight = average[0] * average[1] / average[1].norm(dim=1, keepdim=True)
-    torch.testing.assert_close(ema.module.weight, weight)
-    x = torch.randn(4, 3)
-    torch.testing.assert_close(ema(x), x @ weight.T + average[2])
