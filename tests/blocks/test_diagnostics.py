@@ -43,11 +43,6 @@ def test_every_dtype_keeps_its_bar(dtype):
     assert_close(diagnostics.uniformity(x), reference.uniformity(a), dtype)
 
 
-def test_gap_compares_clouds_of_different_sizes():
-    x, y = rows(3, 5), rows(4, 9)
-    assert_close(diagnostics.modality_gap(x, y), reference.modality_gap(lists(x), lists(y)))
-
-
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_bound_on_the_information_is_log_of_keys_minus_loss(as_tensor):
     loss = torch.tensor(1.25, dtype=torch.float64) if as_tensor else 1.25

@@ -137,19 +137,6 @@ def test_ema_update_is_one_step_for_any_tensors(dtype, data):
             assert_averaged(now, old, [new.to(old.dtype)], [decay])
 
 
-@given(data=st.data(), decay=DECAYS, updates=st.integers(0, 6))
-@PROPERTY
-def test_fusion_factors_after_any_updates_are_the_closed_form(data, decay, updates):
-    weights = matrix(data.draw, updates + 1, 2).float()
-    fuse = md.MomentumFusionFactors(["t", "a"], init=dict(zip("ta", weights[0].tolist(), strict=True)), decay=decay)
-    for weight in weights[1:]:
-        with torch.no_grad():
-            fuse.weight.copy_(weight)
-        fuse.update()
-    assert_averaged(fuse.average, weights[0], weights[1:], [decay] * updates)
-    assert list(fuse.factors().values()) == fuse.average.tolist()
-
-
 # --- the queue --------------------------------------------------------------------------------------------------------
 
 STREAMS = {"t": 3, "a": 2}

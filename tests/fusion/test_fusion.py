@@ -92,15 +92,6 @@ def test_average_follows_the_closed_form(values, decay, init):
     assert fuse.factors()["only"] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_decay_zero_follows_at_once_and_decay_one_never():
-    for decay, expected in ((0.0, 7.0), (1.0, 1.0)):
-        fuse = md.MomentumFusionFactors(["only"], decay=decay)
-        with torch.no_grad():
-            fuse.weight.fill_(7.0)
-        fuse.update()
-        assert fuse.factors() == {"only": expected}
-
-
 def test_forward_alone_moves_nothing():
     fuse = md.MomentumFusionFactors(NAMES)
     with torch.no_grad():

@@ -22,6 +22,7 @@ PARTS = {
     "scores": ("student_scores", "fused_scores", "targets"),
     "logits": ("student_logits", "fused_logits", "labels"),
 }
+FLOATS = ["student_scores", "fused_scores", "targets", "student_logits", "fused_logits"]
 NAN, INF = math.nan, math.inf
 
 
@@ -143,14 +144,12 @@ def test_gradient_to_the_teacher_holds_the_weights_constant():
 
 def test_neither_teacher_nor_weights_carry_gradient_by_default():
     kwargs = inputs(4)
-    for name in ("student_scores", "student_logits", "fused_scores", "fused_logits", "targets"):
+    for name in FLOATS:
         kwargs[name].requires_grad_()
     md.HardSampleFusionLoss()(**kwargs).backward()
     assert kwargs["student_scores"].grad.any()
     assert kwargs["student_logits"].grad.any()
-    assert kwargs["fused_scores"].grad is None
-    assert kwargs["fused_logits"].grad is None
-    assert kwargs["targets"].grad is None
+    assert all(kwargs[name].grad is None for name in ("fused_scores", "fused_logits", "targets"))
 
 
 def test_without_attention_it_is_the_plain_distillation_and_needs_no_ground_truth():
@@ -159,14 +158,6 @@ def test_without_attention_it_is_the_plain_distillation_and_needs_no_ground_trut
     loss = md.HardSampleFusionLoss(hard_attention=False)(**bare)
     assert_close(loss, expect(bare, hard_attention=False))
     assert_close(md.HardSampleFusionLoss(hard_attention=False)(**kwargs), loss.item())
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_either_part_alone_and_their_sum(part):
-    kwargs = inputs(6)
-    alone = {name: F.hard_sample_fusion_loss(**{k: kwargs[k] for k in PARTS[name]}) for name in PARTS}
-    assert_close(alone[part], expect({k: kwargs[k] for k in PARTS[part]}))
-    assert_close(F.hard_sample_fusion_loss(**kwargs), (alone["scores"] + alone["logits"]).item())
 
 
 def test_mistakes_of_one_and_of_three_classes_weigh_differently_only_by_distance():
@@ -199,16 +190,6 @@ def test_unlabelled_rows_take_the_mean_weight_of_the_others():
         assert_close(loss, [w * math.log(4) for w in weights])
         mean = F.hard_sample_fusion_loss(**args, **options)
         assert_close(mean, sum(weights) * math.log(4) / 3)
-
-
-def test_an_absent_row_leaves_the_regression_part_too():
-    kwargs = inputs(7, parts=("scores",))
-    keep = torch.tensor([True, False, True, True, True, False, True, True])
-    labels = torch.where(keep, 0, -1)
-    expected = F.hard_sample_fusion_loss(**{k: v[keep] for k, v in kwargs.items()})
-    logits = torch.zeros(8, 2, dtype=torch.float64)
-    both = F.hard_sample_fusion_loss(**kwargs, labels=labels, student_logits=logits, fused_logits=logits)
-    assert_close(both, expected.item())  # all fused predictions are class 0: right, weight 0
 
 
 def test_absent_labels_leave_rows_out_of_the_scores_alone():
@@ -265,9 +246,6 @@ def test_what_a_left_out_row_holds_changes_no_bit(garbage, class_weight, by):
     assert run(garbage) == run(None)
 
 
-FLOATS = ["student_scores", "fused_scores", "targets", "student_logits", "fused_logits"]
-
-
 @pytest.mark.parametrize("name", FLOATS)
 def test_nan_in_a_row_that_is_kept_gives_nan(name):
     kwargs = inputs(10)
@@ -322,13 +300,6 @@ def test_extreme_predictions_give_finite_loss_and_gradient(class_weight, autocas
         assert all(x.grad.isfinite().all() for x in students)
 
 
-def test_autocast_changes_no_bit():
-    kwargs = cast(inputs(13), torch.float32)
-    expected = F.hard_sample_fusion_loss(**kwargs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert bits(F.hard_sample_fusion_loss(**kwargs)) == bits(expected)
-
-
 def test_strided_inputs_give_the_same_loss():
     kwargs = inputs(14)
     strided = {k: torch.stack([v, v], dim=-1)[..., 0] for k, v in kwargs.items()}
@@ -357,7 +328,7 @@ def test_validation_passes_left_out_garbage_and_certain_teachers_and_changes_no_
     assert bits(F.hard_sample_fusion_loss(**kwargs, validate=True)) == bits(expected)
 
 
-@pytest.mark.parametrize("name", ["student_scores", "fused_scores", "targets", "student_logits", "fused_logits"])
+@pytest.mark.parametrize("name", FLOATS)
 def test_one_float64_input_is_enough_for_a_loss_in_float64(name):
     scores, logits = torch.linspace(0, 1, 12).view(3, 4), torch.linspace(-1, 2, 24).view(2, 4, 3)
     tensors = {

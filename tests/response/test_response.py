@@ -115,15 +115,6 @@ def test_teacher_gets_a_gradient_only_when_asked_and_momentum_never(task):
             assert teacher.grad.any()
 
 
-def test_classification_gradient_is_temperature_times_the_difference_of_the_softmaxes():
-    student, teacher, _ = inputs("classification", 4)
-    student.requires_grad_()
-    F.response_distill_loss(student, teacher, task="classification", temperature=4.0).backward()
-    p = torch.tensor([reference.softmax([x / 4 for x in row]) for row in lists(teacher)])
-    q = torch.tensor([reference.softmax([x / 4 for x in row]) for row in lists(student)])
-    torch.testing.assert_close(student.grad.float(), 4.0 * (q - p) / 6)
-
-
 def test_temperature_squared_applies_to_both_terms():
     student, teacher, momentum = inputs("classification", 5)
     options = {"task": "classification", "temperature": 3.0}
@@ -237,15 +228,6 @@ def test_equal_scores_have_a_finite_gradient():
     student = torch.ones(3, dtype=torch.float64, requires_grad=True)
     F.response_distill_loss(student, torch.ones(3).double(), task="regression").backward()
     assert not student.grad.any()
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_autocast_changes_no_bit(task):
-    student, teacher, momentum = inputs(task, 10, dtype=torch.float32)
-    expected = F.response_distill_loss(student, teacher, momentum, task=task)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = F.response_distill_loss(student, teacher, momentum, task=task)
-    assert bits(loss) == bits(expected)
 
 
 @pytest.mark.parametrize("task", TASKS)
