@@ -65,21 +65,10 @@ def case_of(parts=2, momentum="other", dtype=torch.float64, seed=0, n=5, q=11):
     case = supcon_case(seed, n, q, 4, ignored=0.2, unlabelled=0.2, momentum=momentum == "other", dtype=dtype)
     if momentum == "same":
         case.momentum_query = case.query + 0.1
-    sizes = (n, q - n) if parts == 2 else (q,)
-    given = {
-        "query": case.query,
-        "keys": case.keys.split(sizes),
-        "query_labels": case.query_labels,
-        "key_labels": case.key_labels.split(sizes),
-        "temperature": torch.tensor(0.4, dtype=torch.float64),
-        "alpha": torch.tensor(0.3, dtype=torch.float64),
-        "momentum_query": case.momentum_query,
-    }
-    if momentum == "other":
-        given["momentum_keys"] = case.momentum_keys.split(sizes)
-    else:
-        given["momentum_keys"] = given["keys"] if momentum == "same" else None
-    return given
+    given = vars(case.split(*((n, q - n) if parts == 2 else (q,))))
+    if momentum == "same":
+        given["momentum_keys"] = given["keys"]
+    return given | {name: torch.tensor(x, dtype=torch.float64) for name, x in (("temperature", 0.4), ("alpha", 0.3))}
 
 
 def with_leaves(given, learned):

@@ -75,21 +75,11 @@ def test_tiles_give_the_values_of_the_loop_reference(
     options = {"positives": positives, "normalize": normalize, "temperature": temperature, "alpha": 0.3}
     args, momentum_args = case.reference
     expected = reference.supcon_terms(*args, **momentum_args, **options)
-
-    def parts(x):
-        return None if x is None else (x[:split], x[split:])
-
+    split = min(split, q)
+    case = case.split(split, q - split)
     with pytest.MonkeyPatch.context() as patch:
         small_tiles(patch, way)
-        terms = F.supcon_distill_terms(
-            case.query,
-            parts(case.keys),
-            case.query_labels,
-            parts(case.key_labels),
-            momentum_query=case.momentum_query,
-            momentum_keys=parts(case.momentum_keys),
-            **options,
-        )
+        terms = F.supcon_distill_terms(*case.args, **case.momentum, **options)
     assert_close(terms.supervised, expected.supervised)
     assert_close(terms.distill, expected.distill)
     assert_close(terms.total, expected.total)

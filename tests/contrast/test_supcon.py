@@ -51,23 +51,8 @@ def test_every_term_equals_the_loop_reference(
     expected = reference.supcon_terms(*args, **momentum_args, **options)
 
     split = min(split, q)  # two parts, one of them empty now and then
-    parts = {
-        name: None if x is None else (x[:split], x[split:])
-        for name, x in (("keys", case.keys), ("momentum_keys", case.momentum_keys))
-    }
-    for keys, momentum_keys in ((case.keys, case.momentum_keys), tuple(parts.values())):
-        key_labels = case.key_labels
-        if isinstance(keys, tuple):
-            key_labels = (key_labels[:split], key_labels[split:])
-        terms = F.supcon_distill_terms(
-            case.query,
-            keys,
-            case.query_labels,
-            key_labels,
-            momentum_query=case.momentum_query,
-            momentum_keys=momentum_keys,
-            **options,
-        )
+    for whole_or_parted in (case, case.split(split, q - split)):
+        terms = F.supcon_distill_terms(*whole_or_parted.args, **whole_or_parted.momentum, **options)
         assert_close(terms.total, expected.total)
         assert_close(terms.supervised, expected.supervised)
         assert_close(terms.distill, expected.distill)
@@ -143,50 +128,23 @@ def test_targets_use_the_current_temperature_unless_told_otherwise():
 
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_key_parts_equal_their_concatenation_and_only_what_requires_gradient_gets_it(positives):
-    case = supcon_case(7, 5, 12, 4, ignored=0.2, unlabelled=0.1)
-    whole = case.requires_grad()
+    whole = supcon_case(7, 5, 12, 4, ignored=0.2, unlabelled=0.1).requires_grad()
     options = {"temperature": 0.4, "positives": positives}
     loss = F.supcon_distill_loss(*whole.args, **whole.momentum, **options)
     loss.backward()
-
-    cuts = (4, 0, 8)  # batch part, an empty part, queue part
-    query = case.query.clone().requires_grad_()
-    keys = tuple(x.clone() for x in case.keys.split(cuts))
-    keys[0].requires_grad_()
-    parted = F.supcon_distill_loss(
-        query,
-        keys,
-        case.query_labels,
-        case.key_labels.split(cuts),
-        momentum_query=case.momentum_query,
-        momentum_keys=case.momentum_keys.split(cuts),
-        **options,
-    )
-    parted.backward()
-    assert_close(parted, loss.item())
-    assert_gradient_close(query.grad, whole.query.grad, torch.float64)
-    assert_gradient_close(keys[0].grad, whole.keys.grad[:4], torch.float64)
-    assert keys[1].grad is None
-    assert keys[2].grad is None
-
-
-def test_gradient_reaches_the_later_part_alone():
-    case = supcon_case(8, 5, 12, 4)
-    whole = case.requires_grad()
-    F.supcon_distill_loss(*whole.args, **whole.momentum, temperature=0.4).backward()
-    keys = tuple(x.clone() for x in case.keys.split((7, 5)))
-    keys[1].requires_grad_()
-    F.supcon_distill_loss(
-        case.query,
-        keys,
-        case.query_labels,
-        case.key_labels.split((7, 5)),
-        momentum_query=case.momentum_query,
-        momentum_keys=case.momentum_keys.split((7, 5)),
-        temperature=0.4,
-    ).backward()
-    assert keys[0].grad is None
-    assert_gradient_close(keys[1].grad, whole.keys.grad[7:], torch.float64)
+    for learned in (0, 2):
+        case = whole.requires_grad().split(4, 0, 8)  # batch part, an empty part, queue part
+        case.keys = [part.detach().clone() for part in case.keys]
+        case.keys[learned].requires_grad_()
+        parted = F.supcon_distill_loss(*case.args, **case.momentum, **options)
+        parted.backward()
+        assert_close(parted, loss.item())
+        assert_gradient_close(case.query.grad, whole.query.grad, torch.float64)
+        for place, expected in enumerate(whole.keys.grad.split((4, 0, 8))):
+            if place == learned:
+                assert_gradient_close(case.keys[place].grad, expected, torch.float64)
+            else:
+                assert case.keys[place].grad is None
 
 
 @settings(max_examples=40)
@@ -389,26 +347,15 @@ def test_each_row_sees_all_keys_but_its_own(positives, normalize):
     case = supcon_case(31, 7, 18, 4, ignored=0.2, unlabelled=0.2)
     options = {"temperature": 0.3, "alpha": 0.3, "positives": positives, "normalize": normalize, "reduction": "none"}
 
-    def parts(x):
-        return x.split((7, 11))
+    def at_once(case):
+        parted = case.split(7, 11)
+        return F.supcon_distill_terms(*parted.args, **parted.momentum, exclude_self=True, **options)
 
-    def at_once(query, keys):
-        return F.supcon_distill_terms(
-            query,
-            parts(keys),
-            case.query_labels,
-            parts(case.key_labels),
-            momentum_query=case.momentum_query,
-            momentum_keys=parts(case.momentum_keys),
-            exclude_self=True,
-            **options,
-        )
-
-    def row_by_row(query, keys):
+    def row_by_row(case):
         rows = []
         for i in range(7):
             others = torch.arange(18) != i
-            arguments = query[i : i + 1], keys[others], case.query_labels[i : i + 1], case.key_labels[others]
+            arguments = case.query[i : i + 1], case.keys[others], case.query_labels[i : i + 1], case.key_labels[others]
             momentum = {
                 "momentum_query": case.momentum_query[i : i + 1],
                 "momentum_keys": case.momentum_keys[others],
@@ -419,7 +366,7 @@ def test_each_row_sees_all_keys_but_its_own(positives, normalize):
     results = []
     for terms in (at_once, row_by_row):
         leaves = case.requires_grad()
-        total, supervised, distill = terms(leaves.query, leaves.keys)[:3]
+        total, supervised, distill = terms(leaves)[:3]
         weighted = [total @ torch.arange(7.0).double(), supervised.sum(), 2 * distill.sum()]
         results.append([*weighted, *torch.autograd.grad(sum(weighted), (leaves.query, leaves.keys))])
     for ours, expected in zip(*results, strict=True):

@@ -80,22 +80,10 @@ WAYS = ["matrices", "matrices without asking", "tiles", "running shift", "withou
 
 def contrast(case, pairs, **options):
     """Terms of the case, in two parts of the keys."""
-    n = len(case.query)
-
-    def parts(x):
-        return None if x is None else (x[:n], x[n:])
-
-    pairs = pairs | ({"key_targets": parts(pairs["key_targets"])} if pairs else {})
-    return F.supcon_distill_terms(
-        case.query,
-        parts(case.keys),
-        case.query_labels,
-        parts(case.key_labels),
-        momentum_query=case.momentum_query,
-        momentum_keys=parts(case.momentum_keys),
-        **pairs,
-        **{"temperature": 0.3, "alpha": 0.3, **options},
-    )
+    sizes = len(case.query), len(case.keys) - len(case.query)
+    pairs = pairs | ({"key_targets": pairs["key_targets"].split(sizes)} if pairs else {})
+    case = case.split(*sizes)
+    return F.supcon_distill_terms(*case.args, **case.momentum, **pairs, **{"temperature": 0.3, "alpha": 0.3, **options})
 
 
 def every_case():

@@ -55,13 +55,10 @@ def both(case, kind, *, split=None, **options):
     centre = centre_of(case, kind)
     args, momentum = case.reference
     expected = reference.supcon_terms(*args, **momentum, momentum_targets=kind, centre=lists(centre), **options)
-    momentum = case.momentum
-    query, keys, labels, key_labels = case.args
-    if split is not None:
-        keys, key_labels = keys.split(split), key_labels.split(split)
-        momentum["momentum_keys"] = momentum["momentum_keys"].split(split)
-    args = (query, keys, labels, key_labels)
-    return F.supcon_distill_terms(*args, **momentum, momentum_targets=kind, centre=centre, **options), expected
+    case = case if split is None else case.split(*split)
+    return F.supcon_distill_terms(
+        *case.args, **case.momentum, momentum_targets=kind, centre=centre, **options
+    ), expected
 
 
 @pytest.mark.parametrize("way", WAYS)

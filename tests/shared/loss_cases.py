@@ -60,18 +60,18 @@ class SupConCase:
     """Arguments of one call of the contrastive loss."""
 
     query: Tensor
-    keys: Tensor
+    keys: Tensor | tuple[Tensor, ...]
     query_labels: Tensor
-    key_labels: Tensor
+    key_labels: Tensor | tuple[Tensor, ...]
     momentum_query: Tensor | None
-    momentum_keys: Tensor | None
+    momentum_keys: Tensor | tuple[Tensor, ...] | None
 
     @property
-    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def args(self) -> tuple:
         return self.query, self.keys, self.query_labels, self.key_labels
 
     @property
-    def momentum(self) -> dict[str, Tensor | None]:
+    def momentum(self) -> dict:
         return {"momentum_query": self.momentum_query, "momentum_keys": self.momentum_keys}
 
     @property
@@ -85,6 +85,11 @@ class SupConCase:
         names = ("query", "keys", "momentum_query", "momentum_keys")
         old = {name: getattr(self, name) for name in names}
         return dataclasses.replace(self, **{name: None if x is None else f(x) for name, x in old.items()})
+
+    def split(self, *sizes: int) -> "SupConCase":
+        """The case with its keys in parts of these sizes; what is given for them as well."""
+        parts = {name: getattr(self, name) for name in ("keys", "key_labels", "momentum_keys")}
+        return dataclasses.replace(self, **{name: None if x is None else x.split(sizes) for name, x in parts.items()})
 
     def requires_grad(self) -> "SupConCase":
         """Fresh leaves: queries and keys with gradient, the momentum side without."""

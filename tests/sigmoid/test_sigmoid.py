@@ -52,17 +52,8 @@ def scalars(dtype=torch.float64):
 
 def loss_of(case, **options):
     """Of a case whose keys come in two parts, the first of which has as many as there are rows."""
-    sizes = (N, Q - N)
-    momentum = case.momentum_keys
-    return F.sigmoid_distill_loss(
-        case.query,
-        case.keys.split(sizes),
-        case.query_labels,
-        case.key_labels.split(sizes),
-        momentum_query=case.momentum_query,
-        momentum_keys=None if momentum is None else momentum.split(sizes),
-        **options,
-    )
+    case = case.split(N, Q - N)
+    return F.sigmoid_distill_loss(*case.args, **case.momentum, **options)
 
 
 @pytest.fixture(params=["whole", "tiles", "without asking"])
