@@ -271,15 +271,6 @@ def test_alpha_may_be_a_tensor_of_any_precision_without_widening_the_loss(dtype)
     assert_close(loss, expected.item(), torch.float32)
 
 
-def test_alpha_zero_is_the_plain_supervised_loss_and_alpha_one_the_kl():
-    case = supcon_case(14, unlabelled=0.2)
-    plain = F.supcon_distill_loss(*case.args, temperature=0.5)
-    zero = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.5, alpha=0.0)
-    one = F.supcon_distill_terms(*case.args, **case.momentum, temperature=0.5, alpha=1.0)
-    assert_close(zero, plain.item())
-    assert_close(one.total, one.distill.item())
-
-
 @pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
 def test_strided_expanded_and_transposed_inputs_give_the_same_loss(normalize):
     case = supcon_case(15, 6, 12, 4)

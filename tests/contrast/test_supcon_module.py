@@ -46,12 +46,6 @@ def test_temperature_reads_back_to_the_last_digit(learnable, temperature):
     assert loss_fn.temperature.item() == temperature
 
 
-def test_first_loss_uses_the_temperature_given_to_the_last_digit():
-    case = supcon_case(0)
-    expected = F.supcon_distill_loss(*case.args, **case.momentum, temperature=0.07)
-    assert_close(md.SupConDistillLoss(temperature=0.07)(*case.args, **case.momentum), expected.item())
-
-
 @pytest.mark.parametrize("normalize", [True, "query", False], ids=str)
 @pytest.mark.parametrize("ignore_index", [-1, 2, -100])
 def test_every_option_of_the_class_reaches_the_function(ignore_index, normalize):
