@@ -77,58 +77,8 @@ def test_correlation_is_that_of_scipy(pairs):
         assert corr == pytest.approx(stats.pearsonr(predictions, targets).statistic, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("score", "acc7_class", "acc5_class"),
-    [
-        (0.5, 0, 0),
-        (1.5, 2, 2),
-        (2.5, 2, 2),
-        (-0.5, 0, 0),
-        (-1.5, -2, -2),
-        (-2.5, -2, -2),
-        (0.51, 1, 1),
-        (2.51, 3, 2),
-        (3.7, 3, 2),
-        (-3.7, -3, -2),
-    ],
-)
-def test_borders_round_half_to_even(score, acc7_class, acc5_class):
-    classes = np.arange(-3.0, 4.0)
-    metrics = [msa_metrics([score], [one]) for one in classes]
-    assert [one for one, m in zip(classes, metrics, strict=True) if m["acc7"]] == [acc7_class]
-    hits5 = {float(np.clip(c, -2, 2)) for c, m in zip(classes, metrics, strict=True) if m["acc5"]}
-    assert hits5 == {acc5_class}
-
-
-def test_zero_is_non_negative_with_zeros_and_not_positive_without():
-    metrics = msa_metrics([0.0, 0.0, 0.0], [0.0, 1.0, -1.0])
-    assert metrics["acc2_has0"] == pytest.approx(2 / 3)
-    assert metrics["acc2_non0"] == pytest.approx(1 / 2)
-
-
 def test_negative_zero_counts_as_zero():
     assert msa_metrics([-0.0, 1.0], [0.0, 1.0]) == msa_metrics([0.0, 1.0], [0.0, 1.0])
-
-
-def test_f1_is_weighted_by_the_truth_not_by_the_predictions():
-    metrics = msa_metrics([1.0, 1.0, 1.0, -1.0], [1.0, -1.0, -1.0, -1.0])
-    assert metrics["f1_has0"] == pytest.approx((1 * 0.5 + 3 * 0.5) / 4)
-    metrics = msa_metrics([1.0, 1.0, 1.0], [1.0, -1.0, 1.0])
-    assert metrics["f1_has0"] == pytest.approx(0.8 * 2 / 3)
-
-
-def test_perfect_prediction():
-    targets = [-3.0, -1.2, 0.0, 0.4, 3.0]
-    metrics = msa_metrics(targets, targets)
-    assert metrics.pop("mae") == 0
-    assert metrics.pop("corr") == pytest.approx(1)
-    assert set(metrics.values()) == {1.0}
-
-
-def test_constant_predictions_have_no_correlation():
-    metrics = msa_metrics([0.1] * 4, [-1.0, 0.0, 1.0, 2.0])
-    assert math.isnan(metrics["corr"])
-    assert not any(math.isnan(metrics[key]) for key in KEYS if key != "corr")
 
 
 def test_all_targets_zero_leave_nothing_to_tell_negative_from_positive():
@@ -142,12 +92,6 @@ def test_values_are_python_floats_and_not_rounded():
     metrics = msa_metrics(np.float32([0.1, 0.2, 1.0]), np.float32([0.4, 0.2, 2.0]))
     assert all(type(value) is float for value in metrics.values())
     assert metrics["acc7"] == 2 / 3
-
-
-def test_mae_and_correlation_are_not_clipped():
-    metrics = msa_metrics([30.0, -30.0, 0.0], [3.0, -3.0, 0.0])
-    assert metrics["mae"] == pytest.approx(18)
-    assert metrics["corr"] == pytest.approx(1)
 
 
 def test_correlation_of_large_and_of_tiny_numbers():
