@@ -73,44 +73,22 @@ def deep_key():
     return b"}" + b")q\0" + doubling + NONE + b"s"
 
 
-# Those that could run something would make a file "ran" in the working directory.
+# Those that could run something would make a file "ran" in the working directory. Names that are called: HOSTILE.
 ATTACKS = {
     "os.system": call(name("os", "system"), text("touch ran")),
-    "posix.system": call(name("posix", "system"), text("touch ran")),
-    "subprocess.Popen": call(name("subprocess", "Popen"), text("touch ran")),
-    "builtins.eval": call(name("builtins", "eval"), text("open('ran', 'w')")),
-    "builtins.exec": call(name("builtins", "exec"), text("open('ran', 'w')")),
-    "python 2 eval": call(name("__builtin__", "eval"), text("open('ran', 'w')")),
-    "builtins.open": call(name("builtins", "open"), text("ran"), text("w")),
-    "io.open": call(name("io", "open"), text("ran"), text("w")),
-    "__import__": call(name("builtins", "__import__"), text("os")),
     "getattr chain": call(
         call(name("builtins", "getattr"), call(name("builtins", "__import__"), text("os")), text("system")),
         text("touch ran"),
     ),
     "dotted name": call(b"\x80\x04" + text("numpy") + text("ndarray.__class__") + b"\x93", text("ran")),
     "dotted permitted module": call(b"\x80\x04" + text("_codecs") + text("encode.__globals__") + b"\x93"),
-    "stack global": call(b"\x80\x04" + text("os") + text("system") + b"\x93", text("touch ran")),
     "stack global of no strings": b"\x80\x04" + number(1) + number(2) + b"\x93",
-    "numpy.load": call(name("numpy", "load"), text("ran")),
-    "numpy.save": call(name("numpy", "save"), text("ran"), number(1)),
-    "numpy.fromfile": call(name("numpy", "fromfile"), text("/dev/zero")),
-    "numpy.memmap": call(name("numpy", "memmap"), text("ran"), text("u1"), text("w+")),
     "numpy runstring": call(name("numpy.testing._private.utils", "runstring"), text("open('ran', 'w')"), b"}"),
-    "numpy f2py": call(name("numpy.f2py", "compile"), text("touch ran")),
-    "pickle.loads": call(name("pickle", "loads"), block(call(name("builtins", "open"), text("ran"), text("w")) + STOP)),
-    "torch storage": call(name("torch.storage", "_load_from_bytes"), block(b"x")),
     "functools.partial": call(call(name("functools", "partial"), name("builtins", "open")), text("ran"), text("w")),
-    "operator.attrgetter": call(name("operator", "attrgetter"), text("__class__")),
-    "copyreg._reconstructor": call(name("copyreg", "_reconstructor"), name("builtins", "object"), NDARRAY, NONE),
-    "types.CodeType": name("types", "CodeType"),
     "collections.defaultdict": call(name("collections", "defaultdict"), name("builtins", "open")),
     "nested reduce": call(name("collections", "OrderedDict"), call(name("builtins", "open"), text("ran"), text("w"))),
     "reduce inside an array": BLANK + group(number(1), call(name("builtins", "open"), text("ran"), text("w"))),
-    "the same module, another name": name("numpy.core.multiarray", "fromfile"),
-    "this reader's own names": name("mtmd.files.safe_pickle", "load"),
     "INST": b"(" + text("touch ran") + b"ios\nsystem\n",
-    "OBJ": b"(" + name("os", "system") + text("touch ran") + b"o",
     "NEWOBJ": name("builtins", "object") + b")\x81",
     "NEWOBJ of a permitted name": NDARRAY + group(number(5)) + b"\x81",
     "NEWOBJ_EX": NDARRAY + b")}\x92",
@@ -200,13 +178,6 @@ def test_hostile_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch, attac
     monkeypatch.chdir(tmp_path)
     refuse(tmp_path, attack + STOP)
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.pkl"]
-
-
-def test_the_attacks_would_work_on_pickle(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for attack in ("os.system", "getattr chain", "stack global", "INST", "OBJ"):
-        pickle.loads(ATTACKS[attack] + STOP)
-        (tmp_path / "ran").unlink()
 
 
 # Every name below by every way that pickle has of calling something, and in every place where an array wants a name.
@@ -566,26 +537,6 @@ def test_random_bytes_and_flipped_bytes_end_in_one_clear_error_or_plain_data(tmp
         except UnsafePickleError:
             refused += 1
     assert refused > 500
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"PK\x03\x04zip", b"\x1f\x8bgzip", b"id,text\n1,hello\n", b"\x93NUMPY\x01\x00", b"{}"],
-    ids=["empty", "zip", "gzip", "csv", "npy", "json"],
-)
-def test_other_file_formats_are_refused(tmp_path, content):
-    refuse(tmp_path, content)
-
-
-def test_missing_file_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "nowhere.pkl")
-
-
-def test_nothing_is_imported(tmp_path):
-    assert "this" not in sys.modules
-    refuse(tmp_path, name("this", "s") + STOP)
-    assert "this" not in sys.modules
 
 
 def test_real_mosi_file_reads_as_pickle_reads_it(mosi_path):
