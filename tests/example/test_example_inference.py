@@ -1,6 +1,5 @@
 """A checkpoint scores, predicts from any subset of modalities, and leaves Python with equal outputs."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -22,7 +21,7 @@ from mtmd.runs import evaluate, export
 from mtmd.runs.trained import ask, load_trained, prepare_fold, without_modalities
 from mtmd.settings import cli
 from mtmd.settings.config import Config
-from study_cases import fake_checkpoint
+from study_cases import fake_checkpoint, read
 
 MODALITIES = ("text", "audio", "vision")
 
@@ -65,11 +64,6 @@ def command(name, *arguments):
     printed = io.StringIO()
     run(parsed, Console(file=printed, width=200))
     return printed.getvalue()
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # evaluate
@@ -182,7 +176,7 @@ def test_robustness_curves_start_at_the_whole_and_end_without(checkpoint, data, 
     printed = command(
         "evaluate", checkpoint, "--data", data, "--robustness", "--rates", 0, 0.5, 1, "--draws", 2, "--out", tmp_path
     )
-    rows = read_csv(tmp_path / "robustness.csv")
+    rows = read(tmp_path / "robustness.csv")
     assert [(row["dropped"], float(row["rate"])) for row in rows] == [
         (name, rate) for name in (*MODALITIES, "all") for rate in (0, 0.5, 1)
     ]
@@ -252,10 +246,10 @@ def test_a_fold_is_predicted_from_a_pickle_a_folder_and_an_npz_alike(checkpoint,
     path.write_bytes(pickle.dumps(content))
     for number, source in enumerate((path, data, data / "test.npz")):
         command("predict", checkpoint, source, "--out", tmp_path / f"{number}.csv")
-    rows = read_csv(tmp_path / "0.csv")
+    rows = read(tmp_path / "0.csv")
     assert list(rows[0]) == ["id", "score", "class", "p_negative", "p_neutral", "p_positive", *MODALITIES]
     assert [row["id"] for row in rows] == dataset.folds["test"].ids
-    assert read_csv(tmp_path / "1.csv") == read_csv(tmp_path / "2.csv") == rows
+    assert read(tmp_path / "1.csv") == read(tmp_path / "2.csv") == rows
     for row, there in zip(rows, dataset.folds["test"].lengths["vision"], strict=True):
         assert (row["vision"] != "") == bool(there)
         assert row["class"] == ("negative", "neutral", "positive")[int(np.sign(float(row["score"]))) + 1]
@@ -266,7 +260,7 @@ def test_a_fold_is_predicted_from_a_pickle_a_folder_and_an_npz_alike(checkpoint,
 def test_scores_are_those_of_the_model(checkpoint, data, trained, dataset, tmp_path):
     command("predict", checkpoint, data, "--fold", "valid", "--out", tmp_path / "valid.csv")
     expected = ask(trained, prepare_fold(dataset.folds["valid"], trained)).scores
-    assert [float(row["score"]) for row in read_csv(tmp_path / "valid.csv")] == expected.tolist()
+    assert [float(row["score"]) for row in read(tmp_path / "valid.csv")] == expected.tolist()
 
 
 @pytest.mark.parametrize("given", [("audio",), ("vision",), ("text",), ("audio", "vision"), MODALITIES], ids="+".join)
@@ -279,7 +273,7 @@ def test_any_subset_of_modalities_predicts(checkpoint, trained, dataset, tmp_pat
         np.save(tmp_path / f"{name}.npy", fold.features[name][row, : fold.lengths[name][row]])
         options += ["--text-features" if name == "text" else f"--{name}", tmp_path / f"{name}.npy"]
     command("predict", checkpoint, *options, "--out", tmp_path / "one.csv")
-    (found,) = read_csv(tmp_path / "one.csv")
+    (found,) = read(tmp_path / "one.csv")
     rates = {name: 1.0 for name in MODALITIES if name not in given}
     expected = ask(trained, drop_modalities(prepare_fold(fold, trained), rates, 0))
     assert float(found["score"]) == pytest.approx(expected.scores[row], abs=1e-5)
@@ -294,7 +288,7 @@ def test_a_csv_with_paths_predicts_utterances_of_different_modalities(checkpoint
     table = "id,audio,vision\nfirst,a.npy,\nsecond,b.npy,v.npy\nthird,,v.npy\nfourth,,\n"
     (tmp_path / "new.csv").write_text(table, encoding="utf-8-sig")
     printed = command("predict", checkpoint, tmp_path / "new.csv", "--out", tmp_path / "out.csv")
-    rows = read_csv(tmp_path / "out.csv")
+    rows = read(tmp_path / "out.csv")
     assert [row["id"] for row in rows] == ["first", "second", "third", "fourth"]
     assert [(bool(row["audio"]), bool(row["vision"]), bool(row["text"])) for row in rows] == [
         (True, False, False),
@@ -304,7 +298,7 @@ def test_a_csv_with_paths_predicts_utterances_of_different_modalities(checkpoint
     ]
     assert "1 of 4 utterances have no modality" in printed
     command("predict", checkpoint, "--audio", tmp_path / "a.npy", "--out", tmp_path / "alone.csv")
-    (alone,) = read_csv(tmp_path / "alone.csv")
+    (alone,) = read(tmp_path / "alone.csv")
     assert float(alone["score"]) == pytest.approx(float(rows[0]["score"]), abs=1e-6)
 
 
@@ -320,9 +314,9 @@ def test_a_text_only_model_predicts_and_says_what_it_does_not_read(dataset, data
     fake_checkpoint(tmp_path / "checkpoint", dataset, modalities=["text"])
     printed = command("predict", tmp_path / "checkpoint", data, "--out", tmp_path / "out.csv")
     assert "audio is not read: the model was trained on text" in printed
-    assert list(read_csv(tmp_path / "out.csv")[0])[6:] == ["text"]
+    assert list(read(tmp_path / "out.csv")[0])[6:] == ["text"]
     command("evaluate", tmp_path / "checkpoint", "--data", data, "--robustness", "--rates", 1, "--out", tmp_path)
-    assert [row["dropped"] for row in read_csv(tmp_path / "robustness.csv")] == ["text"]
+    assert [row["dropped"] for row in read(tmp_path / "robustness.csv")] == ["text"]
 
 
 def test_data_without_a_modality_are_scored_as_missing_it(checkpoint, trained, dataset, tmp_path):
@@ -337,7 +331,7 @@ def test_data_without_a_modality_are_scored_as_missing_it(checkpoint, trained, d
     save_dataset(smaller, tmp_path / "smaller")
     command("predict", checkpoint, tmp_path / "smaller", "--out", tmp_path / "out.csv")
     expected = ask(trained, drop_modalities(prepare_fold(dataset.folds["test"], trained), {"vision": 1}, 0)).scores
-    found = [float(row["score"]) for row in read_csv(tmp_path / "out.csv")]
+    found = [float(row["score"]) for row in read(tmp_path / "out.csv")]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -367,16 +361,16 @@ def test_words_are_tokenised_as_the_checkpoint_says(with_encoder, tmp_path):
     (tmp_path / "new.csv").write_text("text,Vision\na good movie,\na bad movie,\n  ,\n")
     said = command("predict", path, tmp_path / "new.csv", "--out", tmp_path / "out.csv")
     assert "note: not read: Vision" in said
-    rows = read_csv(tmp_path / "out.csv")
+    rows = read(tmp_path / "out.csv")
     assert [row["id"] for row in rows] == ["0", "1", "2"]
     assert [bool(row["text"]) for row in rows] == [True, True, False]
     assert rows[0]["score"] != rows[1]["score"]
     command("predict", path, "--text", "a good movie", "--out", tmp_path / "one.csv")
-    (one,) = read_csv(tmp_path / "one.csv")
+    (one,) = read(tmp_path / "one.csv")
     assert float(one["score"]) == pytest.approx(float(rows[0]["score"]), abs=1e-6)
     command("predict", path, "--text", "a good movie", "--text", "a bad movie", "--out", tmp_path / "two.csv")
-    assert [row["id"] for row in read_csv(tmp_path / "two.csv")] == ["0", "1"]
-    for row, other in zip(read_csv(tmp_path / "two.csv"), rows, strict=False):
+    assert [row["id"] for row in read(tmp_path / "two.csv")] == ["0", "1"]
+    for row, other in zip(read(tmp_path / "two.csv"), rows, strict=False):
         assert float(row["score"]) == pytest.approx(float(other["score"]), abs=1e-6)
     np.save(tmp_path / "a.npy", np.ones((3, 12)))
     with pytest.raises(ValueError, match=r"^--text: expected one beside other parts of an utterance, got 2$"):
@@ -400,7 +394,7 @@ def test_words_may_be_missing_for_a_model_with_an_encoder(with_encoder, tmp_path
     np.save(tmp_path / "a.npy", np.ones((3, 12)))
     options = ["--audio", tmp_path / "a.npy", "--text-encoder", folder]
     command("predict", path, *options, "--out", tmp_path / "one.csv")
-    (one,) = read_csv(tmp_path / "one.csv")
+    (one,) = read(tmp_path / "one.csv")
     assert np.isfinite(float(one["score"]))
     assert one["text"] == ""
     said = command("predict", path, "--text", " ", "--text-encoder", folder)

@@ -1,12 +1,11 @@
 """The figures: what is drawn, that it is labelled, and the numbers beside it."""
 
-import csv
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from mtmd.results import plots
+from study_cases import read
 
 
 @pytest.fixture
@@ -22,11 +21,6 @@ def figures(monkeypatch):
     yield kept
     for figure in kept:
         plt.close(figure)
-
-
-def read(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def is_png(path):

@@ -1,6 +1,5 @@
 """`report`, and the tables of all studies: cells, figures with their numbers, what cannot be shown, the page."""
 
-import csv
 import json
 import re
 import types
@@ -147,8 +146,7 @@ def test_report_compares_with_the_first_experiment_branch_by_branch(experiments)
 
 
 def test_confusion_and_error_by_class_are_those_of_the_predictions(experiments):
-    with (experiments / "full" / "predictions.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    rows = [row for row in read(experiments / "full" / "predictions.csv") if row["split"] == "test"]
 
     def kind(score):
         return round(min(3.0, max(-3.0, float(score))))  # half to even, as numpy does

@@ -1,7 +1,6 @@
 """The example as its users run it: command line, files, figures, checkpoint, real data."""
 
 import argparse
-import csv
 import dataclasses
 import importlib.util
 import io
@@ -35,7 +34,7 @@ from mtmd.runs.checkpoint import load_checkpoint
 from mtmd.settings.config import PARTS, Config
 from mtmd.settings.options import add_config_arguments, config_from
 from mtmd.train import prepare, train
-from study_cases import TINY
+from study_cases import TINY, read
 
 TWO_EPOCHS = [*TINY, "--epochs=2"]
 TERMS = ["total", "gt", "gt_text", "gt_audio", "gt_vision", "gt_fused", "reg", "cls", "feat", "fusion"]
@@ -86,8 +85,7 @@ def test_results_json_has_every_run_with_mean_and_deviation(finished):
 
 def test_predictions_csv_gives_the_reported_metrics_again(finished):
     results = json.loads((finished / "results.json").read_text())
-    with (finished / "predictions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(finished / "predictions.csv")
     assert list(rows[0]) == ["seed", "split", "id", "target", "score", "text", "audio", "vision"]
     assert {row["split"] for row in rows} == {"valid", "test"}
     for run in results["runs"]:
@@ -115,8 +113,7 @@ def test_readers_find_everything_in_the_folder(finished):
         assert not np.array_equal(arrays["features"], arrays["initial"])
         assert arrays["ids"].tolist() == test["id"]
         assert arrays["scores"].tolist() == test["target"].tolist()
-    with (finished / "steps_seed1.csv").open(newline="") as file:
-        steps = list(csv.DictReader(file))
+    steps = read(finished / "steps_seed1.csv")
     assert [row["step"] for row in steps] == [str(number) for number in range(1, 21)]
     assert set(TERMS) | {"temperature", "factor_text", "factor_audio", "factor_vision"} <= set(steps[0])
 
@@ -149,8 +146,7 @@ def test_a_checkpoint_predicts_what_was_reported(finished):
     assert about["data_sha256"] == data_sha256(dataset.folds, labels=True)
     fold = standardizer.apply(dataset.folds["test"])
     scores = score_fold(model, fold, 64, torch.device("cpu"))
-    with (finished / "predictions.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["seed"] == "1" and row["split"] == "test"]
+    rows = [row for row in read(finished / "predictions.csv") if (row["seed"], row["split"]) == ("1", "test")]
     assert [float(row["score"]) for row in rows] == scores.scores.tolist()
     assert [float(row["audio"] or "nan") for row in rows] == pytest.approx(
         scores.branch_scores["audio"].tolist(), nan_ok=True
