@@ -15,7 +15,6 @@ import pickle
 import re
 import time
 import tracemalloc
-import types
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,14 +31,11 @@ import mtmd_mosi
 from mtmd.data.fold import Dataset, Fold
 from mtmd.data.mmsa import from_mmsa, load_mmsa
 from mtmd.data.own_format import load_dataset, load_fold, save_dataset
-from mtmd.data.scaling import Standardizer
 from mtmd.data.synthetic import make_synthetic, synthetic_dataset
 from mtmd.files import safe_pickle
 from mtmd.files.reading import read_json, read_npy, read_npz, read_table, read_toml
 from mtmd.files.writing import file_sha256
-from mtmd.model import MTMD
 from mtmd.results.records import read_epochs
-from mtmd.runs.checkpoint import save_checkpoint
 from mtmd.runs.predict import read_csv, read_sequence
 from mtmd.runs.states import load_state, save_state
 from mtmd.runs.trained import Trained, load_trained
@@ -47,7 +43,7 @@ from mtmd.settings.config import Config
 from mtmd.settings.options import add_config_arguments, config_from
 from mtmd.study import report, search
 from mutations import bomb, itself, many_times, one_long_text, spoiled
-from study_cases import fake_experiment
+from study_cases import fake_checkpoint, fake_experiment
 from tiers import times
 
 SECONDS = 1.0
@@ -228,9 +224,6 @@ COMMANDS = times(2, 4, 50)  # of these, the first go through the command line to
 # The files
 
 
-SMALL = {"width": 8, "fused_width": 8, "audio_hidden": 4, "vision_hidden": 4, "text_hidden": 4, "layers": 1, "heads": 2}
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, bytes]:
     """Every file, whole: content by path."""
@@ -251,12 +244,7 @@ def write_files() -> None:
     save_dataset(dataset, "own")
     np.savez_compressed("new.npz", **{key: content["test"][key] for key in ("text", "audio", "vision", "id")})
 
-    torch.manual_seed(0)
-    config = Config(**SMALL)
-    run = types.SimpleNamespace(
-        seed=1, model=MTMD(config, dataset.widths), best_epoch=1, metrics={"valid": {"mae": 1.0}}
-    )
-    save_checkpoint(Path("checkpoint_seed1"), run, config, Standardizer.fit(dataset.folds["train"]), dataset)
+    fake_checkpoint(Path("checkpoint_seed1"), dataset)
     np.save("audio.npy", content["test"]["audio"][0])
     Path("new.csv").write_text("id,audio,vision\nfirst,audio.npy,\nsecond,,\nthird,audio.npy,\n")
     Path("settings.toml").write_text(
@@ -497,12 +485,9 @@ def test_what_has_no_end_is_refused_at_once(case, files, tmp_path, monkeypatch):
 def with_encoder(tmp_path):
     """A checkpoint whose text encoder is a BERT, a small one."""
     dataset = from_mmsa(make_synthetic(seed=1, sizes=(6, 3, 4)), name="toy", source="toy")
-    config = Config(**SMALL, text_encoder="small-bert")
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
     encoder = {"model_type": "bert", "vocab_size": 99, "max_position_embeddings": 50, **sizes}
-    model = MTMD(config, dataset.widths, encoder_config=encoder)
-    run = types.SimpleNamespace(seed=1, model=model, best_epoch=1, metrics={"valid": {"mae": 1.0}})
-    save_checkpoint(tmp_path / "checkpoint", run, config, Standardizer.fit(dataset.folds["train"]), dataset)
+    fake_checkpoint(tmp_path / "checkpoint", dataset, text_encoder="small-bert", encoder_config=encoder)
     return tmp_path / "checkpoint.json"
 
 

@@ -24,6 +24,7 @@ import torch._dynamo  # the optimiser imports it at its first step; the processe
 from rich.console import Console
 
 import mtmd_mosi
+import study_cases
 from mtmd.data.synthetic import synthetic_dataset
 from mtmd.files import tensors
 from mtmd.files.writing import replacing
@@ -39,18 +40,7 @@ from tiers import times
 
 CPU = torch.device("cpu")
 SCRIPT = Path(mtmd_mosi.__file__)
-SMALL = {
-    "epochs": 2,
-    "batch_size": 16,
-    "queue_size": 40,
-    "width": 8,
-    "fused_width": 8,
-    "audio_hidden": 4,
-    "vision_hidden": 4,
-    "text_hidden": 4,
-    "layers": 1,
-    "seeds": [1, 2],
-}
+SMALL = study_cases.SMALL | {"epochs": 2, "batch_size": 16, "queue_size": 40, "seeds": [1, 2]}
 
 
 def small_dataset():

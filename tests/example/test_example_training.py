@@ -34,7 +34,7 @@ from mtmd.runs.checkpoint import load_checkpoint
 from mtmd.settings.config import PARTS, Config
 from mtmd.settings.options import add_config_arguments, config_from
 from mtmd.train import prepare, train
-from study_cases import TINY, read
+from study_cases import SMALL, TINY, read
 
 TWO_EPOCHS = [*TINY, "--epochs=2"]
 TERMS = ["total", "gt", "gt_text", "gt_audio", "gt_vision", "gt_fused", "reg", "cls", "feat", "fusion"]
@@ -50,9 +50,9 @@ def finished(tmp_path_factory):
 
 
 def test_a_log_has_a_line_for_each_epoch(tmp_path):
-    config = Config(**SMALL, out=tmp_path)
+    config = small_config(out=tmp_path)
     printed = Console(file=io.StringIO(), width=200)
-    results = experiment.run_experiment(config, printed, dataset=synthetic_dataset(seed=5, sizes=(64, 20, 20)))
+    results = experiment.run_experiment(config, printed, dataset=small_dataset())
     lines = [line for line in printed.file.getvalue().splitlines() if ", epoch " in line]
     assert len(lines) == config.epochs * len(config.seeds)
     assert re.fullmatch(r"seed \d+, epoch 1 of \d+: loss \d+\.\d{3}, validation MAE \d\.\d{3}", lines[0])
@@ -62,9 +62,9 @@ def test_a_log_has_a_line_for_each_epoch(tmp_path):
 def test_a_log_of_a_long_run_tells_from_its_first_steps_how_long_a_seed_takes(tmp_path, monkeypatch):
     clock = itertools.count(0.0, 30.0)  # seconds: half a minute a step
     monkeypatch.setattr(experiment.time, "monotonic", clock.__next__)
-    config = Config(**{**SMALL, "epochs": 2, "batch_size": 8, "seeds": [1]}, out=tmp_path)
+    config = small_config(epochs=2, batch_size=8, seeds=[1], out=tmp_path)
     printed = Console(file=io.StringIO(), width=200)
-    experiment.run_experiment(config, printed, dataset=synthetic_dataset(seed=5, sizes=(64, 20, 20)))
+    experiment.run_experiment(config, printed, dataset=small_dataset())
     lines = printed.file.getvalue().splitlines()
     steps = config.epochs * math.ceil(64 / config.batch_size)
     told = lines.index(f"seed 1: {config.epochs} epochs will take about {steps / 2:.0f} minutes")
@@ -154,34 +154,16 @@ def test_a_checkpoint_predicts_what_was_reported(finished):
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
-    dataset = synthetic_dataset(seed=5, sizes=(64, 20, 20))
-    config = Config(epochs=2, width=8, fused_width=8, audio_hidden=4, vision_hidden=4, text_hidden=4, layers=1)
-    folds, _ = prepare(dataset, config)
-    runs = [train(config, folds, dataset.widths, seed, torch.device("cpu")) for seed in (1, 1, 2)]
+    runs = [small_run(epochs=2, seed=seed) for seed in (1, 1, 2)]
     assert np.array_equal(runs[0].predictions["test"], runs[1].predictions["test"])
     assert not np.array_equal(runs[0].predictions["test"], runs[2].predictions["test"])
 
 
 def test_the_epoch_is_chosen_on_validation_mae_and_the_run_stops_without_progress():
-    dataset = synthetic_dataset(seed=5, sizes=(64, 20, 20))
-    config = Config(
-        epochs=30,
-        patience=2,
-        schedule="constant",
-        unimodal_lr=0.1,
-        other_lr=0.1,
-        width=8,
-        fused_width=8,
-        audio_hidden=4,
-        vision_hidden=4,
-        text_hidden=4,
-        layers=1,
-    )
-    folds, _ = prepare(dataset, config)
-    run = train(config, folds, dataset.widths, 1, torch.device("cpu"))
+    run = small_run(epochs=30, patience=2, schedule="constant", unimodal_lr=0.1, other_lr=0.1)
     maes = [record["valid"]["mae"] for record in run.epochs]
     assert run.best_epoch == int(np.argmin(maes)) + 1
-    assert len(maes) == min(run.best_epoch + config.patience, config.epochs)
+    assert len(maes) == min(run.best_epoch + 2, 30)
     assert run.metrics["valid"]["mae"] == min(maes)
 
 
@@ -270,22 +252,18 @@ def test_what_a_run_is_does_not_depend_on_where_and_how_far():
 # The loop
 
 
-SMALL = {
-    "epochs": 1,
-    "width": 8,
-    "fused_width": 8,
-    "audio_hidden": 4,
-    "vision_hidden": 4,
-    "text_hidden": 4,
-    "layers": 1,
-}
+def small_config(**settings):
+    return Config(**{**SMALL, "epochs": 1, **settings})
 
 
-def small_run(dataset=None, **settings):
-    dataset = dataset or synthetic_dataset(seed=5, sizes=(64, 20, 20))
-    config = Config(**{**SMALL, **settings})
+def small_dataset():
+    return synthetic_dataset(seed=5, sizes=(64, 20, 20))
+
+
+def small_run(dataset=None, *, seed=1, **settings):
+    dataset, config = dataset or small_dataset(), small_config(**settings)
     folds, _ = prepare(dataset, config)
-    return train(config, folds, dataset.widths, 1, torch.device("cpu"))
+    return train(config, folds, dataset.widths, seed, torch.device("cpu"))
 
 
 def test_what_is_kept_is_the_moving_average_where_one_is_asked_for(monkeypatch):

@@ -22,15 +22,15 @@ MODALITIES = ("text", "audio", "vision")
 TINY = ["--epochs=1", "--width=16", "--fused-width=16", "--layers=1"]
 TINY += ["--audio-hidden=8", "--vision-hidden=8", "--text-hidden=8"]
 
-
+# The same as settings, and smaller.
 SMALL = {"width": 8, "fused_width": 8, "audio_hidden": 4, "vision_hidden": 4, "text_hidden": 4, "layers": 1, "heads": 2}
 
 
-def fake_checkpoint(path: Path, dataset: Dataset, /, **settings) -> MTMD:
+def fake_checkpoint(path: Path, dataset: Dataset, /, *, encoder_config: dict | None = None, **settings) -> MTMD:
     """A checkpoint of a model that was not trained: what it says is as good as any for tests. The model."""
     torch.manual_seed(0)
     config = Config(**SMALL, **settings)
-    model = MTMD(config, dataset.widths)
+    model = MTMD(config, dataset.widths, encoder_config=encoder_config)
     if model.fusion is not None:  # spread the scores over both signs
         torch.nn.init.normal_(model.fusion.heads.score.weight, std=2)
         torch.nn.init.zeros_(model.fusion.heads.score.bias)
