@@ -54,8 +54,10 @@ class Stop(Exception):
 # A run in this process that stops at a step
 
 
-def train_until(config, folds, widths, out, *, stop=None):
+def train_until(config, out, *, stop=None, dataset=None):
     """One run with its state in `out`; raises Stop after that many steps of its own."""
+    dataset = dataset or small_dataset()
+    folds, _ = prepare(dataset, config)
     steps, notes = 0, []
 
     def on_step(_record):
@@ -64,7 +66,8 @@ def train_until(config, folds, widths, out, *, stop=None):
         if steps == stop:
             raise Stop
 
-    return train_and_save(config, folds, widths, 7, CPU, on_step, state_dir=out, on_note=notes.append), notes
+    run = train_and_save(config, folds, dataset.widths, 7, CPU, on_step, state_dir=out, on_note=notes.append)
+    return run, notes
 
 
 def same_weights(first, second):
@@ -105,9 +108,7 @@ def assert_same_run(first, second):
 )
 def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(settings, tmp_path):
     config = Config(**{**SMALL, **settings})
-    dataset = small_dataset()
-    folds, _ = prepare(dataset, config)
-    whole, _ = train_until(config, folds, dataset.widths, tmp_path / "whole")
+    whole, _ = train_until(config, tmp_path / "whole")
     steps = len(whole.steps)
     if config.patience == 1:
         assert len(whole.epochs) < config.epochs
@@ -116,11 +117,11 @@ def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(settings, tmp_p
     for stop in range(1, steps + 1, 1 if config.save_every else steps // len(whole.epochs)):
         out = tmp_path / str(stop)
         with pytest.raises(Stop):
-            train_until(config, folds, dataset.widths, out, stop=stop)
+            train_until(config, out, stop=stop)
         # nothing of a random state may come from this process
         torch.manual_seed(stop)
         random.seed(stop)
-        run, _ = train_until(config, folds, dataset.widths, out)
+        run, _ = train_until(config, out)
         assert_same_run(whole, run)
 
 
@@ -209,7 +210,7 @@ def test_a_run_that_is_saved_has_the_numbers_of_one_that_is_not(tmp_path):
     dataset = small_dataset()
     folds, _ = prepare(dataset, config)
     plain = train(config, folds, dataset.widths, 7, CPU)
-    saved, _ = train_until(config, folds, dataset.widths, tmp_path)
+    saved, _ = train_until(config, tmp_path)
     assert_same_run(plain, saved)
 
 
@@ -218,7 +219,7 @@ def test_a_run_that_goes_on_tells_first_what_was_restored(tmp_path):
     dataset = small_dataset()
     folds, _ = prepare(dataset, config)
     with pytest.raises(Stop):
-        train_until(config, folds, dataset.widths, tmp_path, stop=5)
+        train_until(config, tmp_path, stop=5)
     steps, epochs, notes = [], [], []
     run = train_and_save(
         config, folds, dataset.widths, 7, CPU, steps.append, epochs.append, state_dir=tmp_path, on_note=notes.append
@@ -235,13 +236,11 @@ def test_a_run_may_go_on_where_there_is_another_precision_and_says_so(first, tmp
     second = {"bfloat16": "float32", "float32": "bfloat16"}[first]
     monkeypatch.setattr(devices, "no_bfloat16", lambda _: "" if now == "bfloat16" else "none here")
     config = Config(**SMALL, save_every=1, amp=True, resume=True)
-    dataset = small_dataset()
-    folds, _ = prepare(dataset, config)
     now = first
     with pytest.raises(Stop):
-        train_until(config, folds, dataset.widths, tmp_path, stop=3)
+        train_until(config, tmp_path, stop=3)
     now = second
-    run, notes = train_until(config, folds, dataset.widths, tmp_path)
+    run, notes = train_until(config, tmp_path)
     assert notes[0] == f"seed 7 was trained in {first} so far and goes on in {second}"
     assert run.precisions == [first, second]
     assert experiment.run_entry(run)["precision"] == f"{first}, then {second}"
@@ -289,18 +288,16 @@ def empty(path):
 @pytest.mark.parametrize("damage", [cut, flip, empty])
 def test_a_damaged_state_is_named_and_the_one_before_it_is_used(damage, ending, tmp_path):
     config = Config(**SMALL, save_every=1)
-    dataset = small_dataset()
-    folds, _ = prepare(dataset, config)
-    whole, _ = train_until(config, folds, dataset.widths, tmp_path / "whole")
+    whole, _ = train_until(config, tmp_path / "whole")
     with pytest.raises(Stop):
-        train_until(config, folds, dataset.widths, tmp_path / "state", stop=6)
+        train_until(config, tmp_path / "state", stop=6)
     names = sorted(path.name for path in (tmp_path / "state").iterdir())
     # five steps and the end of an epoch were saved: six states
     states = [f"state_{number:09d}.{kind}" for number in (5, 6) for kind in ("json", "safetensors")]
     assert names == states
     damage(tmp_path / "state" / f"state_{6:09d}.{ending}")
     config.resume = True
-    run, notes = train_until(config, folds, dataset.widths, tmp_path / "state")
+    run, notes = train_until(config, tmp_path / "state")
     assert f"state_{6:09d}.{ending}" in notes[0]
     assert notes[1:] == ["seed 7 goes on in epoch 2, after step 4"]
     assert_same_run(whole, run)
@@ -308,15 +305,13 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_used(damage, ending, 
 
 def test_where_every_state_is_damaged_the_run_begins_anew(tmp_path):
     config = Config(**SMALL, save_every=1)
-    dataset = small_dataset()
-    folds, _ = prepare(dataset, config)
-    whole, _ = train_until(config, folds, dataset.widths, tmp_path / "whole")
+    whole, _ = train_until(config, tmp_path / "whole")
     with pytest.raises(Stop):
-        train_until(config, folds, dataset.widths, tmp_path / "state", stop=6)
+        train_until(config, tmp_path / "state", stop=6)
     for path in (tmp_path / "state").iterdir():
         cut(path)
     config.resume = True
-    run, notes = train_until(config, folds, dataset.widths, tmp_path / "state")
+    run, notes = train_until(config, tmp_path / "state")
     assert len(notes) == 3
     assert all("damaged" in note for note in notes[:2])
     assert notes[2].endswith("no state is left, the run begins anew")
@@ -723,15 +718,12 @@ def test_resume_refuses_other_settings_and_other_data(tmp_path, trained_seeds):
 
 def test_a_state_of_other_settings_or_data_is_refused(tmp_path):
     config = Config(**SMALL, save_every=1, resume=True)
-    dataset = small_dataset()
-    folds, _ = prepare(dataset, config)
     with pytest.raises(Stop):
-        train_until(config, folds, dataset.widths, tmp_path, stop=2)
+        train_until(config, tmp_path, stop=2)
     with pytest.raises(ValueError, match=r"--resume: expected the settings of .*epochs 4, there 2"):
-        train_until(dataclasses.replace(config, epochs=4), folds, dataset.widths, tmp_path)
-    other = synthetic_dataset(seed=4, sizes=(40, 12, 12))
+        train_until(dataclasses.replace(config, epochs=4), tmp_path)
     with pytest.raises(ValueError, match="--resume: expected the data of"):
-        train_until(config, prepare(other, config)[0], other.widths, tmp_path)
+        train_until(config, tmp_path, dataset=synthetic_dataset(seed=4, sizes=(40, 12, 12)))
 
 
 def test_a_folder_with_a_results_file_of_something_else_is_named(tmp_path):
