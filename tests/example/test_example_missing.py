@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import re
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ import missing_modalities as synthetic
 import missing_sensors as study
 import watch
 from conftest import ROOT
+from pages import page, rows, section
 from study_tools import read_rows
 
 needs_recordings = pytest.mark.skipif(importlib.util.find_spec("seglearn") is None, reason="no seglearn")
@@ -154,18 +154,15 @@ def test_the_command_gives_table_results_and_figure_and_goes_on_where_it_was(tmp
 SEEDS = 10
 RESULTS = ROOT / "docs" / "results" / "missing_sensors.json"
 SHORT = (0, 2, 3, 5, 7, 8, 10)  # labels, trained with, at 0, 50 and 100 %, against dropping, won back
-PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_of_page_and_docstring_are_those_of_the_results():
-    section = PAGE.split("## Missing sensors\n")[1].split("\n### On the synthetic set")[0]
     computed = study.lines(read_rows(RESULTS, study.Result))
     for text, wanted in (
-        (section, computed),
+        (section("results.md", "## Missing sensors").partition("\n### ")[0], computed),
         (study.__doc__, [[row[i] for i in SHORT] for row in computed if row[1] == "either"]),
     ):
-        rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", text, re.MULTILINE)]
-        assert [row for row in rows if row[0] in study.LABELS] == wanted
+        assert [row for row in rows(text) if row[0] in study.LABELS] == wanted
 
 
 def test_the_figures_that_page_and_docstring_name_are_in_the_results():
@@ -185,7 +182,7 @@ def test_the_figures_that_page_and_docstring_name_are_in_the_results():
 
     full, alone, ours, no_more = study.ARMS
     few = ("20", ours, alone)
-    for text in (PAGE, study.__doc__):
+    for text in (page("results.md"), study.__doc__):
         said = " ".join(text.split())
         for figure in (
             f"{won('20', ours)} points at 50 % missing {beyond('20')}, paired by person)",
@@ -280,9 +277,8 @@ def test_the_synthetic_table_of_the_page_is_that_of_the_results():
     assert {(one.labels, one.arm, one.seed) for one in results} == {
         (labels, arm.name, seed) for labels in synthetic.LABELS for arm in synthetic.ARMS for seed in range(SEEDS)
     }
-    section = PAGE.split("### On the synthetic set\n")[1].split("\n## ")[0]
-    rows = [[cell.strip(" *") for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)]
-    assert [row for row in rows if row[0] in synthetic.LABELS] == synthetic.lines(results)
+    text = section("results.md", "### On the synthetic set")
+    assert [row for row in rows(text) if row[0] in synthetic.LABELS] == synthetic.lines(results)
     for setting in synthetic.LABELS:
         cost, won = synthetic.won_back(results, setting, "any")
-        assert f"{won:.3f} of {cost:.3f}" in " ".join(section.split("|\n\n")[-1].split())
+        assert f"{won:.3f} of {cost:.3f}" in " ".join(text.split("|\n\n")[-1].split())

@@ -16,6 +16,7 @@ from mtmd.results.compare import compare_experiments
 from mtmd.results.tables import Row, difference_cell, own_cell, p_cell, row_of, write_table
 from mtmd.settings.config import Config
 from mtmd.study import report
+from pages import rows, section
 from study_cases import fails, fake_experiment, read
 
 # Tables
@@ -287,11 +288,7 @@ OF_BASE_SIZE = {
 def test_the_tables_of_the_encoder_of_base_size_are_those_of_its_results(file):
     path, names = ROOT / "docs" / "results" / f"{file}.json", OF_BASE_SIZE[file]
     content = json.loads(path.read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    section = page.split("## CMU-MOSI with an encoder of BERT-base's size\n")[1].split("\n## ")[0]
-    shown = [
-        [cell.strip(" *") for cell in line.split("|")] for line in re.findall(r"^\|(.*)\|$", section, re.MULTILINE)
-    ]
+    shown = rows(section("results.md", "## CMU-MOSI with an encoder of BERT-base's size"))
     assert content["arms"].keys() == names.keys()
     for name, arm in content["arms"].items():
         label = names[name]

@@ -19,6 +19,7 @@ import retrieval
 import study_tools
 import watch_data
 from conftest import ROOT
+from pages import page, section
 from retrieval import ARMS, Pairs, Setting
 
 
@@ -308,16 +309,15 @@ def tables(results):
 
 
 def test_the_page_has_the_tables_of_the_results(tables):
-    page = (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
-    lines = {line.replace("**", "") for line in page.splitlines()}
+    lines = {line.replace("**", "") for line in page("when.md").splitlines()}
     for rows in tables:
         assert [row for row in rows if "| " + " | ".join(row) + " |" not in lines] == []
 
 
 def test_what_page_and_docstring_say_of_retrieval_stands_in_its_tables_and_results(tables, results):
-    page = (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
-    (section,) = re.findall(r"^## Retrieval(.*?)(?=^## )", page, flags=re.MULTILINE | re.DOTALL)
-    prose = " ".join(line for line in section.splitlines() if not line.startswith("|"))
+    prose = " ".join(
+        line for line in section("when.md", "## Retrieval across views").splitlines() if not line.startswith("|")
+    )
     cells = {cell for rows in tables for row in rows for cell in row}
     for name, data in itertools.product(("queue", "targets"), retrieval.DATA):
         for wrong, what in ((0.0, "recall1"), (0.0, "pair1"), (0.4, "recall1")):

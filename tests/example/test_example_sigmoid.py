@@ -10,6 +10,7 @@ import retrieval
 import sigmoid_pairs
 import study_tools
 from conftest import ROOT
+from pages import section
 from retrieval import Pairs
 
 
@@ -63,12 +64,8 @@ def results():
 
 
 def test_the_page_says_what_the_runs_gave(results):
-    page = (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
-    (section,) = re.findall(
-        r"^## A sigmoid instead of the softmax(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL
-    )
     tables = [sigmoid_pairs.table_of_grid(results), sigmoid_pairs.table(results)]
-    lines = section.splitlines()
+    lines = section("when.md", "## A sigmoid instead of the softmax").splitlines()
     for rows in tables:
         assert [row for row in rows if "| " + " | ".join(row) + " |" not in lines] == []
     prose = " ".join(line for line in lines if not line.startswith("|"))

@@ -13,6 +13,7 @@ import other_distillation as other
 import quickstart
 import two_views_digits
 from conftest import ROOT
+from pages import section
 from study_tools import paired_interval, read_results, signed, summary
 
 
@@ -88,7 +89,7 @@ def test_the_page_has_what_the_results_of_the_decays_say():
     assert len(results) == found["settings"]["seeds"] * len(arms)
     page = (docs / "when.md").read_text(encoding="utf-8")
     weak = {arm: two_views_digits.scores(results, results[0].setting, arm) for arm in arms}
-    said = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", page.split("## The decay of the momentum model")[1].split("\n## ")[0])
+    said = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", section("when.md", "## The decay of the momentum model"))
     for arm in arms:
         apart = [paired_interval(weak[arm], weak[base]) if arm != base else None for base in arms[:2]]
         cells = [arm, summary(weak[arm]), *("" if one is None else signed(one) for one in apart)]
