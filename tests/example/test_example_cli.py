@@ -121,7 +121,19 @@ WRONG_OPTIONS = {
     "search --jobs 0": "--jobs: expected a whole number of at least 1, got '0'",
     "search --search-seed -1": "--search-seed: expected a whole number of at least 0, got '-1'",
     "search --final-seeds -1": "--final-seeds: expected a whole number of at least 0, got '-1'",
-    "search --grid alpha": "--grid: expected NAME=V,V with the name of a setting, got 'alpha'",
+    **{
+        f"search --grid {given}": f"--grid: expected {said}"
+        for given, said in {
+            "alhpa=1": "NAME=V,V with the name of a setting, got 'alhpa=1'; did you mean alpha?",
+            "seeds=1": "NAME=V,V with the name of a setting, got 'seeds=1'",
+            "alpha": "NAME=V,V with the name of a setting, got 'alpha'",
+            "without=reg": "a setting with a number, a word or true and false, got without",
+            "alpha=0.1,high": "values of type float for alpha, got '0.1,high'",
+            "queue_size=1,": "values of type int for queue_size, got '1,'",
+            "alpha=0.1,0.10": "each value of alpha once, got '0.1,0.10'",
+            "queue-size=64 queue_size=128": "each setting once, with all its values, got queue_size twice",
+        }.items()
+    },
     "report": "the following arguments are required: DIR",
     "report d --seed one": "--seed: expected a whole number of at least 0, got 'one'",
     "report d --resamples 0": "--resamples: expected a whole number of at least 1, got '0'",
@@ -225,6 +237,7 @@ CONTRADICTIONS = {
     "search --alpha 0.3": "--alpha: expected none, for the search chooses it among the values of its grid, got 0.3",
     "search --layers 2 --grid layers=1,3": "--layers: expected none, for the search chooses it",
     "search --trials 1 --grid alpha=2": "alpha: expected a finite number in [0, 1], got 2.0",
+    "search --trials 1 --grid schedule=linear": "schedule: expected one of cosine, constant, got 'linear'",
     "search --trials 1 --grid heads=3": "text_hidden: expected a multiple of heads (3), got 64",
     "search --final-seeds 1 2 1": "--final-seeds: expected each once, got 1 2 1",
     "report d d": "report: expected each folder once",

@@ -221,31 +221,6 @@ def test_an_own_grid_takes_settings_of_every_simple_kind(tmp_path, tried):
     assert all(type(config.layers) is int and type(config.balanced_queue) is bool for config in tried)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--grid", "alhpa=1"],
-            "--grid: expected NAME=V,V with the name of a setting, got 'alhpa=1'; did you mean alpha?",
-        ),
-        (["--grid", "seeds=1"], "--grid: expected NAME=V,V with the name of a setting, got 'seeds=1'"),
-        (["--grid", "alpha"], "--grid: expected NAME=V,V with the name of a setting, got 'alpha'"),
-        (["--grid", "without=reg"], "--grid: expected a setting with a number, a word or true and false, got without"),
-        (["--grid", "alpha=0.1,high"], "--grid: expected values of type float for alpha, got '0.1,high'"),
-        (["--grid", "queue_size=1,"], "--grid: expected values of type int for queue_size, got '1,'"),
-        (["--grid", "alpha=0.1,0.10"], "--grid: expected each value of alpha once, got '0.1,0.10'"),
-        (
-            ["--grid", "queue-size=64", "queue_size=128"],
-            "--grid: expected each setting once, with all its values, got queue_size twice",
-        ),
-        (["--trials", "1", "--grid", "schedule=linear"], "schedule: expected one of cosine, constant, got 'linear'"),
-    ],
-)
-def test_searches_that_cannot_be_meant_are_told_on_one_line(tmp_path, capsys, tried, arguments, message):
-    assert fails(capsys, ["search", "--out", tmp_path, *arguments]) == f"error: {message}"
-    assert not tried
-
-
 @pytest.mark.usefixtures("tried")
 def test_without_any_trained_trial_there_is_no_best_point(tmp_path, capsys):
     line = fails(capsys, ["search", "--trials", "1", "--grid", "alpha=0.6", "--out", tmp_path])
