@@ -25,7 +25,7 @@ from mtmd import train as loop
 from mtmd.data.batches import batches
 from mtmd.data.fold import data_sha256, presence
 from mtmd.data.scaling import Standardizer
-from mtmd.data.synthetic import make_synthetic, synthetic_dataset
+from mtmd.data.synthetic import synthetic_dataset
 from mtmd.results.metrics import msa_metrics
 from mtmd.results.records import load_experiment, load_predictions
 from mtmd.results.scores import score_fold
@@ -434,22 +434,6 @@ def test_a_run_without_each_part_goes_through(without):
     assert set(run.unimodal_metrics["test"]) == {"text", "audio", "vision"} - {without.removesuffix("_task")}
 
 
-def test_a_model_of_text_alone_has_one_branch():
-    run = small_run(modalities=["text"])
-    assert list(run.unimodal_predictions["test"]) == ["text"]
-    assert np.array_equal(run.unimodal_predictions["test"]["text"], run.predictions["test"])
-
-
-def test_modalities_that_the_data_has_not_are_named():
-    dataset = synthetic_dataset(sizes=(20, 10, 10))
-    folds = {
-        name: dataclasses.replace(fold, features={key: fold.features[key] for key in ("text", "audio")})
-        for name, fold in dataset.folds.items()
-    }
-    with pytest.raises(ValueError, match=r"^synthetic: vision: expected vision; .* with --modalities text audio$"):
-        prepare(dataclasses.replace(dataset, folds=folds), Config())
-
-
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     for ending in ("safetensors", "json"):
         shutil.copy(finished / f"checkpoint_seed1.{ending}", tmp_path)
@@ -463,18 +447,6 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     path.with_suffix(".json").write_text("{}")
     with pytest.raises(ValueError, match=r"checkpoint_seed1\.json: expected the description of a checkpoint"):
         load_checkpoint(path)
-
-
-def test_text_features_are_asked_for_where_the_file_has_none():
-    dataset = synthetic_dataset(sizes=(20, 10, 10))
-    folds = {
-        name: dataclasses.replace(fold, features={key: fold.features[key] for key in ("audio", "vision")})
-        for name, fold in dataset.folds.items()
-    }
-    with pytest.raises(
-        ValueError, match=r"text: expected text \(features\), .* --text-encoder MODEL \(a BERT-type one\)$"
-    ):
-        prepare(dataclasses.replace(dataset, folds=folds), Config())
 
 
 def test_a_text_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
@@ -540,12 +512,6 @@ def test_a_text_without_features_is_missing_whatever_its_tokens_are():
     assert next(batches(folds["train"], 12)).present["text"].tolist() == expected
 
 
-def test_text_that_an_encoder_cannot_read_is_named():
-    dataset = change_folds(synthetic_dataset(sizes=(12, 4, 4)), raw_text=None)
-    with pytest.raises(ValueError, match=r"text: expected text_bert .* or raw_text .* with --text-encoder features$"):
-        prepare(dataset, Config(text_encoder=str(minilm())))
-
-
 def test_a_short_real_training_with_a_pretrained_encoder(mosi_path, tmp_path):
     """Real CMU-MOSI and a real BERT-type encoder, cut to two steps."""
     from mtmd.data.mmsa import load_mmsa
@@ -575,9 +541,3 @@ def test_a_short_real_training_with_a_pretrained_encoder(mosi_path, tmp_path):
     losses = [step["total"] for step in run.steps]
     assert all(math.isfinite(loss) for loss in losses)
     assert run.metrics["test"]["mae"] < 2.0
-
-
-def test_the_embedded_set_has_the_layout_of_mmsa():
-    content = make_synthetic(sizes=(10, 5, 5))
-    for fold in content.values():
-        assert {"id", "raw_text", "text", "audio", "vision", "audio_lengths", "regression_labels"} <= set(fold)
