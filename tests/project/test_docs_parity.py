@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import momentum_distill as md
 from common import import_part
 from conftest import ROOT
+from momentum_distill.functional import supcon_distill_loss as contrast
 
 PAGE = ROOT / "docs" / "coming_from.md"
 FENCE = re.compile(r"^```(py|python)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -117,87 +117,54 @@ def unit_rows(rows, width, seed):
     return F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=1)
 
 
+def assert_same_gradients(theirs, ours, *leaves, **tolerance):
+    """Of two functions of the same leaves: their values, and the gradients for each of them."""
+    found = []
+    for loss_fn in (theirs, ours):
+        loss = loss_fn(*(given := [leaf.clone().requires_grad_() for leaf in leaves]))
+        found.append((loss.detach(), *torch.autograd.grad(loss, given)))
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, **({"rtol": 1e-10, "atol": 1e-12} | tolerance))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_albef_has_our_gradient(seed):
     """Its loss is ours plus alpha times the entropy of the targets, which has no gradient."""
     rows, slots, width, temperature, alpha = 3 + seed, 20 + 7 * seed, 4 + seed, 0.07 + 0.1 * seed, 0.2 * seed
     query, momentum, keys = (unit_rows(n, width, 10 * seed + i) for i, n in enumerate((rows, rows, slots)))
     ids, key_ids = torch.arange(rows), torch.arange(slots) % rows
-    results = []
-    for ours in (True, False):
-        leaf = query.clone().requires_grad_()
-        tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
-        if ours:
-            loss = md.functional.supcon_distill_loss(
-                leaf,
-                keys,
-                ids,
-                key_ids,
-                temperature=tau,
-                normalize=False,
-                alpha=alpha,
-                momentum_query=momentum,
-                momentum_keys=keys,
-            )
-        else:
-            soft = (momentum @ keys.T / temperature).softmax(dim=1)
-            same = (ids[:, None] == key_ids).double()
-            targets = alpha * soft + (1 - alpha) * same / same.sum(dim=1, keepdim=True)
-            loss = -(targets * (leaf @ keys.T / tau).log_softmax(dim=1)).sum(dim=1).mean()
-            loss = loss + alpha * (soft * soft.log()).sum(dim=1).mean()
-        loss.backward()
-        results.append((loss.detach(), leaf.grad, tau.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
+    def theirs(query, tau):
+        soft = (momentum @ keys.T / temperature).softmax(dim=1)
+        same = (ids[:, None] == key_ids).double()
+        targets = alpha * soft + (1 - alpha) * same / same.sum(dim=1, keepdim=True)
+        loss = -(targets * (query @ keys.T / tau).log_softmax(dim=1)).sum(dim=1).mean()
+        return loss + alpha * (soft * soft.log()).sum(dim=1).mean()
 
-@pytest.mark.parametrize("seed", range(5))
-def test_supcontrast_has_our_gradient(seed):
-    rows, width, temperature = 6 + 2 * seed, 3 + seed, 0.1 + 0.1 * seed
-    views, labels = unit_rows(rows, width, seed), torch.arange(rows) % 3
-    results = []
-    for ours in (True, False):
-        leaf = views.clone().requires_grad_()
-        if ours:
-            options = {"temperature": temperature, "normalize": False, "exclude_self": True}
-            loss = md.functional.supcon_distill_loss(leaf, leaf, labels, labels, **options)
-        else:
-            others = ~torch.eye(rows, dtype=torch.bool)
-            logits = (leaf @ leaf.T / temperature).masked_fill(~others, -torch.inf)
-            positive = others & (labels[:, None] == labels)
-            log_probs = logits.log_softmax(dim=1).masked_fill(~others, 0.0)
-            loss = (-(log_probs * positive).sum(dim=1) / positive.sum(dim=1)).mean()
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    def ours(query, tau):
+        options = {"momentum_query": momentum, "momentum_keys": keys, "alpha": alpha, "normalize": False}
+        return contrast(query, keys, ids, key_ids, temperature=tau, **options)
+
+    assert_same_gradients(theirs, ours, query, torch.tensor(temperature, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_moco_has_our_gradient(seed):
     """One positive key each, and a queue of negatives: the cross-entropy of class 0."""
     width, slots, temperature = 4 + seed, 5 + 9 * seed, 0.07 + 0.1 * seed
-    query, positive, bank = (
-        unit_rows(1, width, seed),
-        unit_rows(1, width, 50 + seed),
-        unit_rows(slots, width, 99 - seed),
-    )
-    results = []
-    for ours in (True, False):
-        leaf = query.clone().requires_grad_()
-        if ours:
-            nobody = torch.full((slots,), -2)
-            one = torch.tensor([7])
-            loss = md.functional.supcon_distill_loss(
-                leaf, (positive, bank), one, (one, nobody), temperature=temperature, normalize=False
-            )
-        else:
-            logits = torch.cat([leaf @ positive.T, leaf @ bank.T], dim=1) / temperature
-            loss = F.cross_entropy(logits, torch.tensor([0]))
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    sizes = ((1, seed), (1, 50 + seed), (slots, 99 - seed))
+    query, positive, bank = (unit_rows(rows, width, drawn) for rows, drawn in sizes)
+    one, nobody = torch.tensor([7]), torch.full((slots,), -2)
+
+    def theirs(query):
+        logits = torch.cat([query @ positive.T, query @ bank.T], dim=1) / temperature
+        return F.cross_entropy(logits, torch.tensor([0]))
+
+    def ours(query):
+        options = {"temperature": temperature, "normalize": False}
+        return contrast(query, (positive, bank), one, (one, nobody), **options)
+
+    assert_same_gradients(theirs, ours, query)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -206,17 +173,10 @@ def test_pytorch_metric_learning_has_our_gradient(seed):
 
     rows, slots, width = 5 + seed, 30 + seed, 6
     keys, labels, key_labels = unit_rows(slots, width, seed + 20), torch.arange(rows) % 3, torch.arange(slots) % 3
-    results = []
-    contrast = md.functional.supcon_distill_loss
-    for loss_fn in (
-        lambda q: losses.SupConLoss(temperature=0.2)(q, labels, ref_emb=keys, ref_labels=key_labels),
-        lambda q: contrast(q, keys, labels, key_labels, temperature=0.2),
-        lambda q: losses.SupConLoss(temperature=0.2)(q, labels),
-        lambda q: contrast(q, q, labels, labels, temperature=0.2, exclude_self=True),
+    theirs = losses.SupConLoss(temperature=0.2)
+    for given, ours in (
+        ({"ref_emb": keys, "ref_labels": key_labels}, lambda x: contrast(x, keys, labels, key_labels, temperature=0.2)),
+        ({}, lambda x: contrast(x, x, labels, labels, temperature=0.2, exclude_self=True)),
     ):
-        leaf = (3 * unit_rows(rows, width, seed)).requires_grad_()
-        loss = loss_fn(leaf)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    for theirs, ours in (*zip(*results[:2], strict=True), *zip(*results[2:], strict=True)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+        query = 3 * unit_rows(rows, width, seed)
+        assert_same_gradients(lambda x, given=given: theirs(x, labels, **given), ours, query, rtol=1e-6, atol=1e-8)
