@@ -449,6 +449,18 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
         load_checkpoint(path)
 
 
+def test_text_features_are_asked_for_where_the_file_has_none():
+    dataset = synthetic_dataset(sizes=(20, 10, 10))
+    folds = {
+        name: dataclasses.replace(fold, features={key: fold.features[key] for key in ("audio", "vision")})
+        for name, fold in dataset.folds.items()
+    }
+    with pytest.raises(
+        ValueError, match=r"text: expected text \(features\), .* --text-encoder MODEL \(a BERT-type one\)$"
+    ):
+        prepare(dataclasses.replace(dataset, folds=folds), Config())
+
+
 def test_a_text_encoder_that_is_not_there_is_named(tmp_path, monkeypatch):
     # The variable of the same name is read once, maybe before this test: then the hub would be asked for 45 seconds.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -510,6 +522,12 @@ def test_a_text_without_features_is_missing_whatever_its_tokens_are():
     expected = [row != 3 for row in range(12)]
     assert presence(folds["train"])["text"].tolist() == expected
     assert next(batches(folds["train"], 12)).present["text"].tolist() == expected
+
+
+def test_text_that_an_encoder_cannot_read_is_named():
+    dataset = change_folds(synthetic_dataset(sizes=(12, 4, 4)), raw_text=None)
+    with pytest.raises(ValueError, match=r"text: expected text_bert .* or raw_text .* with --text-encoder features$"):
+        prepare(dataset, Config(text_encoder=str(minilm())))
 
 
 def test_a_short_real_training_with_a_pretrained_encoder(mosi_path, tmp_path):

@@ -539,6 +539,11 @@ def test_random_bytes_and_flipped_bytes_end_in_one_clear_error_or_plain_data(tmp
     assert refused > 500
 
 
+def test_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nowhere.pkl")
+
+
 def test_real_mosi_file_reads_as_pickle_reads_it(mosi_path):
     with open(mosi_path, "rb") as file:
         expected = pickle.load(file)
