@@ -180,6 +180,13 @@ def test_hostile_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch, attac
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.pkl"]
 
 
+def test_the_attacks_would_work_on_pickle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for attack in ("getattr chain", "INST"):
+        pickle.loads(ATTACKS[attack] + STOP)
+        (tmp_path / "ran").unlink()
+
+
 # Every name below by every way that pickle has of calling something, and in every place where an array wants a name.
 
 SHELL, CODE, PATH = text("mkdir ran"), text("__import__('os').mkdir('ran')"), text("ran")
@@ -542,6 +549,12 @@ def test_random_bytes_and_flipped_bytes_end_in_one_clear_error_or_plain_data(tmp
 def test_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nowhere.pkl")
+
+
+def test_nothing_is_imported(tmp_path):
+    assert "this" not in sys.modules
+    refuse(tmp_path, name("this", "s") + STOP)
+    assert "this" not in sys.modules
 
 
 def test_real_mosi_file_reads_as_pickle_reads_it(mosi_path):
