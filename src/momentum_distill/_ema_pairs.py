@@ -275,7 +275,7 @@ class Pairing:
                 self.averaged.append((old, new))
                 return True
             if new.requires_grad or name not in self.online.parameters:
-                refuse_to_average(name, new)
+                refuse_to_average(name, new, old)
             return False
         if treatment == "frozen" and is_averageable(old):
             return True
@@ -442,9 +442,11 @@ def works(operation: Literal["average", "copy"], old: Tensor, new: Tensor) -> bo
     return _TRIED[kind]
 
 
-def refuse_to_average(name: str, tensor: Tensor) -> NoReturn:
-    """Say which tensor has no average."""
+def refuse_to_average(name: str, tensor: Tensor, average: Tensor | None = None) -> NoReturn:
+    """Say which tensor has no average, or none of that type."""
     got = f"{name!r} of type {type(tensor).__name__}"
+    if average is not None and type(average) is not type(tensor):  # a shard, and one that is whole
+        got += f" beside an average of type {type(average).__name__}"
     wrong_type("model", "tensors that can be averaged or that require no gradient", got)
 
 

@@ -72,7 +72,8 @@ class WideModule(TypedModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if is_16_bit(moved.dtype) and tensor.is_floating_point() else moved
+            cast = moved.dtype != tensor.dtype and tensor.is_floating_point()
+            return tensor.to(moved.device) if cast and is_16_bit(moved.dtype) else moved
 
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         return self

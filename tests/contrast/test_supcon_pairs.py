@@ -136,6 +136,21 @@ def test_every_way_gives_the_gradients_of_plain_autograd(dtype, monkeypatch):
                 assert_gradient_close(actual, exact, dtype)
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_a_scaled_loss_has_the_gradient_scaled(name, monkeypatch):
+    way(monkeypatch, name)
+    for seed, (kind, momentum, options) in enumerate(every_case()):
+        case, pairs = pairs_case(kind, seed, momentum=momentum, dtype=torch.float32)
+        case.query_labels[0] = -2  # without a positive
+        leaves = case.requires_grad()
+        total = contrast(leaves, pairs, reduction=["mean", "none"][seed % 2], **options).total.sum()
+        one, scaled = (
+            torch.autograd.grad(scale * total, (leaves.query, leaves.keys), retain_graph=True) for scale in (1, 2**16)
+        )
+        for expected, actual in zip(one, scaled, strict=True):
+            torch.testing.assert_close(actual, 2**16 * expected, rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("name", ["matrices", "tiles"])
 def test_gradcheck(name, monkeypatch):
     """In queries, keys and temperature."""

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.func import functional_call, grad, jvp, vmap
 
 import momentum_distill as md
@@ -433,3 +434,15 @@ def test_a_state_without_this_loss_leaves_its_centre():
     part = {name: value for name, value in system.state_dict().items() if name.startswith("backbone")}
     system.load_state_dict(part, strict=False)
     assert system["loss"].centre.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_reads_the_centre_into_one_that_is_there(tmp_path):
+    """As docs/recipes.md says."""
+    saved, loaded = (md.SupConDistillLoss(momentum_targets="centred") for _ in range(2))
+    saved.centre, loaded.centre = torch.tensor([1.0, 2.0]), torch.zeros(2)
+    dcp.save(saved.state_dict(), checkpoint_id=tmp_path)
+    state = loaded.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path)
+    loaded.load_state_dict(state)
+    assert loaded.centre.tolist() == [1.0, 2.0]

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import momentum_distill as md
+from module_state import assert_same_state, clone_state
 
 
 class LoRA(nn.Module):
@@ -200,6 +201,18 @@ def test_on_another_device_the_average_has_its_own():
     ema = md.EMAWrapper(model, device="meta", share_frozen=True)
     ema.update(model)
     assert all(parameter.is_meta for parameter in ema.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_average_without_numbers_gets_them_from_a_state(dtype):
+    def model():
+        return nn.Sequential(nn.Linear(2, 2).to(dtype).requires_grad_(False), nn.Linear(2, 2))
+
+    source = md.EMAWrapper(model(), share_frozen=True)
+    with torch.device("meta"):
+        ema = md.EMAWrapper(model(), share_frozen=True)
+    ema.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert_same_state(clone_state(ema.module), clone_state(source.module))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -579,3 +579,17 @@ def test_the_watch_on_updates_leaves_compiled_code_alone():
         ema.update(model)
     assert len(seen) == 1
     assert not any(node.op == "call_function" and "version" in str(node.target) for node in seen[0].graph.nodes)
+
+
+def test_an_update_may_be_compiled_with_a_single_thread():
+    model = nn.Linear(2, 2)
+    ema = md.EMAWrapper(model, decay=0.75)
+    nn.init.constant_(ema.module.weight, 0.0)
+    nn.init.constant_(model.weight, 1.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        torch.compile(lambda: ema.update(model), backend="aot_eager")()
+    finally:
+        torch.set_num_threads(threads)
+    assert ema.module.weight.unique().tolist() == [0.25]

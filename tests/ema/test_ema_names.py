@@ -223,6 +223,8 @@ def test_a_sharded_model_without_a_teacher_is_a_type_error_that_names_teacher():
     fully_shard(model)
     with pytest.raises(TypeError, match="teacher"):
         md.EMAWrapper(model)
+    with pytest.raises(TypeError, match=r"got 'first.weight' of type DTensor beside an average of type Parameter$"):
+        md.EMAWrapper(model, teacher=Branches())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -635,7 +635,12 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_of_it_is_copied(ot
 # No wait for a device, compiled, deterministic
 # ---------------------------------------------------------------------------------------------
 
-KINDS = {"ring": {}, "balanced": {"balanced": True, "num_classes": 3}, "raw": {"normalize": False}}
+KINDS = {
+    "ring": {},
+    "balanced": {"balanced": True, "num_classes": 3},
+    "raw": {"normalize": False},
+    "16 bits": {"dtype": torch.bfloat16},
+}
 
 
 def hot_path(queue, device=None, sizes=(4, 6, 15, 0, 1)):

@@ -154,7 +154,9 @@ def by_autograd(problem: Problem) -> Sums:
         by_weight = shared if problem.targets is None else shared + torch.where(pairs != 0, pairs, 1.0).log()
         positive_log = _logsumexp(by_weight, pairs != 0)
     else:
-        positive_log = torch.linalg.vecdot(weights, shared) / count.clamp(min=least_weight(problem))
+        # The weights, which have no gradient, are divided: one over the smallest number is too large a gradient.
+        shares = weights / count.clamp(min=least_weight(problem))[:, None]
+        positive_log = torch.linalg.vecdot(shares, shared)
     if problem.momentum_query is None:
         return Sums(count, positive_log, None)
     with torch.no_grad():
