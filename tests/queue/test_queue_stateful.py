@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 from collections import Counter, deque
 
 import pytest
@@ -89,18 +90,27 @@ class QueueMachine(RuleBasedStateMachine):
         n = len(labels)
         flags = st.lists(st.booleans(), min_size=n, max_size=n)
         named = data.draw(st.lists(st.sampled_from(self.streams), unique=True), label="named")
-        valid = {s: data.draw(flags, label=s) for s in named}
+        self.put(labels, {s: data.draw(flags, label=s) for s in named})
+
+    @rule(seed=st.integers(0, 2**16))
+    def enqueue_several(self, seed):
+        """Drawn batches are small and few: rings hardly go around in them, least of all those of classes."""
+        draw = random.Random(seed)
+        for n in draw.choices(range(2 * self.size), k=4):
+            labels = draw.choices(range(-1, self.classes or 3), k=n)
+            named = draw.sample(self.streams, k=draw.randint(0, len(self.streams)))
+            self.put(labels, {s: draw.choices([False, True], k=n) for s in named})
+
+    def put(self, labels, valid):
+        """Into both: rows of all streams, which streams that are named in `valid` have only where it says so."""
+        n = len(labels)
         features = {s: torch.randn(n, DIMS[s], generator=self.generator, dtype=self.dtype) for s in self.streams}
         rows = {s: self.stored(features[s]) for s in self.streams}
         everywhere = {s: valid.get(s, [True] * n) for s in self.streams}
-        for s in named:  # what is not there may hold anything
-            features[s][~torch.tensor(valid[s], dtype=torch.bool)] = torch.nan
-        masks = {s: torch.tensor(flag, dtype=torch.bool) for s, flag in valid.items()}
-        labels_tensor = torch.tensor(labels, dtype=torch.int64)
-        if masks:
-            self.queue.enqueue(labels_tensor, features, valid=masks)
-        else:
-            self.queue.enqueue(labels_tensor, features)
+        masks = {s: torch.tensor(flags, dtype=torch.bool) for s, flags in valid.items()}
+        for s, mask in masks.items():  # what is not there may hold anything
+            features[s][~mask] = torch.nan
+        self.queue.enqueue(torch.tensor(labels, dtype=torch.int64), features, **({"valid": masks} if masks else {}))
         self.model.enqueue(labels, rows, everywhere)
 
     def stored(self, features):
