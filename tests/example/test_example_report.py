@@ -270,6 +270,11 @@ OF_BASE_SIZE = {
         "decay_0.98": "the same, `--decay 0.98`",
         "layer_decay": "the same, `--layer-decay 0.9`",
     },
+    "mosi_mpnet_epochs_12": {
+        "text_only": "text alone, 12 epochs",
+        "epochs_8": "MTMD, 8 epochs",
+        "full": "MTMD, 12 epochs",
+    },
 }
 
 
@@ -300,10 +305,11 @@ def test_the_tables_of_the_encoder_of_base_size_are_those_of_its_results(file):
     assert path.stat().st_size < 200_000
 
 
-def test_the_scores_beside_the_results_are_those_of_all_runs():
+@pytest.mark.parametrize("file", [file for file in OF_BASE_SIZE if file != "mosi_mpnet"])
+def test_the_scores_beside_the_results_are_those_of_all_runs(file):
     folder = ROOT / "docs" / "results"
-    arms = json.loads((folder / "mosi_mpnet_float32.json").read_text(encoding="utf-8"))["arms"]
-    head, *rows = (folder / "mosi_mpnet_float32_scores.csv").read_text(encoding="utf-8").splitlines()
+    arms = json.loads((folder / f"{file}.json").read_text(encoding="utf-8"))["arms"]
+    head, *rows = (folder / f"{file}_scores.csv").read_text(encoding="utf-8").splitlines()
     assert head.split(",") == [f"{name} {run['seed']}" for name, arm in arms.items() for run in arm["runs"]]
     scores = np.array([row.split(",") for row in rows], dtype=float)
     assert scores.shape == (686, len(head.split(",")))
