@@ -436,7 +436,7 @@ def test_a_state_without_this_loss_leaves_its_centre():
     assert system["loss"].centre.tolist() == [1.0, 2.0]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
 def test_a_distributed_checkpoint_reads_the_centre_into_one_that_is_there(tmp_path):
     """As docs/recipes.md says."""
     saved, loaded = (md.SupConDistillLoss(momentum_targets="centred") for _ in range(2))
