@@ -156,11 +156,10 @@ class _Group:
 
     def lerp(self, decay: float) -> None:
         """Move the average towards the online tensors."""
-        alone = torch.get_num_threads() == 1 and not torch.compiler.is_compiling()  # which cannot trace that kernel
-        if self.fuses and 0.5 < decay < 1 and alone:
+        if self.fuses and 0.5 < decay < 1 and torch.get_num_threads() == 1 and not torch.compiler.is_compiling():
             # A step of gradient descent on half the squared distance, at the rate `1 - decay`: the same operations on
             # the same numbers, in a kernel that saves a third of the time where tensors are small. With several threads
-            # it would start all of them for each tensor.
+            # it would start all of them for each tensor; and torch.compile cannot trace it.
             _descend(self.average, self.online, [], lr=1 - decay)
         elif not self.converts or decay in (0, 1):
             lerp_(self.average, self.online, decay)
