@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import momentum_distill as md
 from mtmd.data.synthetic import WIDTHS, make_synthetic
 from mtmd.settings.options import at_least
-from study_tools import RunLog, StudyParser, paired_interval, write_results
+from study_tools import RunLog, StudyParser, paired_interval, signed, write_results
 
 MODALITIES = tuple(WIDTHS)
 SIZES = (600, 300, 1000)  # samples to train with, for validation and for the test
@@ -239,8 +239,7 @@ def lines(results: list[Result]) -> list[list[str]]:
         found = [mae(results, setting, arm, missing, share) for share in SHARES]
         row = [setting, missing, arm.name, *(f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in found), "", ""]
         if arm != DROPPING:
-            mean, half = paired_interval(found[1], mae(results, setting, DROPPING, missing, SHARES[1]))
-            row[-2] = f"{mean:+.3f} ± {half:.3f}"
+            row[-2] = signed(paired_interval(found[1], mae(results, setting, DROPPING, missing, SHARES[1])), digits=3)
         if arm == TAUGHT:
             cost, won = won_back(results, setting, missing)
             row[-1] = f"{won:.3f} of {cost:.3f}"

@@ -48,10 +48,11 @@ def summary(values: ArrayLike) -> str:
     return f"{array.mean():.1f} ± {array.std(ddof=1):.1f}"
 
 
-def signed(interval: tuple[float, float]) -> str:
-    """A difference and half the width of its interval, as in `+0.3 ± 0.5`; two digits where one hides which is more."""
+def signed(interval: tuple[float, float], digits: int = 1) -> str:
+    """A difference and half the width of its interval, as `+0.3 ± 0.5`, more digits where one hides which is more."""
     mean, half = interval
-    digits = 2 if f"{abs(mean):.1f}" == f"{half:.1f}" else 1
+    while f"{abs(mean):.{digits}f}" == f"{half:.{digits}f}" and abs(mean) != half:
+        digits += 1
     return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 

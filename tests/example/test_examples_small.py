@@ -122,6 +122,8 @@ def test_paired_interval_is_that_of_a_t_test():
 def test_a_difference_shows_whether_its_interval_holds_0():
     assert signed((0.31, 0.52)) == "+0.3 ± 0.5"
     assert signed((-0.69, 0.72)) == "-0.69 ± 0.72"
+    assert signed((0.3222, 0.3217), digits=2) == "+0.3222 ± 0.3217"
+    assert signed((0.0, 0.0)) == "+0.0 ± 0.0"
 
 
 def test_arms_without_a_block_train_without_it():
